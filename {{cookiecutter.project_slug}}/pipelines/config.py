@@ -1,0 +1,149 @@
+"""A typed, frozen view of `configs/*.yaml`.
+
+Precedence, lowest first: the files, environment variables such as `IMAGES__BASE`, options `--set images.base=...`.
+Unknown keys are refused with the nearest known one.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from pipelines import ROOT
+from pipelines.console import UserError
+from training.config import ConfigurationError, Hyperparameters, nearest
+
+LocalMode = Literal["auto", "container", "process"]
+
+
+class Section(BaseModel):
+    """Settings that cannot change and refuse unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Aws(Section):
+    """Where in AWS."""
+
+    region: str
+
+
+class Images(Section):
+    """Which image trains and serves, and how it is built."""
+
+    training: str
+    base: str
+    packages: Literal["auto"] | list[str]
+    build_options: list[str]
+
+
+class Compute(Section):
+    """What jobs run on."""
+
+    local_mode: LocalMode
+    local_instances: int = Field(ge=1, le=8)
+
+
+class Data(Section):
+    """What is trained on."""
+
+    source: str
+    seed: int = Field(ge=0)
+    unreadable: float = Field(ge=0, le=1)
+
+
+class Settings(Section):
+    """All of `configs/`: `training` is training.yaml, the other sections are those of infrastructure.yaml."""
+
+    training: Hyperparameters
+    aws: Aws
+    images: Images
+    compute: Compute
+    data: Data
+
+
+def load(
+    overrides: Sequence[str] = (), environment: Mapping[str, str] = os.environ, folder: Path = ROOT / "configs"
+) -> Settings:
+    """Read and check the settings.
+
+    Args:
+        overrides: `section.key=value`, values in YAML.
+        environment: variables named `SECTION__KEY` override the files.
+        folder: where training.yaml and infrastructure.yaml lie.
+
+    Raises:
+        UserError: naming the key, the value and the nearest valid name.
+    """
+    document = {"training": _read(folder / "training.yaml"), **_read(folder / "infrastructure.yaml")}
+    for name, value in environment.items():
+        section, separator, key = name.partition("__")
+        if separator and section.lower() in Settings.model_fields and name == name.upper():
+            _override(document, f"{section.lower()}.{key.lower()}", value, f"environment variable {name}")
+    for override in overrides:
+        path, separator, value = override.partition("=")
+        if not separator:
+            raise UserError(f"--set {override!r} has no value; write --set section.key=value")
+        _override(document, path.strip(), value, f"--set {override}")
+    try:
+        return Settings.model_validate(document)
+    except ValidationError as error:
+        raise UserError(_explain(error)) from None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(document, dict):
+        raise UserError(f"{path} must hold keys and values, not {type(document).__name__}")
+    return document
+
+
+def _override(document: dict[str, Any], path: str, text: str, origin: str) -> None:
+    section, separator, key = path.partition(".")
+    if not separator or section not in Settings.model_fields:
+        raise UserError(f"{origin}: unknown section {section!r}; {nearest(section, Settings.model_fields)}")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = text
+    known = _keys(section)
+    if key not in known:
+        raise UserError(f"{origin}: unknown key {key!r} in {section}; {nearest(key, known)}")
+    document.setdefault(section, {})[key] = value
+
+
+def _keys(section: str) -> list[str]:
+    if section == "training":
+        return [option.name for option in fields(Hyperparameters)]
+    kind = Settings.model_fields[section].annotation
+    assert isinstance(kind, type)
+    assert issubclass(kind, BaseModel)
+    return list(kind.model_fields)
+
+
+def _explain(error: ValidationError) -> str:
+    """The first problem as one sentence."""
+    problem = min(error.errors(), key=lambda item: item["type"] == "missing")  # a misspelt key explains a missing one
+    where = ".".join(str(part) for part in problem["loc"][:2])
+    section, key = str(problem["loc"][0]), str(problem["loc"][-1])
+    if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        known = _keys(section) if len(problem["loc"]) > 1 else list(Settings.model_fields)
+        return f"configs: unknown key {where} (value {problem['input']!r}); {nearest(key, known)}"
+    if problem["type"] == "missing":
+        return f"configs: {where} is missing; add it, or take the file of the template"
+    cause = problem.get("ctx", {}).get("error")
+    if isinstance(cause, ConfigurationError):
+        return f"configs: training.{cause}"
+    reasons = [item["msg"] for item in error.errors() if item["loc"][:2] == problem["loc"][:2]]
+    return f"configs: {where} is {problem['input']!r}: {' or '.join(dict.fromkeys(reasons))}"

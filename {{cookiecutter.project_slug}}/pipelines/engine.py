@@ -1,0 +1,174 @@
+"""The Docker engine: is there one, has it the project's image, and leave nothing of a run behind."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pipelines import ROOT
+from pipelines.config import Settings
+
+DOCKERFILE = ROOT / "docker" / "Dockerfile"
+BUILD_LOG = ROOT / ".cache" / "image-build.log"
+
+
+class EngineError(Exception):
+    """No container can run; one sentence with the reason and the fix."""
+
+
+def check() -> None:
+    """Make sure that an engine answers and that compose, which the SDK starts containers with, is there.
+
+    Raises:
+        EngineError: with what is missing.
+    """
+    if shutil.which("docker") is None:
+        raise EngineError("the docker command is not installed; install Docker Engine or Docker Desktop")
+    answer = _docker("version", timeout=20)
+    if answer.returncode:
+        detail = (answer.stderr.strip() or answer.stdout.strip()).splitlines()
+        reason = detail[-1].strip() if detail else "no message"
+        raise EngineError(f"no Docker engine answers ({reason}); start it, or give this user access to its socket")
+    if compose() is None:
+        raise EngineError("Docker Compose is not installed; install the docker compose plugin or docker-compose")
+    if ":" in str(ROOT):
+        raise EngineError(f"the project's path {ROOT} holds a colon, which container mounts cannot; move the project")
+
+
+def compose() -> list[str] | None:
+    """The compose command, chosen as the SDK chooses: the plugin from version 2 on, else `docker-compose`."""
+    plugin = _docker("compose", "version")
+    if plugin.returncode == 0:
+        return ["docker", "compose"]
+    return ["docker-compose"] if shutil.which("docker-compose") else None
+
+
+def gpus() -> int:
+    """How many NVIDIA GPUs this machine has."""
+    if shutil.which("nvidia-smi") is None:
+        return 0
+    answer = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True)
+    return sum(line.startswith("GPU ") for line in answer.stdout.splitlines()) if answer.returncode == 0 else 0
+
+
+def container_gpus() -> int:
+    """How many of them containers can use: none when the engine lacks NVIDIA's runtime."""
+    return gpus() if "nvidia" in _docker("info").stdout.lower() else 0
+
+
+def training_image(settings: Settings) -> str:
+    """The image to train in: built when it is the project's own and missing or stale, pulled when it is another one.
+
+    Raises:
+        EngineError: when it can be neither found nor made.
+    """
+    name = settings.images.training
+    if name == "project":
+        name = image_name(settings)
+        if not _exists(name):
+            build(settings)
+    elif not _exists(name):
+        print(f"pulling {name}", flush=True)
+        if subprocess.run(["docker", "pull", name]).returncode:
+            raise EngineError(f"image {name} is not here and cannot be pulled (see above); check images.training")
+    return name
+
+
+def image_name(settings: Settings) -> str:
+    """`<project>:<hash>`: the hash covers the Dockerfile and what goes into it, so a stale image has another name."""
+    recipe = [DOCKERFILE.read_text(encoding="utf-8"), settings.images.base, *packages(settings)]
+    return f"{project_name()}:{hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:12]}"
+
+
+def packages(settings: Settings) -> list[str]:
+    """What pip installs into the image: the group `container` of pyproject.toml unless the settings say otherwise."""
+    if settings.images.packages != "auto":
+        return settings.images.packages
+    group: list[str] = _pyproject()["dependency-groups"]["container"]
+    return group
+
+
+def project_name() -> str:
+    """The project's name in pyproject.toml; valid in names of images and of SageMaker resources."""
+    return str(_pyproject()["project"]["name"])
+
+
+def build(settings: Settings, options: Sequence[str] = ()) -> str:
+    """Build the project's image.
+
+    Args:
+        settings: base image, packages and options.
+        options: more options of `docker build`.
+
+    Returns:
+        Its name.
+
+    Raises:
+        EngineError: with the last line of the build's log.
+    """
+    name = image_name(settings)
+    print(
+        f"building the image {name} from {settings.images.base} (some minutes; log: {_relative(BUILD_LOG)})", flush=True
+    )
+    BUILD_LOG.parent.mkdir(parents=True, exist_ok=True)
+    command = ["docker", "build", "--tag", name, "--file", str(DOCKERFILE)]
+    command += ["--build-arg", f"BASE_IMAGE={settings.images.base}"]
+    command += ["--build-arg", f"PACKAGES={' '.join(packages(settings))}"]
+    with BUILD_LOG.open("w", encoding="utf-8") as log:
+        result = subprocess.run(
+            [*command, *settings.images.build_options, *options, str(DOCKERFILE.parent)], stdout=log, stderr=log
+        )
+    if result.returncode:
+        lines = [line for line in BUILD_LOG.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+        reason = lines[-1].strip() if lines else "no message"
+        raise EngineError(f"the image could not be built ({reason}); the whole log is {_relative(BUILD_LOG)}")
+    return name
+
+
+def remove_run(folder: Path) -> None:
+    """Remove the containers and the network of a run of SDK V3's local mode, which leaves both behind."""
+    file = folder / "docker-compose.yaml"
+    command = compose()
+    if file.exists() and command is not None:
+        subprocess.run([*command, "-f", str(file), "down", "--timeout", "1"], capture_output=True, check=False)
+
+
+def give_back(image: str, *folders: Path) -> None:
+    """Make the caller the owner of files that root wrote in a container."""
+    if os.getuid() == 0 or sys.platform != "linux":  # Docker Desktop maps owners by itself
+        return
+    for folder in folders:
+        if folder.exists():
+            owner = f"{os.getuid()}:{os.getgid()}"
+            mount = ["-v", f"{folder}:/given-back", "--entrypoint", "chown"]
+            subprocess.run(
+                ["docker", "run", "--rm", *mount, image, "-R", owner, "/given-back"], capture_output=True, check=False
+            )
+
+
+def _exists(image: str) -> bool:
+    return _docker("image", "inspect", image).returncode == 0
+
+
+def _docker(*arguments: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:
+    command = ["docker", *arguments]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+    except subprocess.TimeoutExpired:
+        return subprocess.CompletedProcess(command, 124, "", f"no answer in {timeout:.0f} s")
+
+
+def _pyproject() -> dict[str, Any]:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+def _relative(path: Path) -> str:
+    return str(path.relative_to(ROOT))

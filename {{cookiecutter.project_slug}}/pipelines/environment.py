@@ -1,0 +1,66 @@
+"""Make the project's environment in `.venv` with uv, which is installed there when the machine has none.
+
+    python3 pipelines/environment.py            # what `make setup` runs; ARGS are handed to `uv pip install`
+
+Runs on the system's Python, so standard library only. A committed `uv.lock` is respected; without one the newest
+versions inside the ranges of pyproject.toml are installed.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+GROUPS = ("container", "laptop", "dev")
+MINIMUM = (3, 11)
+
+
+def find_uv(environment: Path) -> str:
+    """The uv on PATH, or the one in the environment, installed there with pip when it is missing."""
+    own = environment / "bin" / "uv"
+    found = shutil.which("uv")
+    if found or own.exists():
+        return found or str(own)
+    if sys.version_info < MINIMUM:
+        sys.exit(
+            f"error: this is Python {sys.version.split()[0]}; install Python 3.11 or newer, or uv, which brings one"
+        )
+    print("uv is not installed: putting it into .venv", flush=True)
+    made = subprocess.run([sys.executable, "-m", "venv", str(environment)], capture_output=True, text=True)
+    if made.returncode:
+        shutil.rmtree(environment, ignore_errors=True)
+        detail = (made.stdout + made.stderr).strip().splitlines()
+        sys.exit(f"error: `{sys.executable} -m venv` failed ({detail[-1] if detail else 'no message'}); install the "
+                 "package python3-venv, or uv")  # fmt: skip
+    quiet = ["-q", "--disable-pip-version-check"]
+    if subprocess.run([str(environment / "bin" / "python"), "-m", "pip", "install", *quiet, "uv"]).returncode:
+        shutil.rmtree(environment, ignore_errors=True)
+        sys.exit("error: pip could not install uv (see above); check the network or the proxy, or install uv yourself")
+    return str(own)
+
+
+def main(arguments: "list[str]") -> int:
+    """Create or update the environment; see the module's docstring."""
+    environment = ROOT / ".venv"
+    uv = find_uv(environment)
+    inherited = {key: value for key, value in os.environ.items() if key not in ("VIRTUAL_ENV", "PYTHONPATH")}
+    settings = {**inherited, "UV_PROJECT_ENVIRONMENT": str(environment), "UV_LINK_MODE": "hardlink"}
+    groups = [word for group in GROUPS for word in ("--group", group)]
+    if (ROOT / "uv.lock").exists():
+        commands = [[uv, "sync", "--locked", *groups, *arguments]]
+    else:
+        commands = [[uv, "pip", "install", "--python", str(environment), "-r", "pyproject.toml", *groups, *arguments]]
+        if not (environment / "bin" / "python").exists():
+            commands.insert(0, [uv, "venv", "--quiet", str(environment)])
+    for command in commands:
+        if subprocess.run(command, cwd=ROOT, env=settings).returncode:
+            print("error: the environment is not complete (see above); nothing else was changed", file=sys.stderr)
+            return 1
+    (environment / ".ready").touch()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

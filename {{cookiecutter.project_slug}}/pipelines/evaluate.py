@@ -1,0 +1,33 @@
+"""Evaluate a finished run on the test split of its data set: `make evaluate`, `make evaluate RUN=<name>`.
+
+python -m pipelines.evaluate --run 20261121-093000-a1b2
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from pipelines import ROOT, SOURCE, console, runs
+
+
+def main() -> int:
+    """Command line; see the module's docstring."""
+    parser = console.parser("Evaluate a finished run on the test split of its data set.")
+    parser.add_argument("--run", help="name of a run (default: the newest)")
+    folder = runs.find(parser.parse_args().run)
+    data = ROOT / json.loads((folder / "run.json").read_text(encoding="utf-8"))["data"] / "test"
+    output = folder / "evaluation.json"
+    script = SOURCE / "processing" / "evaluate.py"
+    command = [sys.executable, str(script), "--artifact", str(folder / "model.tar.gz"), "--data", str(data)]
+    code = subprocess.run([*command, "--output", str(output)]).returncode
+    if code == 0:
+        print(f"-> {Path(os.path.relpath(output, ROOT))}")
+    return code
+
+
+if __name__ == "__main__":
+    console.run_verb(main)

@@ -1,0 +1,26 @@
+"""Build the project's image: `make image`.
+
+python -m pipelines.image --pull --no-cache        # other options are handed to `docker build`
+"""
+
+from __future__ import annotations
+
+from pipelines import console, engine
+from pipelines.config import load
+from pipelines.console import UserError
+
+
+def main() -> int:
+    """Command line; see the module's docstring."""
+    parser = console.parser("Build the project's image; other options are handed to `docker build`.")
+    options, more = parser.parse_known_args()
+    try:
+        engine.check()
+        print(engine.build(load(options.set), more))
+    except engine.EngineError as error:
+        raise UserError(str(error)) from error
+    return 0
+
+
+if __name__ == "__main__":
+    console.run_verb(main)

@@ -1,0 +1,60 @@
+"""What a local training job is given and what it leaves, the same in a container and as a process."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipelines import SOURCE
+
+ENTRY_SCRIPT = "training/train.py"
+MASTER_PORT = 7777
+
+
+class JobFailed(Exception):
+    """The training script or its container failed; the message gives the script's own reason when there is one."""
+
+
+class Interrupted(Exception):
+    """A signal asked the verb to stop; a plain exception, which the SDK passes on."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training job.
+
+    Attributes:
+        name: of the run.
+        root: a fresh folder with a unique base name, for everything that the job writes.
+        hyperparameters: by name.
+        channels: input folders by channel name.
+        instances: hosts that train together.
+        environment: variables for the script.
+        source: the source root.
+    """
+
+    name: str
+    root: Path
+    hyperparameters: dict[str, Any]
+    channels: dict[str, Path]
+    instances: int
+    environment: dict[str, str]
+    source: Path = SOURCE
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """Where a finished job left the content of SM_MODEL_DIR and SM_OUTPUT_DATA_DIR."""
+
+    model: Path
+    data: Path
+
+
+def failure_reason(root: Path, fallback: str) -> str:
+    """Why training failed: the last line of what the script wrote to SM_OUTPUT_FAILURE, else the fallback."""
+    for file in sorted(root.glob("algo-*/output/failure")):
+        lines = [line for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+        if lines and "CalledProcessError" not in lines[-1] and "CloudWatch" not in lines[0]:  # the driver's own words
+            return f"training failed: {lines[-1].strip()}"
+    return f"training failed: {fallback}"

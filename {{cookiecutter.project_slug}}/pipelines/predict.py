@@ -1,0 +1,32 @@
+"""Classify an image file with a finished run: `make predict IMAGE=photo.jpg`, `make predict IMAGE=... RUN=<name>`.
+
+    python -m pipelines.predict --image photo.jpg
+
+More options (--json) are handed to src/inference/predict.py.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+from pipelines import SOURCE, console, runs
+from pipelines.console import UserError
+
+
+def main() -> int:
+    """Command line; see the module's docstring."""
+    parser = console.parser("Classify image files with a finished run; --json prints what a server would send.")
+    parser.add_argument("--run", help="name of a run (default: the newest)")
+    parser.add_argument("--image", action="append", default=[], help="an image file; may be repeated")
+    options, more = parser.parse_known_args()
+    folder = runs.find(options.run)
+    if not options.image:
+        raise UserError(f"IMAGE is missing; name a file, such as make predict IMAGE={runs.example_image(folder)}")
+    script = SOURCE / "inference" / "predict.py"
+    command = [sys.executable, str(script), "--artifact", str(folder / "model.tar.gz"), *more, "--", *options.image]
+    return subprocess.run(command).returncode
+
+
+if __name__ == "__main__":
+    console.run_verb(main)

@@ -1,0 +1,173 @@
+"""Run a job as processes on this machine, under the contract that the script meets in a container.
+
+Paths differ from a container's; the names of variables, arguments and files do not (a test compares them).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+from pipelines import engine
+from pipelines.console import TrainingView
+from pipelines.jobs import ENTRY_SCRIPT, MASTER_PORT, Job, JobFailed, Outputs, failure_reason
+
+GRACE = 30.0  # seconds between SIGTERM and SIGKILL, as SageMaker's hosting gives; training would have 120
+
+
+def run(job: Job, view: TrainingView) -> Outputs:
+    """Train as one process a host, or under torchrun when there are more ranks than one.
+
+    Raises:
+        JobFailed: when a process failed; the others are stopped by then.
+        Interrupted: when a signal came; all processes are stopped by then.
+    """
+    hosts = [f"algo-{number}" for number in range(1, job.instances + 1)]
+    gpus = engine.gpus()
+    port = MASTER_PORT if job.instances == 1 else _free_port()
+    processes: list[subprocess.Popen[str]] = []
+    readers: list[threading.Thread] = []
+    try:
+        for host in hosts:
+            environment = contract(job, host, hosts, gpus, port)
+            for name in ("SM_INPUT_CONFIG_DIR", "SM_MODEL_DIR", "SM_OUTPUT_DATA_DIR"):
+                Path(environment[name]).mkdir(parents=True, exist_ok=True)
+            started = subprocess.Popen(
+                command(job, hosts.index(host), gpus, port), cwd=job.source, env=os.environ | environment,
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True,
+            )  # fmt: skip
+            processes.append(started)
+            readers.append(threading.Thread(target=_copy, args=(started, host, job.instances, view), daemon=True))
+            readers[-1].start()
+        codes = _wait(processes)
+    finally:
+        _stop(processes)
+        for reader in readers:
+            reader.join(timeout=10)
+        view.close()
+    failed = [code for code in codes if code]
+    if failed:
+        raise JobFailed(failure_reason(job.root, f"the script ended with exit code {failed[0]}"))
+    return Outputs(model=job.root / "model", data=job.root / "algo-1" / "output" / "data")
+
+
+def command(job: Job, rank: int, gpus: int, port: int) -> list[str]:
+    """What the SDK's driver would start on the host with this rank."""
+    arguments = [word for name, value in job.hyperparameters.items() for word in (f"--{name}", _text(value))]
+    if job.instances == 1 and gpus <= 1:
+        return [sys.executable, ENTRY_SCRIPT, *arguments]
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        f"--nnodes={job.instances}",
+        f"--nproc_per_node={gpus or 1}",
+    ]
+    if job.instances > 1:
+        torchrun += ["--master_addr=127.0.0.1", f"--master_port={port}", f"--node_rank={rank}"]
+    else:
+        torchrun += ["--standalone"]
+    return [*torchrun, ENTRY_SCRIPT, *arguments]
+
+
+def contract(job: Job, host: str, hosts: list[str], gpus: int, port: int) -> dict[str, str]:
+    """The `SM_*` variables that SDK V3's container driver sets, with paths of this machine."""
+    base = job.root / host
+    channels = {**job.channels, "code": job.source}
+    kind = "local_gpu" if gpus else "local_cpu"
+    resources = {"current_host": host, "hosts": hosts, "network_interface_name": "lo", "current_instance_type": kind}
+    inputs = {name: {"TrainingInputMode": "File"} for name in channels}
+    values: dict[str, Any] = {
+        "SM_MODEL_DIR": str(job.root / "model"),
+        "SM_INPUT_DIR": str(base / "input"),
+        "SM_INPUT_DATA_DIR": str(base / "input" / "data"),
+        "SM_INPUT_CONFIG_DIR": str(base / "input" / "config"),
+        "SM_OUTPUT_DIR": str(base / "output"),
+        "SM_OUTPUT_FAILURE": str(base / "output" / "failure"),
+        "SM_OUTPUT_DATA_DIR": str(base / "output" / "data"),
+        "SM_LOG_LEVEL": 20,
+        "SM_MASTER_ADDR": "127.0.0.1",
+        "SM_MASTER_PORT": port,
+        "SM_SOURCE_DIR": str(job.source),
+        "SM_ENTRY_SCRIPT": ENTRY_SCRIPT,
+        "SM_CHANNELS": list(channels),
+        "SM_HPS": job.hyperparameters,
+        "SM_CURRENT_HOST": host,
+        "SM_CURRENT_INSTANCE_TYPE": kind,
+        "SM_HOSTS": hosts,
+        "SM_NETWORK_INTERFACE_NAME": "lo",
+        "SM_HOST_COUNT": len(hosts),
+        "SM_CURRENT_HOST_RANK": hosts.index(host),
+        "SM_NUM_CPUS": os.cpu_count(),
+        "SM_NUM_GPUS": gpus,
+        "SM_NUM_NEURONS": 0,
+        "SM_RESOURCE_CONFIG": resources,
+        "SM_INPUT_DATA_CONFIG": inputs,
+        "TRAINING_JOB_NAME": job.name,
+    }
+    values |= {f"SM_CHANNEL_{name.upper()}": str(path) for name, path in channels.items()}
+    values |= {f"SM_HP_{name.upper()}": value for name, value in job.hyperparameters.items()}
+    values["SM_TRAINING_ENV"] = {
+        "channel_input_dirs": {name: str(path) for name, path in channels.items()},
+        "current_host": host,
+        "hosts": hosts,
+        "hyperparameters": job.hyperparameters,
+        "job_name": job.name,
+        "model_dir": values["SM_MODEL_DIR"],
+        "num_cpus": values["SM_NUM_CPUS"],
+        "num_gpus": gpus,
+        "output_data_dir": values["SM_OUTPUT_DATA_DIR"],
+    }
+    return {name: _text(value) for name, value in values.items()} | job.environment
+
+
+def _text(value: object) -> str:
+    """A value as the SDK's driver writes it: text as it is, everything else as JSON."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _copy(source: subprocess.Popen[str], host: str, instances: int, view: TrainingView) -> None:
+    assert source.stdout is not None
+    for line in source.stdout:
+        view.write(line if instances == 1 or host == "algo-1" else f"{host}: {line}")
+
+
+def _wait(processes: list[subprocess.Popen[str]]) -> list[int]:
+    """Wait for all; as soon as one fails, stop waiting for the rest."""
+    running = list(processes)
+    while running:
+        for candidate in list(running):
+            try:
+                code = candidate.wait(timeout=0.2)
+            except subprocess.TimeoutExpired:
+                continue
+            running.remove(candidate)
+            if code:
+                return [code]
+    return [0]
+
+
+def _stop(processes: list[subprocess.Popen[str]]) -> None:
+    """SIGTERM to every process group that still runs; SIGKILL after the grace period."""
+    for candidate in processes:
+        if candidate.poll() is None:
+            os.killpg(candidate.pid, signal.SIGTERM)
+    for candidate in processes:
+        try:
+            candidate.wait(timeout=GRACE)
+        except subprocess.TimeoutExpired:
+            os.killpg(candidate.pid, signal.SIGKILL)
+            candidate.wait()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,167 @@
+"""Runs: their names, their folder in `artifacts/`, and what a person wants to know of one.
+
+python -m pipelines.runs            # the newest run: metrics, files, what to do next
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import os
+import re
+import secrets
+import shutil
+import subprocess
+import tarfile
+import time
+from pathlib import Path
+from typing import Any
+
+from pipelines import ROOT, console
+from pipelines.console import UserError
+
+ARTIFACTS = ROOT / "artifacts"
+WORK = ROOT / ".cache" / "local"
+CHECKPOINTS = ROOT / ".cache" / "checkpoints"
+STAMPS = ROOT / ".cache" / "data"  # what was packed from where, by data set
+LATEST = "latest"
+NAME = re.compile(r"\d{8}-\d{6}-[0-9a-f]{4}")
+FILES = ("metrics.json", "metrics.jsonl", "train.log", "run.json")  # beside model.tar.gz
+
+
+def new_name() -> str:
+    """A name that sorts by time: `YYYYMMDD-HHMMSS-` and four random hexadecimal digits."""
+    return f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+
+
+def find(name: str | None) -> Path:
+    """The folder of a finished run; the newest one without a name.
+
+    Raises:
+        UserError: when there is no such run, with those that exist.
+    """
+    folder = ARTIFACTS / (name or LATEST)
+    if (folder / "model.tar.gz").is_file():
+        return folder.resolve()
+    finished = sorted(path.name for path in ARTIFACTS.glob("*") if NAME.fullmatch(path.name))
+    if not finished:
+        raise UserError("there is no finished run yet; train one with `make train-local`")
+    raise UserError(f"there is no finished run {name or LATEST!r}; finished runs: {', '.join(finished[-5:])}")
+
+
+def git_commit() -> str:
+    """The commit of the project, with `-dirty` when files differ from it; empty outside of a repository."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        return ""
+
+
+def publish(name: str, model: Path, output: Path, facts: dict[str, Any]) -> Path:
+    """Check what training wrote and move it into `artifacts/<name>` as a whole.
+
+    Args:
+        name: of the run.
+        model: the folder that was SM_MODEL_DIR.
+        output: the folder that was SM_OUTPUT_DATA_DIR.
+        facts: added to run.json.
+
+    Returns:
+        The run's folder.
+
+    Raises:
+        UserError: when a file is missing or does not match its checksum.
+    """
+    missing = [file for file in FILES if not (output / file).is_file()]
+    if missing or not (model / "model.json").is_file():
+        raise UserError(
+            f"training ended, but {', '.join(missing) or 'model.json'} is missing, so nothing was published; "
+            f"what it left is in {output.parent}"
+        )
+    for file, digest in json.loads((model / "model.json").read_text(encoding="utf-8"))["files"].items():
+        if hashlib.sha256((model / file).read_bytes()).hexdigest() != digest:
+            raise UserError(f"{model / file} does not match its checksum, so nothing was published; train again")
+    temporary = ARTIFACTS / f".{name}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    for file in FILES:
+        shutil.copyfile(output / file, temporary / file)
+    run = json.loads((output / "run.json").read_text(encoding="utf-8"))
+    (temporary / "run.json").write_text(json.dumps({"run": name} | run | facts, indent=2) + "\n", encoding="utf-8")
+    pack(model, temporary / "model.tar.gz")
+    temporary.rename(ARTIFACTS / name)
+    link = ARTIFACTS / f".{LATEST}.tmp"
+    link.unlink(missing_ok=True)
+    link.symlink_to(name)
+    link.replace(ARTIFACTS / LATEST)
+    return ARTIFACTS / name
+
+
+def pack(folder: Path, archive: Path) -> None:
+    """Write a folder as a .tar.gz whose bytes depend on names and contents only."""
+    with (
+        archive.open("wb") as file,
+        gzip.GzipFile("", "wb", fileobj=file, mtime=0) as compressed,
+        tarfile.open(fileobj=compressed, mode="w", format=tarfile.USTAR_FORMAT) as tar,
+    ):
+        for path in sorted(folder.rglob("*")):
+            if path.is_file():
+                entry = tarfile.TarInfo(path.relative_to(folder).as_posix())
+                entry.size, entry.mode = path.stat().st_size, 0o644
+                with path.open("rb") as content:
+                    tar.addfile(entry, content)
+
+
+def describe(folder: Path) -> str:
+    """What a person wants to know of a finished run: its numbers, its files, and three commands that come next."""
+    facts = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    rows = [
+        ("run", f"{facts['run']} ({facts['mode']}{', image ' + facts['image'] if facts.get('image') else ''})"),
+        ("data set", f"{facts['data']}"),
+        ("validation accuracy", f"{metrics['val_accuracy']:.4f}"),
+        ("validation loss", f"{metrics['val_loss']:.4f}"),
+        ("training", f"{metrics['epochs']} epochs, {metrics['train_images_per_second']:,.0f} images/s, "
+                     f"{metrics['world_size']} rank(s)"),
+        ("seconds", f"{facts['seconds']:.1f} in all, {facts['seconds_to_first_step']:.1f} to the first step"),
+    ]  # fmt: skip
+    evaluation = folder / "evaluation.json"
+    if evaluation.exists():
+        accuracy = json.loads(evaluation.read_text(encoding="utf-8"))["metrics"]["accuracy"]
+        text = f"{accuracy['value']:.4f} (95 % interval {accuracy['ci_low']:.4f} to {accuracy['ci_high']:.4f})"
+        rows.append(("test accuracy", text))
+    lines = [f"  {name:20} {value}" for name, value in rows]
+    here = Path(os.path.relpath(folder, ROOT))
+    lines += [f"  {name:20} {here / name}" for name in sorted(path.name for path in folder.iterdir())]
+    commands = [
+        "make evaluate",
+        f"make predict IMAGE={example_image(folder)}",
+        "make train-local DATA=folder/of/images",
+    ]
+    return "\n".join([*lines, "next:", *(f"  {command}" for command in commands)])
+
+
+def example_image(folder: Path) -> str:
+    """The raw file of one test image of a run's data set, to try a prediction on."""
+    try:
+        data = ROOT / json.loads((folder / "run.json").read_text(encoding="utf-8"))["data"]
+        source = Path(json.loads((STAMPS / f"{data.name}.json").read_text(encoding="utf-8"))["source"])
+        rows = json.loads((data / "test" / "dataset.json").read_text(encoding="utf-8"))["rows"]
+        path = source / (rows["test"] or rows["train"])[0]
+        return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
+    except (OSError, ValueError, KeyError, IndexError):
+        return "path/to/an/image"
+
+
+def main() -> int:
+    """Command line; see the module's docstring."""
+    parser = console.parser("Show a finished run.")
+    parser.add_argument("--run", help="name of a run (default: the newest)")
+    print(describe(find(parser.parse_args().run)))
+    return 0
+
+
+if __name__ == "__main__":
+    console.run_verb(main)

@@ -1,0 +1,176 @@
+"""Train on this machine as SageMaker would: `make train-local`.
+
+    python -m pipelines.train_local --data photos --set training.epochs=3
+
+The job is SDK V3's `ModelTrainer` in local-container mode, with the project's image. Where no Docker engine answers,
+the same entry script runs as processes under the same `SM_*` contract. It needs no AWS account, credentials, region or
+network.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pipelines import ROOT, console, container, data, engine, process, runs
+from pipelines.config import LocalMode, Settings, load
+from pipelines.console import TrainingView, UserError
+from pipelines.jobs import Interrupted, Job, JobFailed
+
+STARTED = time.monotonic()
+
+
+def choose_mode(settings: Settings, mode: LocalMode) -> str | None:
+    """The image to train in, or None to train as processes.
+
+    Raises:
+        UserError: when a container was asked for and cannot be had.
+    """
+    if mode == "process":
+        return None
+    try:
+        engine.check()
+        return engine.training_image(settings)
+    except engine.EngineError as error:
+        if mode == "container":
+            raise UserError(f"{error}; or train without containers: LOCAL_MODE=process") from error
+        print(f"training as a process on this machine: {error}", flush=True)
+        return None
+
+
+def train(
+    settings: Settings, source: str | None, run: str | None, mode: LocalMode, instances: int, verbose: bool
+) -> Path:
+    """Train once and publish the run.
+
+    Args:
+        settings: of the project.
+        source: folder of raw images; None: the configured one.
+        run: name of an interrupted run to resume; None: a fresh run.
+        mode: container, process, or auto.
+        instances: containers (or nodes of processes) that train together.
+        verbose: show everything that the container prints.
+
+    Returns:
+        The folder of the published run.
+
+    Raises:
+        UserError: when it did not succeed; nothing was published then.
+    """
+    hyperparameters = settings.training.as_dict()
+    if run:
+        request = _request(run)
+        source, hyperparameters = source or request["source"], request["hyperparameters"]
+    dataset = data.prepare(settings, source)
+    image = choose_mode(settings, mode)
+    name = run or runs.new_name()
+    checkpoints = runs.CHECKPOINTS / name
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    (checkpoints / "request.json").write_text(json.dumps({"source": source, "hyperparameters": hyperparameters}))
+    job = Job(
+        name=name,
+        root=_fresh_root(name),
+        hyperparameters=hyperparameters,
+        channels={"train": dataset / "train", "validation": dataset / "validation", "checkpoints": checkpoints},
+        instances=instances,
+        environment={"GIT_COMMIT": runs.git_commit(), "PYTHONUNBUFFERED": "1"} | _threads(instances),
+    )
+    print(f"run {name} on {dataset.relative_to(ROOT)}, {f'in image {image}' if image else 'as a process'}", flush=True)
+    first_step: list[float] = []
+    view = TrainingView(job.root / "job.log", image is not None, verbose)
+    view.on_first_step = lambda: first_step.append(time.monotonic() - STARTED)
+    try:
+        with interruptible():
+            outputs = container.run(job, image, view) if image else process.run(job, view)
+    except Interrupted as error:
+        raise UserError(f"stopped by {error}; nothing was published. Resume with RUN={name}", code=130) from error
+    except JobFailed as error:
+        raise UserError(f"{error}\nthe whole log is {(job.root / 'job.log').relative_to(ROOT)}") from error
+    facts = {
+        "mode": "container" if image else "process",
+        "image": image,
+        "instances": instances,
+        "data": str(dataset.relative_to(ROOT)),
+        "seconds": round(time.monotonic() - STARTED, 2),
+        "seconds_to_first_step": round(first_step[0], 2) if first_step else 0.0,
+    }
+    folder = runs.publish(name, outputs.model, outputs.data, facts)
+    for finished in (job.root, checkpoints):
+        shutil.rmtree(finished, ignore_errors=True)
+    return folder
+
+
+def _request(run: str) -> dict[str, Any]:
+    """What an interrupted run was started with."""
+    if (runs.ARTIFACTS / run).is_dir():
+        raise UserError(f"run {run} is finished; start a fresh one without RUN")
+    file = runs.CHECKPOINTS / run / "request.json"
+    if not file.is_file():
+        known = sorted(path.parent.name for path in runs.CHECKPOINTS.glob("*/request.json"))
+        raise UserError(f"there is no interrupted run {run!r}; {'known: ' + ', '.join(known) if known else 'none is'}")
+    request: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return request
+
+
+def _threads(instances: int) -> dict[str, str]:
+    """Hosts that share this machine share its cores; each would otherwise start a thread for every core."""
+    return {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // instances))} if instances > 1 else {}
+
+
+def _fresh_root(name: str) -> Path:
+    """A new folder for the job; its base name is the compose project's name, so it is never used twice."""
+    attempt = 1
+    while True:
+        root = runs.WORK / (name if attempt == 1 else f"{name}-{attempt}")
+        try:
+            root.mkdir(parents=True)
+            return root
+        except FileExistsError:
+            attempt += 1
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Turn SIGINT and SIGTERM into a plain exception: `ModelTrainer.train` swallows KeyboardInterrupt."""
+
+    def interrupt(number: int, _frame: object) -> None:
+        for other in previous:  # once is enough: what follows is the clean-up
+            signal.signal(other, signal.SIG_IGN)
+        raise Interrupted(signal.Signals(number).name)
+
+    previous = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def main() -> int:
+    """Command line; see the module's docstring."""
+    parser = console.parser("Train on this machine as SageMaker would.")
+    parser.add_argument("--data", help="folder with one sub-folder of images a class (default: data.source)")
+    parser.add_argument("--run", help="name of an interrupted run to resume (default: a fresh run)")
+    parser.add_argument("--mode", choices=["auto", "container", "process"], help="default: compute.local_mode")
+    parser.add_argument("--instances", type=int, help="default: compute.local_instances")
+    parser.add_argument("--verbose", action="store_true", help="show everything that the container prints")
+    options = parser.parse_args()
+    overrides = list(options.set)
+    overrides += [f"compute.local_mode={options.mode}"] if options.mode else []
+    overrides += [f"compute.local_instances={options.instances}"] if options.instances is not None else []
+    settings = load(overrides)
+    compute = settings.compute
+    folder = train(settings, options.data, options.run, compute.local_mode, compute.local_instances, options.verbose)
+    print(runs.describe(folder))
+    return 0
+
+
+if __name__ == "__main__":
+    console.run_verb(main)

@@ -1,0 +1,117 @@
+"""Decode, fit, normalise and encode images: the only image code of the project.
+
+Training data and requests take the same way, so a model never meets pixels that were prepared differently:
+`decode` and `fit` serve preprocessing and inference, `normalise` serves training, evaluation and inference.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+if TYPE_CHECKING:
+    import torch
+    from numpy.typing import NDArray
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
+MAX_PIXELS = 64_000_000  # 192 MB once decoded; a larger header is refused before any pixel is read
+BACKGROUND = (255, 255, 255)  # what transparent pixels are blended on
+
+# Our own limit is lower than Pillow's and raises an error; its warning would only repeat that.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+
+class ImageError(ValueError):
+    """The bytes are not an image that this project can read; the message says why."""
+
+
+def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
+    """Decode one encoded image to upright RGB.
+
+    Args:
+        data: the bytes of a JPEG, PNG, WebP, BMP or TIFF file. Of several frames the first counts.
+        max_pixels: the largest accepted width times height.
+
+    Returns:
+        uint8 array of shape (height, width, 3). EXIF orientation is applied, 16-bit grey is scaled to 8 bits,
+        transparency is blended on white.
+
+    Raises:
+        ImageError: when the bytes are no such image, are damaged, or hold too many pixels.
+    """
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            width, height = image.size
+            if width * height > max_pixels:
+                raise ImageError(f"the image has {width}x{height} pixels, more than the limit of {max_pixels}")
+            image.load()
+            return np.ascontiguousarray(_to_rgb(ImageOps.exif_transpose(image)))
+    except ImageError:
+        raise
+    except UnidentifiedImageError:
+        known = ", ".join(FORMATS)
+        raise ImageError(f"{len(data)} bytes that are not a readable image (formats: {known})") from None
+    except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, EOFError, MemoryError and more
+        raise ImageError(f"the image is damaged: {error}") from error
+
+
+def _to_rgb(image: Image.Image) -> NDArray[np.uint8]:
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        values = np.asarray(image)
+        if image.mode == "F" or values.min() < 0 or values.max() > 65535:
+            raise ImageError(f"pixel mode {image.mode!r} has values outside 0 to 65535; save it as 8 or 16 bits")
+        grey = (values.astype(np.uint32) >> 8).astype(np.uint8)  # convert("RGB") would clip all of it to white
+        return np.repeat(grey[:, :, None], 3, axis=2)
+    if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
+        canvas = Image.new("RGBA", image.size, (*BACKGROUND, 255))
+        canvas.alpha_composite(image.convert("RGBA"))
+        image = canvas
+    return np.asarray(image.convert("RGB"))
+
+
+def fit(image: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
+    """Cut the largest centred square and scale it, with antialiasing, to `size` pixels a side.
+
+    Args:
+        image: uint8 array of shape (height, width, 3).
+        size: pixels of a side of the result.
+
+    Returns:
+        uint8 array of shape (size, size, 3).
+    """
+    height, width, _ = image.shape
+    if height == width == size:
+        return image
+    side = min(height, width)
+    left, top = (width - side) // 2, (height - side) // 2
+    square = image[top : top + side, left : left + side]
+    return np.asarray(Image.fromarray(square).resize((size, size), Image.Resampling.BILINEAR))
+
+
+def normalise(batch: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
+    """Turn stored pixels into the model's input.
+
+    Args:
+        batch: uint8 tensor of shape (N, height, width, 3).
+        mean, std: per channel, of pixels scaled to 0..1.
+
+    Returns:
+        float32 tensor of shape (N, 3, height, width) with zero mean and unit deviation over the data set,
+        in channels_last memory order.
+    """
+    pixels = batch.float()
+    scale = pixels.new_tensor([1.0 / (255.0 * deviation) for deviation in std])
+    offset = pixels.new_tensor([-m / s for m, s in zip(mean, std, strict=True)])
+    return pixels.mul_(scale).add_(offset).permute(0, 3, 1, 2)
+
+
+def encode_png(image: NDArray[np.uint8]) -> bytes:
+    """Encode a uint8 array of shape (height, width, 3) without loss."""
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, format="PNG")
+    return buffer.getvalue()

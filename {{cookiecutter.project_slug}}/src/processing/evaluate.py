@@ -1,0 +1,151 @@
+"""Evaluate an artifact on a packed split, through the artifact's own handlers.
+
+    python src/processing/evaluate.py --artifact artifacts/latest/model.tar.gz --data data/digits/test \
+        --output evaluation.json
+
+`evaluation.json` holds `{"metrics": {"accuracy": {"value": 0.98, "ci_low": 0.96, "ci_high": 0.99}, ...}}`, the
+confusion matrix, and what was evaluated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the source root, instead of this script's folder
+
+from inference.artifact import Artifact, ArtifactError, open_artifact
+
+BATCH = 64
+
+
+class EvaluationError(ValueError):
+    """Artifact and data do not fit together; the message says how and what to do."""
+
+
+def evaluate(artifact: Artifact, data: Path) -> dict[str, Any]:
+    """Classify every image of a packed split.
+
+    Args:
+        artifact: opened by `open_artifact`.
+        data: a split's folder.
+
+    Returns:
+        The content of `evaluation.json`. `confusion[i][j]` counts images of class i that were called j.
+    """
+    try:
+        info = json.loads((data / "dataset.json").read_text(encoding="utf-8"))
+        shards = [(np.load(path, mmap_mode="r"), np.load(data / path.name.replace("images", "labels")))
+                  for path in sorted(data.glob("images-*.npy"))]  # fmt: skip
+    except (OSError, ValueError) as error:
+        raise EvaluationError(f"{data} is no packed split ({error}); make one with `make data`") from error
+    classes = artifact.facts["classes"]
+    if info["classes"] != classes:
+        raise EvaluationError(f"the model knows the classes {classes}, the data set has {info['classes']}")
+    if not shards:
+        raise EvaluationError(f"{data} holds no image; add images to the data set and pack it again")
+    labels, probabilities = [], []
+    for images, targets in shards:
+        for first in range(0, len(targets), BATCH):
+            batch = list(np.asarray(images[first : first + BATCH]))
+            probabilities += artifact.handlers.predict_fn(batch, artifact.model)["probabilities"]
+        labels += targets.tolist()
+    truth, scores = np.array(labels), np.array(probabilities)
+    confusion = np.zeros((len(classes), len(classes)), dtype=np.int64)
+    np.add.at(confusion, (truth, scores.argmax(1)), 1)
+    return {
+        "metrics": metrics(truth, scores, confusion),
+        "classes": classes,
+        "per_class": per_class(classes, confusion),
+        "confusion": confusion.tolist(),
+        "images": len(truth),
+        "dataset_fingerprint": info["fingerprint"],
+        "model_dataset_fingerprint": artifact.facts["dataset_fingerprint"],
+    }
+
+
+def metrics(
+    truth: NDArray[np.int64], scores: NDArray[np.float64], confusion: NDArray[np.int64]
+) -> dict[str, dict[str, float]]:
+    """Accuracy with its 95 % interval, cross-entropy, and the unweighted means of precision, recall and F1.
+
+    Args:
+        truth: labels, (N,).
+        scores: probabilities, (N, classes).
+        confusion: counts, true class by predicted class.
+    """
+    correct = int(np.trace(confusion))
+    low, high = wilson(correct, len(truth))
+    chosen = np.clip(scores[np.arange(len(truth)), truth], 1e-12, 1.0)
+    rows = [row for row in per_class([""] * len(confusion), confusion) if row["images"]]
+    return {
+        "accuracy": {"value": correct / len(truth), "ci_low": low, "ci_high": high},
+        "cross_entropy": {"value": float(-np.log(chosen).mean())},
+        "macro_precision": {"value": float(np.mean([row["precision"] for row in rows]))},
+        "macro_recall": {"value": float(np.mean([row["recall"] for row in rows]))},
+        "macro_f1": {"value": float(np.mean([row["f1"] for row in rows]))},
+    }
+
+
+def per_class(classes: Sequence[str], confusion: NDArray[np.int64]) -> list[dict[str, Any]]:
+    """Precision, recall and F1 of every class; 0 where a class was never predicted or has no image."""
+    hits, actual, predicted = np.diag(confusion), confusion.sum(1), confusion.sum(0)
+    return [
+        {
+            "class": name,
+            "images": int(actual[index]),
+            "precision": float(hits[index] / max(predicted[index], 1)),
+            "recall": float(hits[index] / max(actual[index], 1)),
+            "f1": float(2 * hits[index] / max(predicted[index] + actual[index], 1)),
+        }
+        for index, name in enumerate(classes)
+    ]
+
+
+def wilson(successes: int, trials: int, z: float = 1.959964) -> tuple[float, float]:
+    """The 95 % score interval of a proportion (Wilson, "Probable Inference ...", JASA 22, 1927)."""
+    share = successes / trials
+    centre = share + z * z / (2 * trials)
+    reach = z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
+    scale = 1 + z * z / trials
+    return max(0.0, (centre - reach) / scale), min(1.0, (centre + reach) / scale)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line; see the module's docstring."""
+    parser = argparse.ArgumentParser(description="Evaluate an artifact on a packed split.")
+    parser.add_argument("--artifact", type=Path, required=True, help="model.tar.gz of a run")
+    parser.add_argument("--data", type=Path, required=True, help="folder of a packed split")
+    parser.add_argument("--output", type=Path, required=True, help="where evaluation.json is written")
+    options = parser.parse_args(arguments)
+    try:
+        with open_artifact(options.artifact) as artifact:
+            result = evaluate(artifact, options.data)
+    except (ArtifactError, EvaluationError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    options.output.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    accuracy = result["metrics"]["accuracy"]
+    print(
+        f"accuracy {accuracy['value']:.4f} (95 % interval {accuracy['ci_low']:.4f} to {accuracy['ci_high']:.4f}) "
+        f"on {result['images']} images"
+    )
+    width = max(len(name) for name in ["class", *result["classes"]])
+    print(f"{'class':{width}}  images  precision  recall     f1")
+    for row in result["per_class"]:
+        scores = f"{row['precision']:9.3f}  {row['recall']:6.3f}  {row['f1']:5.3f}"
+        print(f"{row['class']:{width}}  {row['images']:6}  {scores}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

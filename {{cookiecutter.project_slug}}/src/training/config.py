@@ -1,0 +1,185 @@
+"""The hyperparameters: one dataclass from which the command line, the YAML file and the checks all follow.
+
+They arrive as `--name value` arguments (SageMaker's script drivers), or in the JSON variable `SM_HPS` when there are
+no arguments. Standard library only: the laptop imports this module too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import math
+import re
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from typing import Any, ClassVar, Literal
+
+Auto = Literal["auto"]
+SMALL_IMAGE = 64  # pixels a side up to which the small convolutional network is the automatic choice
+TORCHVISION_SIZE = 224  # pixels a side for larger pictures
+
+
+class ConfigurationError(ValueError):
+    """A hyperparameter is unknown, mistyped or out of range; the message names it, its value and the fix."""
+
+
+def _option(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hyperparameters:
+    """What a training run can be told. `auto` is settled by `resolve` from the data set."""
+
+    model: str = _option("auto", "cnn (small convolutional network), or a torchvision classifier such as resnet18")
+    image_size: int | Auto = _option("auto", "pixels a side; auto takes what the data set was packed at")
+    epochs: int | Auto = _option("auto", "passes over the training split")
+    batch_size: int = _option(64, "images per optimizer step, over all ranks together")
+    optimizer: Literal["adamw", "sgd"] = _option("adamw", "adamw, or sgd with Nesterov momentum")
+    learning_rate: float | Auto = _option("auto", "peak, after warm-up; auto follows model and optimizer")
+    momentum: float = _option(0.9, "of sgd")
+    weight_decay: float = _option(0.05, "not applied to biases and normalisation")
+    warmup_fraction: float = _option(0.25, "share of all steps with a rising learning rate; cosine decay after it")
+    label_smoothing: float = _option(0.1, "0 to below 1")
+    ema_decay: float = _option(0.9, "per step, of the averaged weights that are evaluated and exported; 0 = off")
+    translate: float = _option(0.125, "augmentation: largest shift, as a share of image_size")
+    horizontal_flip: bool = _option(False, "augmentation: true when a mirror image keeps its class")
+    precision: Literal["auto", "fp32", "bf16"] = _option("auto", "auto: bf16 autocast where the hardware has it")
+    seed: int = _option(0, "of initial weights, sample order and augmentation")
+
+    __pydantic_config__: ClassVar = {"extra": "forbid"}  # the laptop validates this same class with pydantic
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"\w+", self.model, re.ASCII):  # a quote would break the SDK's environment file
+            raise ConfigurationError(f"model is {self.model!r}; it must be letters, digits and underscores")
+        for name in ("image_size", "epochs", "batch_size"):
+            value = getattr(self, name)
+            if value != "auto" and value < 1:
+                raise ConfigurationError(f"{name} is {value}; it must be at least 1")
+        ranges: dict[str, tuple[float, float]] = {
+            "momentum": (0, 1),
+            "weight_decay": (0, math.inf),
+            "label_smoothing": (0, 1),
+            "ema_decay": (0, 1),
+            "warmup_fraction": (0, 1),
+            "translate": (0, 1),
+            "seed": (0, 2**32),
+        }
+        for name, (low, high) in ranges.items():
+            value = getattr(self, name)
+            if not low <= value < high:
+                raise ConfigurationError(f"{name} is {value}; it must be at least {low} and below {high}")
+        if self.learning_rate != "auto" and not 0 < self.learning_rate < math.inf:
+            raise ConfigurationError(f"learning_rate is {self.learning_rate}; it must be above 0")
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, in the order of the fields."""
+        return asdict(self)
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A hint for an unknown name: the closest known ones, or all of them."""
+    choices = sorted(known)
+    close = difflib.get_close_matches(name, choices, n=2)
+    return f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(choices)}"
+
+
+def parse(values: Mapping[str, object]) -> Hyperparameters:
+    """Build the hyperparameters from names and values, text included (`"true"`, `"None"`, `"1e-3"`).
+
+    Raises:
+        ConfigurationError: for an unknown name or a value that does not fit.
+    """
+    kinds = typing.get_type_hints(Hyperparameters)
+    parsed: dict[str, Any] = {}
+    for name, value in values.items():
+        if name not in kinds:
+            raise ConfigurationError(f"unknown hyperparameter {name!r}; {nearest(name, kinds)}")
+        parsed[name] = _convert(name, value, kinds[name])
+    return Hyperparameters(**parsed)
+
+
+def _convert(name: str, value: object, kind: Any) -> object:
+    """Fit one value to the type of its field; text counts as the value that it spells."""
+    text = str(value).strip()
+    accepted: list[str] = []
+    union = typing.get_origin(kind) in (typing.Union, types.UnionType)
+    for choice in typing.get_args(kind) if union else (kind,):
+        if typing.get_origin(choice) is Literal:
+            names = typing.get_args(choice)
+            if text.lower() in names:
+                return text.lower()
+            accepted.extend(names)
+        elif choice is bool:
+            if text.lower() in ("true", "1", "yes"):
+                return True
+            if text.lower() in ("false", "0", "no"):
+                return False
+            accepted.extend(["true", "false"])
+        elif choice is str:
+            if text and value is not None:
+                return text
+            accepted.append("text")
+        else:
+            try:
+                number = float(text)
+            except ValueError:
+                number = math.nan
+            if math.isfinite(number) and not isinstance(value, bool) and (choice is float or number.is_integer()):
+                return choice(number)
+            accepted.append("a whole number" if choice is int else "a number")
+    raise ConfigurationError(f"{name} is {value!r}; it must be {' or '.join(accepted)}")
+
+
+def from_command_line(arguments: Sequence[str], environment: Mapping[str, str]) -> Hyperparameters:
+    """Read `--name value` arguments; without any, the JSON object in `SM_HPS`.
+
+    Raises:
+        ConfigurationError: for an unknown name, a missing value or one that does not fit.
+    """
+    if not arguments:
+        return parse(json.loads(environment.get("SM_HPS") or "{}"))
+    parser = argparse.ArgumentParser(allow_abbrev=False, exit_on_error=False, description="Train an image classifier.")
+    for option in fields(Hyperparameters):
+        assert option.default is not MISSING
+        text = f"{option.metadata['help']} (default: {option.default})"
+        parser.add_argument(f"--{option.name}", metavar="VALUE", default=argparse.SUPPRESS, help=text)
+    try:
+        known, unknown = parser.parse_known_args(arguments)
+    except argparse.ArgumentError as error:
+        raise ConfigurationError(str(error)) from None
+    if unknown:
+        names = [option.name for option in fields(Hyperparameters)]
+        raise ConfigurationError(f"unknown argument {unknown[0]!r}; {nearest(unknown[0].lstrip('-'), names)}")
+    return parse(vars(known))
+
+
+def resolve(hyperparameters: Hyperparameters, image_size: int, train_images: int) -> Hyperparameters:
+    """Settle every `auto` from the packed data set.
+
+    Args:
+        hyperparameters: as given.
+        image_size: pixels a side of the packed images.
+        train_images: rows of the training split.
+
+    Raises:
+        ConfigurationError: when `image_size` was given and is not the size of the packed images.
+    """
+    if hyperparameters.image_size not in ("auto", image_size):
+        raise ConfigurationError(
+            f"image_size is {hyperparameters.image_size}, but the data set was packed at {image_size}; "
+            f"pack it again (`make data`) or set image_size to auto"
+        )
+    model = hyperparameters.model
+    if model == "auto":
+        model = "cnn" if image_size <= SMALL_IMAGE else "resnet18"
+    epochs = hyperparameters.epochs
+    if epochs == "auto":  # about 40,000 images seen: enough for a small set, a first look at a large one
+        epochs = min(max(round(40_000 / train_images), 10), 60 if model == "cnn" else 30)
+    learning_rate = hyperparameters.learning_rate
+    if learning_rate == "auto":
+        learning_rate = 0.1 if hyperparameters.optimizer == "sgd" else 0.02 if model == "cnn" else 0.001
+    return replace(hyperparameters, model=model, image_size=image_size, epochs=epochs, learning_rate=learning_rate)

@@ -1,0 +1,154 @@
+"""Train an image classifier on a packed data set: the entry script of every training job.
+
+Run by `make train-local`, or by hand on a packed data set:
+
+    SM_CHANNEL_TRAIN=data/digits/train SM_CHANNEL_VALIDATION=data/digits/validation \
+    SM_MODEL_DIR=/tmp/model SM_OUTPUT_DATA_DIR=/tmp/output python src/training/train.py --epochs 3
+
+`torchrun --nproc_per_node 2 src/training/train.py ...` trains on two ranks. Everything else comes from the `SM_*`
+variables of SageMaker's containers; the script does not know whether it runs in one.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import sys
+import time
+import traceback
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+STARTED = time.time()
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the source root, instead of this script's folder
+
+import numpy as np  # noqa: E402
+import safetensors  # noqa: E402
+import torch  # noqa: E402
+
+from training import config, data, distributed  # noqa: E402
+from training.checkpoint import CheckpointError  # noqa: E402
+from training.export import write_artifact  # noqa: E402
+from training.loop import fit  # noqa: E402
+from training.model import ModelError, build_model  # noqa: E402
+
+logger = logging.getLogger("training")
+EXPLAINED = (config.ConfigurationError, data.DataError, ModelError, CheckpointError)  # one sentence says it all
+
+
+@dataclass(frozen=True)
+class Folders:
+    """Where the job reads and writes."""
+
+    train: Path
+    validation: Path
+    model: Path
+    output: Path
+    checkpoints: Path | None
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str]) -> Folders:
+        """Read the `SM_*` variables of the training contract."""
+        names = ("SM_CHANNEL_TRAIN", "SM_CHANNEL_VALIDATION", "SM_MODEL_DIR", "SM_OUTPUT_DATA_DIR")
+        missing = [name for name in names if not environment.get(name)]
+        if missing:
+            raise config.ConfigurationError(
+                f"{' and '.join(missing)} not set; start the script through `make train-local`, or set them to folders"
+            )
+        checkpoints = Path(environment.get("SM_CHANNEL_CHECKPOINTS") or "/opt/ml/checkpoints")
+        train, validation, model, output = (Path(environment[name]) for name in names)
+        return cls(train, validation, model, output, checkpoints if checkpoints.is_dir() else None)
+
+
+def train(hyperparameters: config.Hyperparameters, folders: Folders, world: distributed.World) -> None:
+    """Train, evaluate and write the artifact and the run's files (main rank only)."""
+    folders.output.mkdir(parents=True, exist_ok=True)
+    logger.addHandler(_file_handler(folders.output / "train.log") if world.is_main else logging.NullHandler())
+    train_split, validation = data.load_channels(folders.train, folders.validation)
+    settled = config.resolve(hyperparameters, train_split.image_size, len(train_split))
+    torch.manual_seed(settled.seed)
+    model = build_model(settled.model, len(train_split.classes), train_split.image_size).to(world.device)
+    if world.is_main:
+        choices = [f"{name}={value}" for name, value in settled.as_dict().items()]
+        logger.info("%d training and %d validation images of %d classes on %d rank(s), %s",
+                    len(train_split), len(validation), len(train_split.classes), world.size, world.device)  # fmt: skip
+        logger.info("hyperparameters: %s", " ".join(choices))
+
+    def record(history: list[dict[str, Any]]) -> None:
+        lines = [json.dumps(epoch) + "\n" for epoch in history]
+        (folders.output / "metrics.jsonl").write_text("".join(lines), encoding="utf-8")
+
+    trained, history = fit(model, train_split, validation, settled, world, folders.checkpoints, record)
+    if world.is_main:
+        record(history)
+        rates = [epoch["images_per_second"] for epoch in history[1:] or history]  # the first epoch warms up
+        metrics = {
+            "val_accuracy": history[-1]["val_accuracy"],
+            "val_loss": history[-1]["val_loss"],
+            "train_loss": history[-1]["train_loss"],
+            "epochs": len(history),
+            "steps": history[-1]["step"],
+            "train_images_per_second": sum(rates) / len(rates),
+            "world_size": world.size,
+            "seconds": time.time() - STARTED,
+        }
+        git_commit = os.environ.get("GIT_COMMIT") or None
+        write_artifact(folders.model, trained, settled, validation, metrics, git_commit)
+        _write_json(folders.output / "metrics.json", metrics)
+        facts = {
+            "hyperparameters": settled.as_dict(),
+            "git_commit": git_commit,
+            "dataset_fingerprint": validation.info["fingerprint"],
+            "versions": {
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "numpy": np.__version__,
+                "safetensors": safetensors.__version__,
+            },
+            "device": torch.cuda.get_device_name() if world.device.type == "cuda" else platform.machine(),
+        }
+        _write_json(folders.output / "run.json", facts)
+        logger.info("artifact written")
+    world.barrier()
+
+
+def main(arguments: list[str]) -> int:
+    """Run the job; a failure is explained on standard error and in `$SM_OUTPUT_FAILURE`."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    try:
+        hyperparameters = config.from_command_line(arguments, os.environ)
+        folders = Folders.from_environment(os.environ)
+        world = distributed.start()
+        try:
+            train(hyperparameters, folders, world)
+        finally:
+            distributed.stop()
+        return 0
+    except EXPLAINED as error:
+        reason, code = f"{error}", 2
+    except Exception:
+        reason, code = traceback.format_exc(), 1
+    print(f"error: {reason}", file=sys.stderr, flush=True)
+    failure = os.environ.get("SM_OUTPUT_FAILURE")
+    if failure:
+        Path(failure).write_text(reason, encoding="utf-8")
+    return code
+
+
+def _file_handler(path: Path) -> logging.Handler:
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    return handler
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,102 @@
+"""Fixtures: small image folders, packed data sets, copies of the project to run verbs in, and the Docker engine."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipelines import ROOT, config, engine
+from processing.preprocess import pack
+
+Verb = Callable[..., subprocess.CompletedProcess[str]]
+CLASSES = ("down", "left", "up")
+
+
+def draw(label: str, number: int, size: int = 12) -> Image.Image:
+    """A noisy picture whose bright edge tells its class."""
+    random = np.random.default_rng([CLASSES.index(label), number])
+    pixels = random.integers(0, 90, size=(size, size, 3), dtype=np.uint8)
+    edge = {"down": np.s_[size // 2 :, :], "left": np.s_[:, : size // 2], "up": np.s_[: size // 2, :]}[label]
+    pixels[edge] += 120
+    return Image.fromarray(pixels)
+
+
+@pytest.fixture(scope="session")
+def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A raw image folder: three classes of 20 PNG files."""
+    folder = tmp_path_factory.mktemp("raw") / "edges"
+    for label in CLASSES:
+        (folder / label).mkdir(parents=True)
+        for number in range(20):
+            draw(label, number).save(folder / label / f"{number}.png")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def packed(raw: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, packed."""
+    folder = tmp_path_factory.mktemp("packed") / "edges"
+    pack(raw, folder)
+    return folder
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A copy of this project without environment, data and artifacts, so that verbs leave nothing behind here."""
+    folder = tmp_path / "project"
+    away = shutil.ignore_patterns(".*", "data", "artifacts", "__pycache__", "build")
+    shutil.copytree(ROOT, folder, ignore=away)
+    return folder
+
+
+@pytest.fixture
+def verb(project: Path) -> Verb:
+    """Run a verb in the copy: `verb("train_local", "--mode", "process", DOCKER_HOST=...)`."""
+
+    def run(module: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", f"pipelines.{module}", *arguments]
+        return subprocess.run(
+            command, cwd=project, env=verb_environment() | environment, capture_output=True, text=True, timeout=600
+        )
+
+    return run
+
+
+def verb_environment() -> dict[str, str]:
+    """The environment of a shell that has no AWS account and has never heard of this project."""
+    strange = ("AWS_", "SAGEMAKER_", "SM_", "PYTHONPATH")
+    return {name: value for name, value in os.environ.items() if not name.startswith(strange)}
+
+
+@pytest.fixture(scope="session")
+def image() -> str:
+    """The project's image. The test is skipped without an engine, or fails where REQUIRE_CONTAINERS is set."""
+    try:
+        engine.check()
+        return engine.training_image(config.load())
+    except engine.EngineError as error:
+        if os.environ.get("REQUIRE_CONTAINERS"):
+            pytest.fail(f"REQUIRE_CONTAINERS is set, but no container can run: {error}")
+        pytest.skip(f"no container can run: {error}")
+
+
+def containers_and_networks() -> set[str]:
+    """Identifiers of all containers and networks of the engine."""
+    commands = (["docker", "ps", "--all", "--quiet"], ["docker", "network", "ls", "--quiet"])
+    return {line for command in commands for line in subprocess.check_output(command, text=True).splitlines()}
+
+
+@pytest.fixture
+def nothing_left(image: str) -> Iterator[str]:
+    """The image, for a test after which containers and networks must be as before."""
+    before = containers_and_networks()
+    yield image
+    assert containers_and_networks() == before, "the run left containers or networks behind"

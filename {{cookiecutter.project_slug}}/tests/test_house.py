@@ -1,0 +1,82 @@
+"""The rules of the house: what may import what, and facts that must be written once."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipelines import ROOT, SOURCE
+from training.config import Hyperparameters
+
+MODULES = sorted([*SOURCE.rglob("*.py"), *(ROOT / "pipelines").rglob("*.py")])
+
+
+def imported(path: Path) -> set[str]:
+    """Top-level names of everything that a file imports, anywhere in it."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} has a relative import"
+            names.add(str(node.module).split(".")[0])
+    return names
+
+
+def forbidden(path: Path) -> set[str]:
+    if path.is_relative_to(SOURCE):
+        return {"sagemaker", "boto3", "botocore", "pipelines", "src"}
+    return {"torch", "torchvision", "safetensors", "src"}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_wall_between_container_and_laptop(path: Path) -> None:
+    assert not imported(path) & forbidden(path)
+
+
+def test_wall_test_can_fail(tmp_path: Path) -> None:
+    file = tmp_path / "module.py"
+    file.write_text("def late():\n    import boto3.session\n    from torch import nn\n")
+    assert imported(file) == {"boto3", "torch"}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_module_is_short_and_says_what_it_does(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 300
+    assert ast.get_docstring(ast.parse(text))
+
+
+def test_importing_the_verbs_needs_no_torch_and_no_sdk() -> None:
+    code = "import sys, pipelines.train_local; print([m for m in ('torch', 'sagemaker', 'boto3') if m in sys.modules])"
+    answer = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert answer.stdout.strip() == "[]"
+
+
+def test_training_the_small_network_never_imports_torchvision() -> None:
+    code = (
+        "import sys, training.train, inference.inference; from training.model import build_model;"
+        "build_model('cnn', 2, 8); print([m for m in ('torchvision', 'torch._dynamo') if m in sys.modules])"
+    )
+    answer = subprocess.run([sys.executable, "-c", code], cwd=SOURCE, capture_output=True, text=True, check=True)
+    assert answer.stdout.strip() == "[]"
+
+
+def test_training_yaml_holds_every_hyperparameter_with_its_type() -> None:
+    document = yaml.safe_load((ROOT / "configs" / "training.yaml").read_text(encoding="utf-8"))
+    assert list(document) == [option.name for option in fields(Hyperparameters)]
+
+
+def test_the_makefile_documents_every_verb_and_every_recipe_is_one_program() -> None:
+    lines = (ROOT / "Makefile").read_text(encoding="utf-8").splitlines()
+    phony = next(line for line in lines if line.startswith(".PHONY:")).split()[1:]
+    for name in phony:
+        assert any(line.startswith(f"{name}:") and " ## " in line for line in lines), f"{name} has no description"
+    recipes = [line for line in lines if line.startswith("\t")]
+    assert not [line for line in recipes if any(sign in line for sign in ("&&", "||", ";;", "`", "$(shell"))]
