@@ -1,4 +1,4 @@
-"""Make the new project a git repository and say what comes next. Best effort and offline: it never loses the project."""
+"""Make the new project a git repository and say what comes next; best effort, offline, and never its loss."""
 
 import contextlib
 import shutil
@@ -14,7 +14,7 @@ NEXT = """
 """
 
 
-def main():
+def main() -> None:
     """Drop folders that the answers left empty, start a repository, print the next steps."""
     for folder in (Path(".github/workflows"), Path(".github")):
         with contextlib.suppress(OSError):  # it holds files, or it is not there

@@ -1,5 +1,7 @@
 """Validate every answer before a file exists. A refused answer: one sentence, exit code 1, nothing left behind."""
 
+from __future__ import annotations
+
 import json
 import keyword
 import re
@@ -14,17 +16,17 @@ REGIONS = (
     "us-west-1 us-west-2"
 ).split()
 TAKEN = (
-    "boto3 botocore cookiecutter configs data inference imaging mlflow mypy numpy pillow pil pipelines processing "
-    "pydantic pytest ruff safetensors sagemaker sklearn src tests torch torchvision tqdm training yaml"
+    "boto3 botocore build configs cookiecutter data inference imaging mlflow mypy numpy pil pillow pipelines "
+    "processing pydantic pytest ruff safetensors sagemaker sklearn src tests torch torchvision tqdm training yaml"
 ).split()
 TEXTS = {"project_name": 60, "description": 200, "author": 100}
 
 
-def problem():
+def problem() -> str | None:
     """Return what is wrong with the first bad answer, or None."""
     for name, longest in TEXTS.items():
         text = ANSWERS[name]
-        if not 0 < len(text.strip()) or len(text) > longest or not text.isprintable():
+        if not len(text.strip()) > 0 or len(text) > longest or not text.isprintable():
             return f"{name} is {text!r}; it must be one printable line of 1 to {longest} characters"
     slug = ANSWERS["project_slug"]
     if not re.fullmatch(r"[a-z][a-z0-9]*(_[a-z0-9]+)*", slug) or len(slug) > 30:

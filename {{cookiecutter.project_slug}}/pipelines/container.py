@@ -50,7 +50,6 @@ def run(job: Job, image: str, view: TrainingView) -> Outputs:
         reason = view.last_line if "Failed to run" in str(error) else str(error).partition("\n")[0]
         raise JobFailed(failure_reason(job.root, reason or type(error).__name__)) from error
     finally:
-        view.close()
         engine.remove_run(job.root)
         engine.give_back(image, job.root, job.channels["checkpoints"])
         if python_path is not None:

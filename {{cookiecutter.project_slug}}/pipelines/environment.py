@@ -1,9 +1,10 @@
 """Make the project's environment in `.venv` with uv, which is installed there when the machine has none.
 
-    python3 pipelines/environment.py            # what `make setup` runs; ARGS are handed to `uv pip install`
+    python3 pipelines/environment.py                    # what `make setup` runs: all groups of pyproject.toml
+    python3 pipelines/environment.py --group laptop     # only that one; other options are handed to `uv pip install`
 
-Runs on the system's Python, so standard library only. A committed `uv.lock` is respected; without one the newest
-versions inside the ranges of pyproject.toml are installed.
+It runs on the system's Python, so it uses the standard library only. A committed `uv.lock` is respected; without one
+the newest versions inside the ranges of pyproject.toml are installed.
 """
 
 import os
@@ -12,7 +13,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
 GROUPS = ("container", "laptop", "dev")
 MINIMUM = (3, 11)
 
@@ -42,20 +42,20 @@ def find_uv(environment: Path) -> str:
 
 
 def main(arguments: "list[str]") -> int:
-    """Create or update the environment; see the module's docstring."""
-    environment = ROOT / ".venv"
+    """Create or update the environment of the project in the current folder; see the module's docstring."""
+    environment = Path(".venv").absolute()
     uv = find_uv(environment)
     inherited = {key: value for key, value in os.environ.items() if key not in ("VIRTUAL_ENV", "PYTHONPATH")}
     settings = {**inherited, "UV_PROJECT_ENVIRONMENT": str(environment), "UV_LINK_MODE": "hardlink"}
-    groups = [word for group in GROUPS for word in ("--group", group)]
-    if (ROOT / "uv.lock").exists():
+    groups = [] if "--group" in arguments else [word for group in GROUPS for word in ("--group", group)]
+    if Path("uv.lock").exists():
         commands = [[uv, "sync", "--locked", *groups, *arguments]]
     else:
         commands = [[uv, "pip", "install", "--python", str(environment), "-r", "pyproject.toml", *groups, *arguments]]
         if not (environment / "bin" / "python").exists():
             commands.insert(0, [uv, "venv", "--quiet", str(environment)])
     for command in commands:
-        if subprocess.run(command, cwd=ROOT, env=settings).returncode:
+        if subprocess.run(command, env=settings).returncode:
             print("error: the environment is not complete (see above); nothing else was changed", file=sys.stderr)
             return 1
     (environment / ".ready").touch()

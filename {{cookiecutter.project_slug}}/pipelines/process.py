@@ -51,7 +51,6 @@ def run(job: Job, view: TrainingView) -> Outputs:
         _stop(processes)
         for reader in readers:
             reader.join(timeout=10)
-        view.close()
     failed = [code for code in codes if code]
     if failed:
         raise JobFailed(failure_reason(job.root, f"the script ended with exit code {failed[0]}"))
@@ -60,7 +59,8 @@ def run(job: Job, view: TrainingView) -> Outputs:
 
 def command(job: Job, rank: int, gpus: int, port: int) -> list[str]:
     """What the SDK's driver would start on the host with this rank."""
-    arguments = [word for name, value in job.hyperparameters.items() for word in (f"--{name}", _text(value))]
+    hyperparameters = _as_driver_reads(job.hyperparameters)
+    arguments = [word for name, value in hyperparameters.items() for word in (f"--{name}", _text(value))]
     if job.instances == 1 and gpus <= 1:
         return [sys.executable, ENTRY_SCRIPT, *arguments]
     torchrun = [
@@ -80,6 +80,7 @@ def command(job: Job, rank: int, gpus: int, port: int) -> list[str]:
 def contract(job: Job, host: str, hosts: list[str], gpus: int, port: int) -> dict[str, str]:
     """The `SM_*` variables that SDK V3's container driver sets, with paths of this machine."""
     base = job.root / host
+    hyperparameters = _as_driver_reads(job.hyperparameters)
     channels = {**job.channels, "code": job.source}
     kind = "local_gpu" if gpus else "local_cpu"
     resources = {"current_host": host, "hosts": hosts, "network_interface_name": "lo", "current_instance_type": kind}
@@ -98,7 +99,7 @@ def contract(job: Job, host: str, hosts: list[str], gpus: int, port: int) -> dic
         "SM_SOURCE_DIR": str(job.source),
         "SM_ENTRY_SCRIPT": ENTRY_SCRIPT,
         "SM_CHANNELS": list(channels),
-        "SM_HPS": job.hyperparameters,
+        "SM_HPS": hyperparameters,
         "SM_CURRENT_HOST": host,
         "SM_CURRENT_INSTANCE_TYPE": kind,
         "SM_HOSTS": hosts,
@@ -113,12 +114,12 @@ def contract(job: Job, host: str, hosts: list[str], gpus: int, port: int) -> dic
         "TRAINING_JOB_NAME": job.name,
     }
     values |= {f"SM_CHANNEL_{name.upper()}": str(path) for name, path in channels.items()}
-    values |= {f"SM_HP_{name.upper()}": value for name, value in job.hyperparameters.items()}
+    values |= {f"SM_HP_{name.upper()}": value for name, value in hyperparameters.items()}
     values["SM_TRAINING_ENV"] = {
         "channel_input_dirs": {name: str(path) for name, path in channels.items()},
         "current_host": host,
         "hosts": hosts,
-        "hyperparameters": job.hyperparameters,
+        "hyperparameters": hyperparameters,
         "job_name": job.name,
         "model_dir": values["SM_MODEL_DIR"],
         "num_cpus": values["SM_NUM_CPUS"],
@@ -131,6 +132,17 @@ def contract(job: Job, host: str, hosts: list[str], gpus: int, port: int) -> dic
 def _text(value: object) -> str:
     """A value as the SDK's driver writes it: text as it is, everything else as JSON."""
     return value if isinstance(value, str) else json.dumps(value)
+
+
+def _as_driver_reads(hyperparameters: dict[str, Any]) -> dict[str, Any]:
+    """The SDK's driver takes text that is JSON for what it spells: "1.10" becomes 1.1."""
+    read = {}
+    for name, value in hyperparameters.items():
+        try:
+            read[name] = json.loads(value) if isinstance(value, str) else value
+        except json.JSONDecodeError:
+            read[name] = value
+    return read
 
 
 def _copy(source: subprocess.Popen[str], host: str, instances: int, view: TrainingView) -> None:

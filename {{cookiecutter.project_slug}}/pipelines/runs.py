@@ -136,11 +136,12 @@ def describe(folder: Path) -> str:
     here = Path(os.path.relpath(folder, ROOT))
     lines += [f"  {name:20} {here / name}" for name in sorted(path.name for path in folder.iterdir())]
     commands = [
-        "make evaluate",
+        *([] if evaluation.exists() else ["make evaluate"]),
         f"make predict IMAGE={example_image(folder)}",
         "make train-local DATA=folder/of/images",
+        "make train-local INSTANCE_COUNT=2",
     ]
-    return "\n".join([*lines, "next:", *(f"  {command}" for command in commands)])
+    return "\n".join([*lines, "next:", *(f"  {command}" for command in commands[:3])])
 
 
 def example_image(folder: Path) -> str:

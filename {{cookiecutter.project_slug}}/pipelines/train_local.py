@@ -9,13 +9,13 @@ network.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from pipelines import ROOT, console, container, data, engine, process, runs
 from pipelines.config import LocalMode, Settings, load
 from pipelines.console import TrainingView, UserError
 from pipelines.jobs import Interrupted, Job, JobFailed
+from training.config import Hyperparameters
 
 STARTED = time.monotonic()
 
@@ -53,7 +54,8 @@ def train(
     Args:
         settings: of the project.
         source: folder of raw images; None: the configured one.
-        run: name of an interrupted run to resume; None: a fresh run.
+        run: name of an interrupted run to resume, with the data and hyperparameters that it was started with; None:
+            a fresh run.
         mode: container, process, or auto.
         instances: containers (or nodes of processes) that train together.
         verbose: show everything that the container prints.
@@ -64,10 +66,11 @@ def train(
     Raises:
         UserError: when it did not succeed; nothing was published then.
     """
-    hyperparameters = settings.training.as_dict()
     if run:
         request = _request(run)
-        source, hyperparameters = source or request["source"], request["hyperparameters"]
+        source = request["source"]
+        settings = settings.model_copy(update={"training": Hyperparameters(**request["hyperparameters"])})
+    hyperparameters = settings.training.as_dict()
     dataset = data.prepare(settings, source)
     image = choose_mode(settings, mode)
     name = run or runs.new_name()
@@ -87,7 +90,7 @@ def train(
     view = TrainingView(job.root / "job.log", image is not None, verbose)
     view.on_first_step = lambda: first_step.append(time.monotonic() - STARTED)
     try:
-        with interruptible():
+        with contextlib.closing(view), interruptible():
             outputs = container.run(job, image, view) if image else process.run(job, view)
     except Interrupted as error:
         raise UserError(f"stopped by {error}; nothing was published. Resume with RUN={name}", code=130) from error
@@ -114,7 +117,7 @@ def _request(run: str) -> dict[str, Any]:
     file = runs.CHECKPOINTS / run / "request.json"
     if not file.is_file():
         known = sorted(path.parent.name for path in runs.CHECKPOINTS.glob("*/request.json"))
-        raise UserError(f"there is no interrupted run {run!r}; {'known: ' + ', '.join(known) if known else 'none is'}")
+        raise UserError(f"there is no interrupted run {run!r}; there is {', '.join(known) or 'none at all'}")
     request: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     return request
 
@@ -136,7 +139,7 @@ def _fresh_root(name: str) -> Path:
             attempt += 1
 
 
-@contextmanager
+@contextlib.contextmanager
 def interruptible() -> Iterator[None]:
     """Turn SIGINT and SIGTERM into a plain exception: `ModelTrainer.train` swallows KeyboardInterrupt."""
 
@@ -162,6 +165,8 @@ def main() -> int:
     parser.add_argument("--instances", type=int, help="default: compute.local_instances")
     parser.add_argument("--verbose", action="store_true", help="show everything that the container prints")
     options = parser.parse_args()
+    if options.run and (options.data or any(override.startswith("training.") for override in options.set)):
+        raise UserError(f"run {options.run} resumes with what it was started with; leave the other options out")
     overrides = list(options.set)
     overrides += [f"compute.local_mode={options.mode}"] if options.mode else []
     overrides += [f"compute.local_instances={options.instances}"] if options.instances is not None else []

@@ -6,27 +6,14 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from pipelines import ROOT, config, engine
 from processing.preprocess import pack
-
-Verb = Callable[..., subprocess.CompletedProcess[str]]
-CLASSES = ("down", "left", "up")
-
-
-def draw(label: str, number: int, size: int = 12) -> Image.Image:
-    """A noisy picture whose bright edge tells its class."""
-    random = np.random.default_rng([CLASSES.index(label), number])
-    pixels = random.integers(0, 90, size=(size, size, 3), dtype=np.uint8)
-    edge = {"down": np.s_[size // 2 :, :], "left": np.s_[:, : size // 2], "up": np.s_[: size // 2, :]}[label]
-    pixels[edge] += 120
-    return Image.fromarray(pixels)
+from tests.helpers import CLASSES, Verb, containers_and_networks, draw, verb_environment
 
 
 @pytest.fixture(scope="session")
@@ -70,12 +57,6 @@ def verb(project: Path) -> Verb:
     return run
 
 
-def verb_environment() -> dict[str, str]:
-    """The environment of a shell that has no AWS account and has never heard of this project."""
-    strange = ("AWS_", "SAGEMAKER_", "SM_", "PYTHONPATH")
-    return {name: value for name, value in os.environ.items() if not name.startswith(strange)}
-
-
 @pytest.fixture(scope="session")
 def image() -> str:
     """The project's image. The test is skipped without an engine, or fails where REQUIRE_CONTAINERS is set."""
@@ -86,12 +67,6 @@ def image() -> str:
         if os.environ.get("REQUIRE_CONTAINERS"):
             pytest.fail(f"REQUIRE_CONTAINERS is set, but no container can run: {error}")
         pytest.skip(f"no container can run: {error}")
-
-
-def containers_and_networks() -> set[str]:
-    """Identifiers of all containers and networks of the engine."""
-    commands = (["docker", "ps", "--all", "--quiet"], ["docker", "network", "ls", "--quiet"])
-    return {line for command in commands for line in subprocess.check_output(command, text=True).splitlines()}
 
 
 @pytest.fixture

@@ -66,10 +66,9 @@ def model_fn(model_dir: str, context: Any = None) -> Classifier:
             f"{folder / 'model.json'} has schema version {facts['schema_version']}; this code reads {SCHEMA_VERSION}"
         )
     device = best_device()
-    with torch.device("meta"):  # weights are read from the file, not initialised first
-        model = build_model(facts["architecture"], len(facts["classes"]), facts["image_size"])
+    model = build_model(facts["architecture"], len(facts["classes"]), facts["image_size"])
     try:
-        model.load_state_dict(load_file(folder / "model.safetensors"), assign=True)
+        model.load_state_dict(load_file(folder / "model.safetensors"))
     except RuntimeError as error:
         raise ValueError(f"{folder / 'model.safetensors'} does not fit model.json: {error}") from error
     model.to(device).to(memory_format=torch.channels_last)

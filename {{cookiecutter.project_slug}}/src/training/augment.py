@@ -27,20 +27,20 @@ class Augmentation:
             images = torch.where(flips[:, None, None, None], images.flip(2), images)
         if self.shifts.any():
             shifts = self.shifts[rows]
-            images = _shift_by_copy(images, shifts) if images.device.type == "cpu" else shift_by_gather(images, shifts)
+            images = shift_by_copy(images, shifts) if images.device.type == "cpu" else shift_by_gather(images, shifts)
         return images
 
 
 def draw(samples: int, image_size: int, translate: float, flip: bool, seed: int, epoch: int) -> Augmentation:
     """Draw an epoch's choices: shifts up to `translate * image_size` pixels, a horizontal flip for one half."""
     random = np.random.default_rng([seed, epoch, 1])
-    reach = round(translate * image_size)
+    reach = min(round(translate * image_size), image_size - 1)
     shifts = random.integers(-reach, reach, size=(samples, 2), endpoint=True)
     flips = random.random(samples) < 0.5 if flip else np.zeros(samples, dtype=np.bool_)
     return Augmentation(shifts=shifts, flips=flips)
 
 
-def _shift_by_copy(images: torch.Tensor, shifts: NDArray[np.int64]) -> torch.Tensor:
+def shift_by_copy(images: torch.Tensor, shifts: NDArray[np.int64]) -> torch.Tensor:
     """Move each image, filling with zeros: one slice copy an image, the fastest way on a CPU."""
     source = images.numpy()
     moved = np.zeros_like(source)

@@ -50,6 +50,7 @@ def write_artifact(
     folder.mkdir(parents=True, exist_ok=True)
     weights = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     save_file(weights, folder / "model.safetensors")
+    (folder / "model.safetensors").chmod(0o644)  # it is the owner's alone, and a local container's owner is root
     for source, target in CODE.items():
         path = folder / "code" / target
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,32 @@
+# The template's own verbs. The generated project has a Makefile of its own.
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint
+
+PYTHON ?= python3
+READY := .venv/.ready
+PROJECT := build/image_classifier
+IN_PROJECT := $(MAKE) --no-print-directory -C $(PROJECT)
+
+help: ## this list
+	@$(PYTHON) -c "import re; [print(f'  make {v:12} {t}') for v, t in re.findall(r'(?m)^([a-z-]+):.*?## (.*)', open('Makefile').read())]"
+
+$(READY): pyproject.toml
+	@$(PYTHON) "{{cookiecutter.project_slug}}/pipelines/environment.py" --group dev
+
+demo: $(READY) ## bake the template into build/ and there: data, train-local, evaluate, predict (ARGS go to train-local)
+	@$(PYTHON) -c "import shutil; shutil.rmtree('$(PROJECT)', ignore_errors=True)"
+	@.venv/bin/cookiecutter . --no-input --output-dir build
+	@$(IN_PROJECT) data ARGS=
+	@$(IN_PROJECT) train-local ARGS='$(ARGS)'
+	@$(IN_PROJECT) evaluate ARGS=
+	@$(IN_PROJECT) predict IMAGE=data/raw/digits/4/0780.png ARGS=
+	@echo "in $(PROJECT):"
+	@cd $(PROJECT) && .venv/bin/python -m pipelines.runs
+
+test: $(READY) ## all tests: the template's, and those of the project that it generates
+	@.venv/bin/python -m pytest $(ARGS)
+
+lint: $(READY) ## ruff and mypy on hooks and tests (the generated project is linted by the tests)
+	@.venv/bin/ruff check .
+	@.venv/bin/ruff format --check .
+	@.venv/bin/mypy

@@ -1,0 +1,98 @@
+"""Bake the template, and give tests the default project with its environment."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from cookiecutter.main import cookiecutter
+
+TEMPLATE = Path(__file__).resolve().parent.parent
+TREE = TEMPLATE / "{{cookiecutter.project_slug}}"
+
+
+def fresh_shell() -> dict[str, str]:
+    """The environment without an AWS account, and without what `make test` of the template put into it."""
+    strange = ("AWS_", "SAGEMAKER_", "SM_", "MAKE", "MFLAGS", "ARGS", "VIRTUAL_ENV", "PYTHONPATH")
+    return {name: value for name, value in os.environ.items() if not name.startswith(strange)}
+
+
+@dataclass(frozen=True)
+class Project:
+    """A baked project."""
+
+    path: Path
+
+    def run(self, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        """Run a command in the project as a fresh shell would."""
+        return subprocess.run(
+            command, cwd=self.path, env=fresh_shell() | environment, capture_output=True, text=True, timeout=3000
+        )
+
+    def make(self, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        """Run a verb and expect it to succeed."""
+        done = self.run("make", *words, **environment)
+        assert done.returncode == 0, f"make {' '.join(words)} failed:\n{done.stdout}\n{done.stderr}"
+        return done
+
+    def program(self, name: str) -> str:
+        """A program of the project's environment."""
+        return str(self.path / ".venv" / "bin" / name)
+
+    def files(self) -> list[str]:
+        """All files, except those of git."""
+        found = (path for path in self.path.rglob("*") if path.is_file() or path.is_symlink())
+        names = (path.relative_to(self.path).as_posix() for path in found)
+        return sorted(name for name in names if not name.startswith(".git/"))
+
+
+Bake = Callable[..., Project]
+
+
+@pytest.fixture(scope="session")
+def bake(tmp_path_factory: pytest.TempPathFactory) -> Bake:
+    """Bake with some answers, as `cookiecutter --no-input name=value` does."""
+
+    def run(**answers: object) -> Project:
+        folder = tmp_path_factory.mktemp("bake")
+        made = cookiecutter(str(TEMPLATE), no_input=True, extra_context=answers, output_dir=str(folder))
+        return Project(Path(made))
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def default(bake: Bake) -> Project:
+    """The default bake, as raw as it came."""
+    return bake()
+
+
+@pytest.fixture(scope="session")
+def ready(bake: Bake) -> Project:
+    """Another default bake with its environment, and everything committed: for tests that run verbs in it."""
+    project = bake()
+    project.make("setup")
+    commit = ("-c", "user.name=test", "-c", "user.email=test@example.com", "commit", "--quiet", "--message", "bake")
+    for words in (("add", "--all"), commit):
+        done = project.run("git", *words)
+        assert done.returncode == 0, done.stderr
+    return project
+
+
+@pytest.fixture(scope="session")
+def engine() -> str:
+    """The version of the Docker engine. The test is skipped without one, or fails where REQUIRE_CONTAINERS is set."""
+    try:
+        answer = subprocess.run(["docker", "version"], capture_output=True, text=True, timeout=30)
+        reason = "" if answer.returncode == 0 else answer.stderr.strip()
+    except (OSError, subprocess.TimeoutExpired) as error:
+        reason = str(error)
+    if reason and os.environ.get("REQUIRE_CONTAINERS"):
+        pytest.fail(f"REQUIRE_CONTAINERS is set, but no engine answers: {reason}")
+    if reason:
+        pytest.skip(f"no Docker engine answers: {reason}")
+    return "running"

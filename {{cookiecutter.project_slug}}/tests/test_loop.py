@@ -1,0 +1,205 @@
+"""The training loop: pure functions, exact sums over ranks, and a resumed run that ends as one never stopped."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.multiprocessing.spawn import spawn
+
+from training import augment, checkpoint, distributed
+from training.config import ConfigurationError, Hyperparameters, resolve
+from training.data import DataError, epoch_order, load_channels, load_split
+from training.distributed import World
+from training.loop import evaluate, fit
+from training.model import build_model
+from training.optim import WeightAverage, build_optimizer, learning_rate_at
+
+ALONE = World(rank=0, size=1, device=torch.device("cpu"))
+Weights = dict[str, torch.Tensor]
+
+
+def train(
+    packed: Path, world: World = ALONE, checkpoints: Path | None = None, stop_after: int | None = None, **options: Any
+) -> tuple[Weights, list[dict[str, Any]]]:
+    """Run the loop on a packed folder; `stop_after` epochs it breaks off as a kill would."""
+
+    class Stop(Exception):
+        pass
+
+    def on_epoch(history: list[dict[str, Any]]) -> None:
+        if len(history) > (stop_after or math.inf):
+            raise Stop
+
+    splits = load_channels(packed / "train", packed / "validation")
+    settled = resolve(
+        replace(Hyperparameters(epochs=4, batch_size=16, precision="fp32"), **options), 12, len(splits[0])
+    )
+    torch.manual_seed(settled.seed)
+    model = build_model(settled.model, 3, 12)
+    try:
+        trained, history = fit(model, *splits, settled, world, checkpoints, on_epoch)
+    except Stop:
+        return {}, []
+    return trained.state_dict(), history
+
+
+def same(first: Weights, second: Weights) -> bool:
+    return list(first) == list(second) and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_training_learns(packed: Path) -> None:
+    _, history = train(packed, epochs=15)
+    assert [epoch["epoch"] for epoch in history] == list(range(1, 16))
+    assert history[-1]["train_loss"] < 0.8 * history[0]["train_loss"]
+    assert history[-1]["val_accuracy"] >= 8 / 9
+
+
+@pytest.mark.parametrize("options", [{}, {"optimizer": "sgd", "ema_decay": 0.0, "horizontal_flip": True}])
+def test_same_seed_same_weights(packed: Path, options: dict[str, Any]) -> None:
+    first, second = train(packed, **options)[0], train(packed, **options)[0]
+    assert same(first, second)
+    assert not same(first, train(packed, seed=1, **options)[0])
+
+
+@pytest.mark.parametrize("options", [{}, {"optimizer": "sgd"}, {"ema_decay": 0.0}])
+def test_resumed_run_ends_with_the_same_bytes(packed: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+    whole, history = train(packed, **options)
+    train(packed, checkpoints=tmp_path, stop_after=2, **options)
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["epoch-0001", "epoch-0002"]
+    resumed, resumed_history = train(packed, checkpoints=tmp_path, **options)
+    assert same(whole, resumed)
+    assert [epoch["val_loss"] for epoch in resumed_history] == [epoch["val_loss"] for epoch in history]
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["epoch-0003", "epoch-0004"]
+
+
+def test_damaged_checkpoints_are_passed_over_and_strange_ones_refused(packed: Path, tmp_path: Path) -> None:
+    whole, _ = train(packed)
+    train(packed, checkpoints=tmp_path, stop_after=3)
+    state = tmp_path / "epoch-0003" / "state.safetensors"
+    state.write_bytes(state.read_bytes()[:-1])
+    assert same(whole, train(packed, checkpoints=tmp_path)[0])
+    with pytest.raises(checkpoint.CheckpointError, match=r"written with other hyperparameters or another data set"):
+        train(packed, checkpoints=tmp_path, seed=1)
+    for state in tmp_path.glob("*/state.safetensors"):
+        state.write_bytes(b"")
+    with pytest.raises(checkpoint.CheckpointError, match=r"none of the 2 checkpoints in .* is whole"):
+        train(packed, checkpoints=tmp_path)
+
+
+def test_learning_rate_rises_and_falls() -> None:
+    rates = [learning_rate_at(step, 100, 0.5, 0.25) for step in range(100)]
+    assert rates[:25] == sorted(rates[:25])
+    assert rates[25:] == sorted(rates[25:], reverse=True)
+    assert rates[0] == pytest.approx(0.5 / 26)
+    assert max(rates) == pytest.approx(0.5, rel=1e-3)
+    assert 0 < rates[-1] < 1e-4
+    assert learning_rate_at(0, 1, 0.5, 0.0) > 0
+
+
+def test_weight_average_is_exponential_and_off_at_zero() -> None:
+    model: Any = torch.nn.BatchNorm1d(2)
+    average, off = WeightAverage(model, 0.75), WeightAverage(model, 0.0)
+    with torch.no_grad():
+        model.weight.fill_(5.0)
+        model.running_mean.fill_(8.0)
+    average.update()
+    off.update()
+    state = average.model.state_dict()
+    assert state["weight"].tolist() == state["running_mean"].tolist() == [2.0, 2.0]
+    assert off.model is model
+
+
+def test_weight_decay_spares_biases_and_normalisation() -> None:
+    model = build_model("cnn", 2, 8)
+    for name in ("adamw", "sgd"):
+        decayed, spared = build_optimizer(model, Hyperparameters(optimizer=name)).param_groups
+        assert decayed["weight_decay"] == 0.05
+        assert {parameter.ndim for parameter in decayed["params"]} == {2, 4}
+        assert (spared["weight_decay"], {parameter.ndim for parameter in spared["params"]}) == (0.0, {1})
+
+
+def test_order_and_augmentation_are_functions_of_seed_and_epoch() -> None:
+    assert np.array_equal(epoch_order(50, 1, 2), epoch_order(50, 1, 2))
+    assert not np.array_equal(epoch_order(50, 1, 2), epoch_order(50, 1, 3))
+    assert sorted(epoch_order(50, 1, 2)) == list(range(50))
+    choices = augment.draw(1000, 32, 0.125, True, seed=1, epoch=2)
+    assert (choices.shifts.min(), choices.shifts.max()) == (-4, 4)
+    assert 400 < choices.flips.sum() < 600
+    images = torch.randint(0, 256, (1000, 5, 5, 3), dtype=torch.uint8)
+    rows = np.array([7, 3, 900])
+    together = choices.apply(images[rows], rows)
+    alone = torch.cat([choices.apply(images[[row]], np.array([row])) for row in rows])
+    assert torch.equal(together, alone)  # whatever shares the batch
+
+
+def test_both_ways_to_shift_agree() -> None:
+    images = torch.randint(1, 256, (40, 9, 7, 3), dtype=torch.uint8)
+    shifts = np.random.default_rng(0).integers(-6, 7, (40, 2))
+    shifts[0] = (0, 0)
+    shifts[1] = (2, -1)
+    moved = augment.shift_by_gather(images, shifts)
+    assert torch.equal(moved, augment.shift_by_copy(images, shifts))
+    assert torch.equal(moved[0], images[0])
+    assert torch.equal(moved[1, 2:, :-1], images[1, :-2, 1:])
+    assert not moved[1, :2].any()
+
+
+def _rank(rank: int, size: int, packed: str, results: str) -> None:
+    """One of several gloo ranks: evaluate a fixed model, then train, and write down what came out."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{results}/store", rank=rank, world_size=size)
+    world = World(rank=rank, size=size, device=torch.device("cpu"))
+    torch.manual_seed(0)
+    untrained = evaluate(build_model("cnn", 3, 12), load_split(Path(packed) / "validation"), world)
+    weights, history = train(Path(packed), world, epochs=8)
+    assert (not history) == (rank > 0)
+    facts = {"untrained": [untrained.loss, untrained.accuracy, untrained.images], "history": history}
+    Path(results, f"{rank}.json").write_text(json.dumps(facts))
+    torch.save(weights, f"{results}/{rank}.pt")
+    distributed.stop()
+
+
+def ranks(size: int, packed: Path, results: Path) -> tuple[list[dict[str, Any]], list[Weights]]:
+    results.mkdir()
+    spawn(_rank, args=(size, str(packed), str(results)), nprocs=size)
+    facts = [json.loads((results / f"{rank}.json").read_text()) for rank in range(size)]
+    return facts, [torch.load(results / f"{rank}.pt", weights_only=True) for rank in range(size)]
+
+
+def test_ranks_agree_and_evaluation_counts_every_image_once(packed: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    alone = evaluate(build_model("cnn", 3, 12), load_split(packed / "validation"), ALONE)
+    for size in (2, 3):
+        facts, weights = ranks(size, packed, tmp_path / str(size))
+        for rank in range(size):
+            loss, accuracy, images = facts[rank]["untrained"]
+            assert (images, accuracy) == (9, alone.accuracy)  # 9 images on 2 ranks: padding would count 10
+            assert loss == pytest.approx(alone.loss, rel=1e-6)
+            assert same(weights[0], weights[rank])
+        history = facts[0]["history"]
+        assert history[-1]["train_loss"] < history[0]["train_loss"]
+
+
+def test_data_that_cannot_be_trained_on_is_named(packed: Path, tmp_path: Path, raw: Path) -> None:
+    from processing.preprocess import pack
+
+    with pytest.raises(DataError, match="is no packed data set"):
+        load_split(tmp_path / "nothing")
+    pack(raw, tmp_path / "other", seed=9)
+    with pytest.raises(DataError, match="splits of different data sets"):
+        load_channels(packed / "train", tmp_path / "other" / "validation")
+    (tmp_path / "one" / "only").mkdir(parents=True)
+    for number in range(10):
+        (tmp_path / "one" / "only" / f"{number}.png").write_bytes((raw / "up" / f"{number}.png").read_bytes())
+    pack(tmp_path / "one", tmp_path / "single")
+    with pytest.raises(DataError, match="has one class, 'only'"):
+        load_channels(tmp_path / "single" / "train", tmp_path / "single" / "validation")
+    with pytest.raises(ConfigurationError, match="a batch of 1 images cannot feed 2 ranks"):
+        train(packed, World(rank=0, size=2, device=torch.device("cpu")), batch_size=1)

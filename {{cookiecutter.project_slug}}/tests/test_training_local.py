@@ -1,0 +1,303 @@
+"""The main job, end to end: `ModelTrainer` in real local containers, and the same job as processes.
+
+Verbs run in a copy of the project, as a user would run them. Container tests are skipped, with the reason, where no
+Docker engine answers; REQUIRE_CONTAINERS=1 turns that into a failure.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipelines import container, engine, process, runs
+from pipelines.console import TrainingView
+from pipelines.jobs import Job
+from tests.helpers import Verb, verb_environment
+
+NO_ENGINE = {"DOCKER_HOST": "unix:///nowhere/docker.sock"}
+SHORT = ("--set", "training.epochs=3")
+RUN_FILES = ["metrics.json", "metrics.jsonl", "model.tar.gz", "run.json", "train.log"]
+
+
+def published(project: Path) -> Path:
+    """The one finished run of a copy, checked for completeness."""
+    folder = project / "artifacts" / "latest"
+    assert [path.name for path in (project / "artifacts").iterdir() if path.name != "latest"] == [
+        folder.readlink().name
+    ]
+    assert runs.NAME.fullmatch(folder.readlink().name)
+    assert sorted(path.name for path in folder.iterdir()) == RUN_FILES
+    assert list((project / ".cache" / "local").iterdir()) == []
+    metrics = read(folder / "metrics.json")
+    assert {"val_accuracy", "val_loss", "epochs", "train_images_per_second", "world_size", "seconds"} <= set(metrics)
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    assert len(lines) == metrics["epochs"] == 3
+    assert "epoch=3 step=57 train_loss=" in (folder / "train.log").read_text()
+    with tarfile.open(folder / "model.tar.gz") as archive:
+        facts = json.load(archive.extractfile("model.json") or io.StringIO())
+        for name, digest in facts["files"].items():
+            content = archive.extractfile(name)
+            assert content is not None
+            assert hashlib.sha256(content.read()).hexdigest() == digest
+    assert facts["classes"] == [str(digit) for digit in range(10)]
+    return folder.resolve()
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def owners(folder: Path) -> set[int]:
+    return {path.lstat().st_uid for path in folder.rglob("*")}
+
+
+@pytest.mark.parametrize("instances", [1, 2])
+def test_process_mode_trains_evaluates_and_predicts(verb: Verb, project: Path, instances: int) -> None:
+    trained = verb("train_local", "--instances", str(instances), *SHORT, **NO_ENGINE)
+    assert trained.returncode == 0, trained.stderr
+    assert "training as a process on this machine: no Docker engine answers" in trained.stdout
+    folder = published(project)
+    facts = read(folder / "run.json")
+    assert (facts["mode"], facts["image"], facts["data"]) == ("process", None, "data/digits")
+    assert 0 < facts["seconds_to_first_step"] < facts["seconds"]
+    assert read(folder / "metrics.json")["world_size"] == instances
+    evaluated = verb("evaluate")
+    assert evaluated.returncode == 0, evaluated.stderr
+    assert 0.5 < read(folder / "evaluation.json")["metrics"]["accuracy"]["value"] <= 1
+    hint = verb("predict")
+    assert hint.returncode == 1
+    example = hint.stderr.strip().rpartition("IMAGE=")[2]
+    predicted = verb("predict", "--image", example, "--run", folder.name)
+    assert predicted.returncode == 0, predicted.stderr
+    assert predicted.stdout.startswith(f"{example}: ")
+
+
+def test_container_mode_trains(verb: Verb, project: Path, nothing_left: str) -> None:
+    trained = verb("train_local", "--mode", "container", *SHORT)
+    assert trained.returncode == 0, trained.stderr + trained.stdout
+    facts = read(published(project) / "run.json")
+    assert (facts["mode"], facts["image"], facts["instances"]) == ("container", nothing_left, 1)
+    assert "SM_HPS" not in trained.stdout  # the driver's noise stays in the log
+    assert "epoch=3 step=57" in trained.stdout
+    assert owners(project) == {os.getuid()}
+    assert not list((project / "src").rglob("__pycache__"))
+    assert verb("evaluate").returncode == 0
+
+
+def test_two_containers_train_one_model(verb: Verb, project: Path, nothing_left: str) -> None:
+    trained = verb("train_local", "--mode", "container", "--instances", "2", *SHORT)
+    assert trained.returncode == 0, trained.stderr + trained.stdout
+    folder = published(project)
+    assert read(folder / "metrics.json")["world_size"] == 2
+    assert "on 2 rank(s), cpu" in (folder / "train.log").read_text()
+    assert read(folder / "run.json")["image"] == nothing_left
+
+
+@pytest.mark.parametrize("mode", ["container", "process"])
+def test_a_failing_script_is_one_sentence_and_publishes_nothing(
+    verb: Verb, project: Path, mode: str, request: pytest.FixtureRequest
+) -> None:
+    if mode == "container":
+        request.getfixturevalue("nothing_left")
+    loop = project / "src" / "training" / "loop.py"
+    loop.write_text(loop.read_text().replace("        model.train()\n", "        raise RuntimeError('out of luck')\n"))
+    failed = verb("train_local", "--mode", mode, *SHORT)
+    assert failed.returncode == 1
+    assert failed.stderr.splitlines()[0] == "error: training failed: RuntimeError: out of luck"
+    log = project / failed.stderr.splitlines()[1].rpartition(" ")[2]
+    assert "Traceback" in log.read_text()
+    assert not (project / "artifacts").exists()
+    wrong = verb("train_local", "--mode", mode, "--set", "training.model=resnet19", *SHORT)
+    assert wrong.returncode == 1
+    assert "resnet19" in wrong.stderr.splitlines()[0]
+    assert "Traceback" not in wrong.stderr
+
+
+def test_a_crash_before_the_script_starts_is_named(verb: Verb, project: Path, nothing_left: str) -> None:
+    (project / "src" / "training" / "train.py").write_text("import nonexistent\n")
+    failed = verb("train_local", "--mode", "container", *SHORT)
+    assert failed.returncode == 1
+    assert "No module named 'nonexistent'" in failed.stdout + failed.stderr
+    assert nothing_left
+
+
+def start_long_run(project: Path, *arguments: str) -> tuple[subprocess.Popen[str], str]:
+    """Start a run that would go on for hours and wait for its third epoch; gives the process and the run's name."""
+    command = [sys.executable, "-m", "pipelines.train_local", "--set", "training.epochs=100000", *arguments]
+    started = subprocess.Popen(
+        command, cwd=project, env=verb_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    name, text = "", ""
+    assert started.stdout is not None
+    for line in started.stdout:
+        text += line
+        name = line.split()[1] if line.startswith("run ") else name
+        if line.startswith("epoch=3 "):
+            return started, name
+    raise AssertionError(f"the run ended by itself:\n{text}")
+
+
+@pytest.mark.parametrize("mode", ["container", "process"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_everything_and_the_run_can_be_resumed(
+    verb: Verb, project: Path, mode: str, number: signal.Signals, request: pytest.FixtureRequest
+) -> None:
+    if mode == "container":
+        request.getfixturevalue("nothing_left")
+    started, name = start_long_run(project, "--mode", mode)
+    started.send_signal(number)
+    text, _ = started.communicate(timeout=60)
+    assert started.returncode == 130
+    assert f"stopped by {number.name}; nothing was published. Resume with RUN={name}" in text
+    assert not (project / "artifacts").exists()
+    assert not children_in(project)
+    assert owners(project) == {os.getuid()}
+    checkpoints = sorted((project / ".cache" / "checkpoints" / name).glob("epoch-*"))
+    assert len(checkpoints) == 2
+    resumed = verb("train_local", "--mode", mode, "--run", name, "--set", "training.epochs=3")
+    assert resumed.returncode == 1  # what the run was started with counts: it would train for hours
+    assert f"run {name} resumes with what it was started with" in resumed.stderr
+
+
+def children_in(project: Path) -> list[str]:
+    """Processes that still work in the copy."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            if (entry / "cwd").resolve().is_relative_to(project):
+                found.append((entry / "cmdline").read_text())
+        except OSError:
+            continue
+    return found
+
+
+def test_resuming_ends_as_an_uninterrupted_run(verb: Verb, project: Path) -> None:
+    assert verb("train_local", "--mode", "process", *SHORT).returncode == 0
+    whole = read(project / "artifacts" / "latest" / "metrics.json")
+    loop = project / "src" / "training" / "loop.py"
+    text = loop.read_text()
+    loop.write_text(text.replace("        model.train()\n", "        assert epoch < 2\n        model.train()\n"))
+    failed = verb("train_local", "--mode", "process", *SHORT)
+    assert failed.returncode == 1
+    loop.write_text(text)
+    name = next((project / ".cache" / "checkpoints").iterdir()).name
+    resumed = verb("train_local", "--mode", "process", "--run", name)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "resumed after epoch 2 of 3" in resumed.stdout
+    metrics = read(project / "artifacts" / name / "metrics.json")
+    for key in ("val_loss", "val_accuracy", "train_loss", "epochs"):
+        assert metrics[key] == whole[key]
+    again = verb("train_local", "--run", name)
+    assert (again.returncode, again.stderr) == (1, f"error: run {name} is finished; start a fresh one without RUN\n")
+    unknown = verb("train_local", "--run", "nothing")
+    assert unknown.stderr == "error: there is no interrupted run 'nothing'; there is none at all\n"
+
+
+@pytest.mark.parametrize(
+    ("missing", "sentence"),
+    [
+        ("docker", "the docker command is not installed"),
+        ("compose", "Docker Compose is not installed"),
+        ("engine", "no Docker engine answers"),
+        ("image", "image nowhere.invalid/none:1 is not here and cannot be pulled"),
+    ],
+)
+def test_what_a_container_lacks_is_one_sentence(
+    verb: Verb, tmp_path: Path, missing: str, sentence: str, request: pytest.FixtureRequest
+) -> None:
+    environment: dict[str, str] = {}
+    arguments = ["--mode", "container", *SHORT]
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name in ("git", "env"):
+        (programs / name).symlink_to(shutil.which(name) or name)
+    if missing in ("docker", "compose"):
+        environment["PATH"] = str(programs)
+    if missing == "engine":
+        environment |= NO_ENGINE
+    if missing in ("compose", "image"):
+        request.getfixturevalue("image")
+    if missing == "compose":  # the real client, but for its plugin
+        text = f'#!/bin/sh\n[ "$1" = compose ] && exit 1\nexec {shutil.which("docker")} "$@"\n'
+        (programs / "docker").write_text(text)
+        (programs / "docker").chmod(0o755)
+        (programs / "sh").symlink_to("/bin/sh")
+    if missing == "image":
+        arguments += ["--set", "images.training=nowhere.invalid/none:1"]
+    failed = verb("train_local", *arguments, **environment)
+    assert failed.returncode == 1
+    assert sentence in failed.stderr.splitlines()[-1]
+    assert "LOCAL_MODE=process" in failed.stderr
+    assert "Traceback" not in failed.stderr
+
+
+def test_an_image_that_cannot_be_built_falls_back_to_a_process(verb: Verb, project: Path, image: str) -> None:
+    (project / "docker" / "Dockerfile").write_text("FROM scratch\nRUN nothing\n")
+    trained = verb("train_local", *SHORT)
+    assert trained.returncode == 0, trained.stderr
+    assert "training as a process on this machine: the image could not be built" in trained.stdout
+    assert read(published(project) / "run.json")["mode"] == "process"
+    assert image
+
+
+PROBE = """
+import json, os, sys
+names = sorted(name for name in os.environ if name.startswith("SM_"))
+facts = {"names": names, "arguments": sys.argv[1:], "hps": os.environ["SM_HPS"], "cwd": sorted(os.listdir("."))}
+for name in ("SM_MODEL_DIR", "SM_OUTPUT_DATA_DIR"):
+    os.makedirs(os.environ[name], exist_ok=True)
+    with open(os.path.join(os.environ[name], "facts.json"), "w") as file:
+        json.dump(facts, file)
+for channel in ("TRAIN", "VALIDATION", "CHECKPOINTS"):
+    assert os.path.isdir(os.environ["SM_CHANNEL_" + channel])
+"""
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # the SDK leaves a pipe open
+def test_both_modes_keep_the_same_contract(tmp_path: Path, packed: Path, nothing_left: str) -> None:
+    source = tmp_path / "src"
+    (source / "training").mkdir(parents=True)
+    (source / "training" / "train.py").write_text(PROBE)
+    (tmp_path / "checkpoints").mkdir()
+    channels = {"train": packed / "train", "validation": packed / "validation", "checkpoints": tmp_path / "checkpoints"}
+    hyperparameters = {"model": "auto", "epochs": 3, "learning_rate": 1e-05, "flag": True, "text": "1.10", "none": None}
+    facts, files = [], []
+    for mode in ("container", "process"):
+        root = tmp_path / f"contract-{mode}-{time.time_ns()}"
+        root.mkdir()
+        job = Job("20260101-000000-abcd", root, hyperparameters, channels, 1, {"GIT_COMMIT": "abc"}, source)
+        with closing(TrainingView(root / "job.log", mode == "container", output=io.StringIO())) as view:
+            outputs = container.run(job, nothing_left, view) if mode == "container" else process.run(job, view)
+        assert read(outputs.model / "facts.json") == read(outputs.data / "facts.json")
+        facts.append(read(outputs.model / "facts.json"))
+        files.append([sorted(path.name for path in folder.iterdir()) for folder in (outputs.model, outputs.data)])
+    assert set(facts[0]["names"]) - set(facts[1]["names"]) == {"SM_CHANNEL_SM_DRIVERS"}  # the driver's own files
+    assert set(facts[1]["names"]) <= set(facts[0]["names"])
+    for key in ("arguments", "hps", "cwd"):
+        assert facts[0][key] == facts[1][key]
+    assert files[0] == files[1]
+
+
+def test_stale_images_have_another_name(project: Path) -> None:
+    from pipelines import config
+
+    settings = config.load((), {})
+    name = engine.image_name(settings)
+    assert name == engine.image_name(config.load((), {}))
+    assert name.startswith(f"{engine.project_name()}:")
+    changed = [config.load([override], {}) for override in ("images.base=other", "images.packages=[torch]")]
+    assert len({name, *map(engine.image_name, changed)}) == 3
+    assert project
