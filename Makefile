@@ -1,6 +1,6 @@
 # The template's own verbs. The generated project has a Makefile of its own.
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint
+.PHONY: help demo test lint bench
 
 PYTHON ?= python3
 READY := .venv/.ready
@@ -26,7 +26,10 @@ demo: $(READY) ## bake the template into build/ and there: data, train-local, ev
 test: $(READY) ## all tests: the template's, and those of the project that it generates
 	@.venv/bin/python -m pytest $(ARGS)
 
-lint: $(READY) ## ruff and mypy on hooks and tests (the generated project is linted by the tests)
+bench: $(READY) ## seconds from `make train-local` to the first step, first and later runs (ARGS="--runs 5")
+	@.venv/bin/python benchmarks/startup.py $(ARGS)
+
+lint: $(READY) ## ruff and mypy on hooks, tests and benchmarks (the generated project is linted by the tests)
 	@.venv/bin/ruff check .
 	@.venv/bin/ruff format --check .
 	@.venv/bin/mypy

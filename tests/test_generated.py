@@ -80,6 +80,33 @@ def test_a_path_with_spaces_and_a_name_like_no_other(bake: Bake, tmp_path: Path,
     assert "data/the-kids-photos" in done.stdout
 
 
+def test_pre_commit_hooks_pass_and_can_fail(ready: Project, tmp_path: Path) -> None:
+    command = (ready.program("pre-commit"), "run", "--all-files")
+    done = ready.run(*command, PRE_COMMIT_HOME=str(tmp_path))
+    assert done.returncode == 0, done.stdout
+    module = ready.path / "pipelines" / "image.py"
+    text = module.read_text(encoding="utf-8")
+    module.write_text(text + "import os   \n", encoding="utf-8")
+    try:
+        done = ready.run(*command, PRE_COMMIT_HOME=str(tmp_path))
+    finally:
+        module.write_text(text, encoding="utf-8")
+    assert done.returncode == 1
+    assert "ruff check" in done.stdout
+
+
+def test_a_container_run_needs_no_network(ready: Project, engine: str) -> None:
+    """In a network namespace of its own, with the engine's socket and nothing else."""
+    if subprocess.run(["unshare", "--net", "true"], capture_output=True).returncode:
+        pytest.skip("this user cannot make a network namespace")
+    words = ("make", "train-local", "LOCAL_MODE=container", "ARGS=--set training.epochs=2")
+    ready.make("train-local", "LOCAL_MODE=container", "ARGS=--set training.epochs=2")  # the image is there
+    done = ready.run("unshare", "--net", *words)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "(container, image" in done.stdout
+    assert engine
+
+
 def test_environment_is_made_without_uv(bake: Bake, tmp_path: Path) -> None:
     """On a machine that has Python with venv and nothing else."""
     project = bake()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import re
+import shutil
 import sys
 import threading
 from collections.abc import Callable
@@ -136,7 +137,8 @@ class TrainingView:
     def _advance(self, text: str) -> None:
         if plan := PLAN.match(text):
             if self._output.isatty() and self._bar is None:
-                self._bar = tqdm(total=int(plan[1]) * int(plan[2]), unit="step", desc="training")
+                steps, columns = int(plan[1]) * int(plan[2]), shutil.get_terminal_size().columns
+                self._bar = tqdm(total=steps, unit="step", desc="training", file=self._output, ncols=min(columns, 120))
         elif text == "first step done":
             self.on_first_step()
         elif (step := EPOCH.match(text) or PROGRESS.match(text)) and self._bar is not None:

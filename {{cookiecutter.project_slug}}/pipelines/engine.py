@@ -119,7 +119,7 @@ def build(settings: Settings, options: Sequence[str] = ()) -> str:
         f"building the image {name} from {settings.images.base} (some minutes; log: {_relative(BUILD_LOG)})", flush=True
     )
     BUILD_LOG.parent.mkdir(parents=True, exist_ok=True)
-    command = ["docker", "build", "--tag", name, "--file", str(DOCKERFILE)]
+    command = ["docker", "build", "--force-rm", "--tag", name, "--file", str(DOCKERFILE)]
     command += ["--build-arg", f"BASE_IMAGE={settings.images.base}"]
     command += ["--build-arg", f"PACKAGES={' '.join(packages(settings))}"]
     with BUILD_LOG.open("w", encoding="utf-8") as log:

@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from pipelines import ROOT, SOURCE
+from tests.helpers import verb_environment
 from training.config import Hyperparameters
 
 MODULES = sorted([*SOURCE.rglob("*.py"), *(ROOT / "pipelines").rglob("*.py")])
@@ -59,18 +60,52 @@ def test_importing_the_verbs_needs_no_torch_and_no_sdk() -> None:
     assert answer.stdout.strip() == "[]"
 
 
-def test_training_the_small_network_never_imports_torchvision() -> None:
+def test_training_the_small_network_imports_nothing_slow(packed: Path, tmp_path: Path) -> None:
+    """A whole job on one rank: torchvision and torch.compile would each add seconds to its start."""
     code = (
-        "import sys, training.train, inference.inference; from training.model import build_model;"
-        "build_model('cnn', 2, 8); print([m for m in ('torchvision', 'torch._dynamo') if m in sys.modules])"
+        "import sys; from training.train import main; code = main(['--epochs', '1', '--batch_size', '16']);"
+        "print(code, [name for name in ('torchvision', 'torch._dynamo') if name in sys.modules])"
     )
-    answer = subprocess.run([sys.executable, "-c", code], cwd=SOURCE, capture_output=True, text=True, check=True)
-    assert answer.stdout.strip() == "[]"
+    folders = {"SM_CHANNEL_TRAIN": packed / "train", "SM_CHANNEL_VALIDATION": packed / "validation"}
+    folders |= {"SM_MODEL_DIR": tmp_path / "model", "SM_OUTPUT_DATA_DIR": tmp_path / "output"}
+    environment = verb_environment() | {name: str(path) for name, path in folders.items()}
+    answer = subprocess.run(
+        [sys.executable, "-c", code], cwd=SOURCE, env=environment, capture_output=True, text=True, check=True
+    )
+    assert answer.stdout.splitlines()[-1] == "0 []"
 
 
 def test_training_yaml_holds_every_hyperparameter_with_its_type() -> None:
     document = yaml.safe_load((ROOT / "configs" / "training.yaml").read_text(encoding="utf-8"))
     assert list(document) == [option.name for option in fields(Hyperparameters)]
+
+
+TELEMETRY = """
+import os, sys, tempfile
+import pipelines
+if sys.argv[1] == "on":
+    os.environ["SAGEMAKER_USER_CONFIG_OVERRIDE"] = "/etc/xdg/sagemaker/config.yaml"
+from sagemaker.core.telemetry import telemetry_logging
+from sagemaker.core.training.configs import SourceCode
+from sagemaker.train.model_trainer import Mode, ModelTrainer
+sent = []
+telemetry_logging._send_telemetry_request = lambda *request: sent.append(request)
+with tempfile.TemporaryDirectory() as root:
+    source = SourceCode(source_dir=str(pipelines.SOURCE), entry_script="training/train.py")
+    trainer = ModelTrainer(
+        training_mode=Mode.LOCAL_CONTAINER, training_image="none", source_code=source, local_container_root=root
+    )
+    trainer.train(dry_run=True)
+print(len(sent))
+"""
+
+
+@pytest.mark.parametrize(("telemetry", "requests"), [("off", "0"), ("on", "1")])
+def test_the_sdk_sends_no_telemetry(telemetry: str, requests: str) -> None:
+    command = [sys.executable, "-c", TELEMETRY, telemetry]
+    answer = subprocess.run(command, cwd=ROOT, env=verb_environment(), capture_output=True, text=True)
+    assert answer.returncode == 0, answer.stderr
+    assert answer.stdout.strip() == requests
 
 
 def test_the_makefile_documents_every_verb_and_every_recipe_is_one_program() -> None:

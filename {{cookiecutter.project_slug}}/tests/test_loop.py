@@ -125,6 +125,25 @@ def test_weight_decay_spares_biases_and_normalisation() -> None:
         assert (spared["weight_decay"], {parameter.ndim for parameter in spared["params"]}) == (0.0, {1})
 
 
+@pytest.mark.parametrize(("name", "options"), [("adamw", {}), ("sgd", {"momentum": 0.9, "nesterov": True})])
+def test_optimizers_step_as_those_of_torch(name: str, options: dict[str, Any]) -> None:
+    """They leave out torch's wrappers for torch.compile; the arithmetic must stay."""
+    theirs = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[name]
+    models = [torch.nn.Linear(4, 3) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    own = build_optimizer(models[0], Hyperparameters(optimizer=name))  # type: ignore[arg-type]
+    groups = [{"params": [models[1].weight], "weight_decay": 0.05}, {"params": [models[1].bias], "weight_decay": 0.0}]
+    for optimizer, model in ((own, models[0]), (theirs(groups, lr=0.0, fused=True, **options), models[1])):
+        for step in range(5):
+            for group in optimizer.param_groups:
+                group["lr"] = 0.1 / (step + 1)
+            torch.manual_seed(step)
+            model(torch.randn(8, 4)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+    assert same(models[0].state_dict(), models[1].state_dict())
+
+
 def test_order_and_augmentation_are_functions_of_seed_and_epoch() -> None:
     assert np.array_equal(epoch_order(50, 1, 2), epoch_order(50, 1, 2))
     assert not np.array_equal(epoch_order(50, 1, 2), epoch_order(50, 1, 3))

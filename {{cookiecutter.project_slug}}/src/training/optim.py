@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -23,9 +25,16 @@ def build_optimizer(model: nn.Module, hyperparameters: Hyperparameters) -> torch
     ]
     fused = parameters[0].device.type in ("cpu", "cuda")
     if hyperparameters.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=0.0, fused=fused)
+        return _eager(torch.optim.AdamW)(groups, lr=0.0, fused=fused)
     momentum = hyperparameters.momentum
-    return torch.optim.SGD(groups, lr=0.0, momentum=momentum, nesterov=momentum > 0, fused=fused)
+    return _eager(torch.optim.SGD)(groups, lr=0.0, momentum=momentum, nesterov=momentum > 0, fused=fused)
+
+
+def _eager(kind: type[torch.optim.Optimizer]) -> Callable[..., torch.optim.Optimizer]:
+    """The same optimizer without the wrappers that keep torch.compile out of it: they import it, which takes 3 s."""
+    names = ("add_param_group", "zero_grad", "state_dict", "load_state_dict")
+    methods = {name: inspect.unwrap(getattr(kind, name)) for name in names}
+    return type(kind.__name__, (kind,), methods | {"step": torch.no_grad()(inspect.unwrap(kind.step))})
 
 
 def learning_rate_at(step: int, total_steps: int, peak: float, warmup_fraction: float) -> float:
