@@ -17,7 +17,7 @@ demo: $(READY) ## bake the template into build/ and there: data, train-local, ev
 	@$(PYTHON) -c "import shutil; shutil.rmtree('$(PROJECT)', ignore_errors=True)"
 	@.venv/bin/cookiecutter . --no-input --output-dir build
 	@$(IN_PROJECT) data ARGS=
-	@$(IN_PROJECT) train-local ARGS='$(ARGS)'
+	@$(IN_PROJECT) train-local
 	@$(IN_PROJECT) evaluate ARGS=
 	@$(IN_PROJECT) predict IMAGE=data/raw/digits/4/0780.png ARGS=
 	@echo "in $(PROJECT):"

@@ -123,6 +123,23 @@ def test_environment_is_made_without_uv(bake: Bake, tmp_path: Path) -> None:
     assert not (project.path / "uv.lock").exists()
 
 
+def test_a_lock_is_respected(bake: Bake, tmp_path: Path) -> None:
+    project = bake()
+    uv = str(TEMPLATE / ".venv" / "bin" / "uv")
+    assert project.run(uv, "lock", "--upgrade-package", "ruff==0.11.0").returncode == 0
+    before = (project.path / "uv.lock").read_bytes()
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name in ("python3", "make", "sh"):
+        source = Path(sys.base_prefix) / "bin" / "python3" if name == "python3" else shutil.which(name)
+        (programs / name).symlink_to(source or name)
+    for _ in range(2):  # the uv that the first setup installed must still be there
+        project.make("setup", "ARGS=--group dev", PATH=str(programs))
+    listed = project.run(project.program("uv"), "pip", "list", "--python", project.program("python")).stdout
+    assert re.search(r"^ruff +0\.11\.0$", listed, re.MULTILINE)
+    assert (project.path / "uv.lock").read_bytes() == before
+
+
 def test_a_laptop_without_torch_reaches_the_job(bake: Bake) -> None:
     """Everything that `pipelines` imports is in the group `laptop`."""
     project = bake()

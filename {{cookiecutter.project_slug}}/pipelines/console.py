@@ -47,10 +47,11 @@ def run_verb(main: Callable[[], int]) -> NoReturn:
         sys.exit(130)
 
 
-def parser(description: str) -> argparse.ArgumentParser:
-    """A parser with the option that every configured verb takes."""
+def parser(description: str, settings: bool = False) -> argparse.ArgumentParser:
+    """A parser for a verb, with the option `--set` when the verb reads the settings."""
     made = argparse.ArgumentParser(description=description, allow_abbrev=False)
-    made.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override a setting")
+    if settings:
+        made.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override a setting")
     return made
 
 

@@ -64,11 +64,11 @@ def prepare(settings: Settings, source: str | None = None) -> Path:
 
 
 def _name(folder: Path) -> str:
-    """A folder name for the packed data; two sources of the same name do not share one."""
+    """A folder name for the packed data: never the source itself, and never shared by two sources of one name."""
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", folder.name).strip("-.") or "images"
     stamp = STAMPS / f"{name}.json"
     taken = stamp.exists() and json.loads(stamp.read_text(encoding="utf-8"))["source"] != str(folder)
-    if taken or name == "raw":
+    if taken or name == "raw" or folder.is_relative_to(DATA / name) or (DATA / name).is_relative_to(folder):
         name += "-" + hashlib.sha256(str(folder).encode()).hexdigest()[:6]
     return name
 
@@ -87,7 +87,7 @@ def _state(folder: Path, options: list[str]) -> str:
 
 def main() -> int:
     """Command line; see the module's docstring."""
-    parser = console.parser("Pack images into the data set that training reads.")
+    parser = console.parser("Pack images into the data set that training reads.", settings=True)
     parser.add_argument("--data", help="folder with one sub-folder of images a class (default: data.source)")
     options = parser.parse_args()
     target = prepare(load(options.set), options.data)

@@ -46,10 +46,10 @@ def main(arguments: "list[str]") -> int:
     environment = Path(".venv").absolute()
     uv = find_uv(environment)
     inherited = {key: value for key, value in os.environ.items() if key not in ("VIRTUAL_ENV", "PYTHONPATH")}
-    settings = {**inherited, "UV_PROJECT_ENVIRONMENT": str(environment), "UV_LINK_MODE": "hardlink"}
+    settings = {**inherited, "UV_PROJECT_ENVIRONMENT": str(environment)}
     groups = [] if "--group" in arguments else [word for group in GROUPS for word in ("--group", group)]
     if Path("uv.lock").exists():
-        commands = [[uv, "sync", "--locked", *groups, *arguments]]
+        commands = [[uv, "sync", "--locked", "--inexact", *groups, *arguments]]
     else:
         commands = [[uv, "pip", "install", "--python", str(environment), "-r", "pyproject.toml", *groups, *arguments]]
         if not (environment / "bin" / "python").exists():

@@ -1,6 +1,9 @@
 """Evaluate a finished run on the test split of its data set: `make evaluate`, `make evaluate RUN=<name>`.
 
-python -m pipelines.evaluate --run 20261121-093000-a1b2
+    python -m pipelines.evaluate --run 20261121-093000-a1b2
+
+The split must be the one that was set aside when the run was trained: packed again in another way, it may hold images
+that the model has seen.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ import sys
 from pathlib import Path
 
 from pipelines import ROOT, SOURCE, console, runs
+from pipelines.console import UserError
 
 
 def main() -> int:
@@ -19,7 +23,17 @@ def main() -> int:
     parser = console.parser("Evaluate a finished run on the test split of its data set.")
     parser.add_argument("--run", help="name of a run (default: the newest)")
     folder = runs.find(parser.parse_args().run)
-    data = ROOT / json.loads((folder / "run.json").read_text(encoding="utf-8"))["data"] / "test"
+    facts = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    data = ROOT / facts["data"] / "test"
+    if not (data / "dataset.json").is_file():
+        raise UserError(
+            f"{facts['data']} is gone, which run {facts['run']} was trained on; pack it again (`make data`)"
+        )
+    if json.loads((data / "dataset.json").read_text(encoding="utf-8"))["fingerprint"] != facts["dataset_fingerprint"]:
+        raise UserError(
+            f"{facts['data']} has changed since run {facts['run']} was trained on it, so its test split may hold "
+            f"images that the model has seen; pack it as before, or train again"
+        )
     output = folder / "evaluation.json"
     script = SOURCE / "processing" / "evaluate.py"
     command = [sys.executable, str(script), "--artifact", str(folder / "model.tar.gz"), "--data", str(data)]

@@ -12,7 +12,7 @@ from pipelines.console import UserError
 
 def main() -> int:
     """Command line; see the module's docstring."""
-    parser = console.parser("Build the project's image; other options are handed to `docker build`.")
+    parser = console.parser("Build the project's image; other options are handed to `docker build`.", settings=True)
     options, more = parser.parse_known_args()
     try:
         engine.check()

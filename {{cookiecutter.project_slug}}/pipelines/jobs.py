@@ -52,9 +52,12 @@ class Outputs:
 
 
 def failure_reason(root: Path, fallback: str) -> str:
-    """Why training failed: the last line of what the script wrote to SM_OUTPUT_FAILURE, else the fallback."""
-    for file in sorted(root.glob("algo-*/output/failure")):
+    """Why training failed: the last line that the script wrote to SM_OUTPUT_FAILURE, else the fallback.
+
+    Of several hosts the one that failed first counts; the others only lost their connection to it.
+    """
+    for file in sorted(root.glob("algo-*/output/failure"), key=lambda path: path.stat().st_mtime_ns):
         lines = [line for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
         if lines and "CalledProcessError" not in lines[-1] and "CloudWatch" not in lines[0]:  # the driver's own words
-            return f"training failed: {lines[-1].strip()}"
+            return f"training failed: {lines[-1].strip().removeprefix('error: ')}"
     return f"training failed: {fallback}"

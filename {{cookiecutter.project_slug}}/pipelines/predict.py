@@ -7,6 +7,7 @@ More options (--json) are handed to src/inference/predict.py.
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 import sys
 
@@ -22,7 +23,9 @@ def main() -> int:
     options, more = parser.parse_known_args()
     folder = runs.find(options.run)
     if not options.image:
-        raise UserError(f"IMAGE is missing; name a file, such as make predict IMAGE={runs.example_image(folder)}")
+        raise UserError(
+            f"IMAGE is missing; name a file, such as make predict IMAGE={shlex.quote(runs.example_image(folder))}"
+        )
     script = SOURCE / "inference" / "predict.py"
     command = [sys.executable, str(script), "--artifact", str(folder / "model.tar.gz"), *more, "--", *options.image]
     return subprocess.run(command).returncode

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import secrets
+import shlex
 import shutil
 import subprocess
 import tarfile
@@ -137,7 +138,7 @@ def describe(folder: Path) -> str:
     lines += [f"  {name:20} {here / name}" for name in sorted(path.name for path in folder.iterdir())]
     commands = [
         *([] if evaluation.exists() else ["make evaluate"]),
-        f"make predict IMAGE={example_image(folder)}",
+        f"make predict IMAGE={shlex.quote(example_image(folder))}",
         "make train-local DATA=folder/of/images",
         "make train-local INSTANCE_COUNT=2",
     ]

@@ -158,7 +158,7 @@ def interruptible() -> Iterator[None]:
 
 def main() -> int:
     """Command line; see the module's docstring."""
-    parser = console.parser("Train on this machine as SageMaker would.")
+    parser = console.parser("Train on this machine as SageMaker would.", settings=True)
     parser.add_argument("--data", help="folder with one sub-folder of images a class (default: data.source)")
     parser.add_argument("--run", help="name of an interrupted run to resume (default: a fresh run)")
     parser.add_argument("--mode", choices=["auto", "container", "process"], help="default: compute.local_mode")

@@ -129,6 +129,18 @@ def test_nothing_to_pack_is_said(make: object, message: str, tmp_path: Path) -> 
         pack(tmp_path / "photos", tmp_path / "packed")
 
 
+def test_raw_images_are_never_replaced(raw: Path, tmp_path: Path) -> None:
+    shutil.copytree(raw, tmp_path / "photos")
+    before = digest(tmp_path)
+    for output in (tmp_path / "photos", tmp_path / "photos" / "packed", tmp_path):
+        with pytest.raises(PackingError, match="something else than a packed data set"):
+            pack(tmp_path / "photos", output)
+    (tmp_path / "letters").mkdir()
+    with pytest.raises(PackingError, match="something else than a packed data set"):
+        pack(tmp_path / "photos", tmp_path / "letters")
+    assert digest(tmp_path) == before
+
+
 def test_an_interrupted_packing_keeps_the_older_data_set(
     raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -85,6 +85,20 @@ def test_process_mode_trains_evaluates_and_predicts(verb: Verb, project: Path, i
     assert predicted.stdout.startswith(f"{example}: ")
 
 
+def test_evaluation_refuses_a_test_split_that_may_have_been_trained_on(verb: Verb, project: Path, raw: Path) -> None:
+    (project / "data").mkdir()
+    shutil.copytree(raw, project / "data" / "edges")  # raw images where packed ones go
+    words = ("--mode", "process", "--data", "data/edges", "--set", "training.epochs=1")
+    assert verb("train_local", *words).returncode == 0
+    assert sorted(path.name for path in (project / "data" / "edges").iterdir()) == ["down", "left", "up"]
+    assert verb("evaluate").returncode == 0
+    packed_again = verb("data", "--data", "data/edges", "--set", "data.seed=1")
+    assert packed_again.returncode == 0, packed_again.stderr
+    refused = verb("evaluate")
+    assert refused.returncode == 1
+    assert "its test split may hold images that the model has seen" in refused.stderr
+
+
 def test_container_mode_trains(verb: Verb, project: Path, nothing_left: str) -> None:
     trained = verb("train_local", "--mode", "container", *SHORT)
     assert trained.returncode == 0, trained.stderr + trained.stdout
@@ -124,6 +138,16 @@ def test_a_failing_script_is_one_sentence_and_publishes_nothing(
     assert wrong.returncode == 1
     assert "resnet19" in wrong.stderr.splitlines()[0]
     assert "Traceback" not in wrong.stderr
+
+
+def test_the_host_that_failed_first_gives_the_reason(verb: Verb, project: Path) -> None:
+    loop = project / "src" / "training" / "loop.py"
+    bad = "        if world.rank == 1:\n            raise RuntimeError('out of luck')\n        model.train()\n"
+    loop.write_text(loop.read_text().replace("        model.train()\n", bad))
+    failed = verb("train_local", "--mode", "process", "--instances", "2", *SHORT)
+    assert failed.returncode == 1
+    assert failed.stderr.splitlines()[0] == "error: training failed: RuntimeError: out of luck"
+    assert not children_in(project)
 
 
 def test_a_crash_before_the_script_starts_is_named(verb: Verb, project: Path, nothing_left: str) -> None:

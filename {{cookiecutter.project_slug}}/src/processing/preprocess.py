@@ -56,6 +56,9 @@ def pack(
     Raises:
         PackingError: when there is nothing to pack or too much of it cannot be read.
     """
+    inside = output.resolve().is_relative_to(folder.resolve()) or folder.resolve().is_relative_to(output.resolve())
+    if inside or (output.exists() and not (output / "train" / "dataset.json").is_file()):
+        raise PackingError(f"{output} is, or holds, something else than a packed data set; name another output folder")
     items = scan(folder)
     size = size or automatic_size(folder, items)
     splits = assign(items, seed)

@@ -130,10 +130,10 @@ def main(arguments: list[str]) -> int:
             distributed.stop()
         return 0
     except EXPLAINED as error:
-        reason, code = f"{error}", 2
+        reason, code = f"error: {error}", 2
     except Exception:
         reason, code = traceback.format_exc(), 1
-    print(f"error: {reason}", file=sys.stderr, flush=True)
+    print(reason, file=sys.stderr, flush=True)
     failure = os.environ.get("SM_OUTPUT_FAILURE")
     if failure:
         Path(failure).write_text(reason, encoding="utf-8")
