@@ -7,12 +7,15 @@ A folder that is packed already, with the same files and settings, is left as it
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from pipelines import ROOT, SOURCE, console
@@ -20,6 +23,7 @@ from pipelines.config import Settings, load
 from pipelines.console import UserError
 from pipelines.runs import STAMPS
 from pipelines.sample_data import write_digits
+from training.config import shown
 
 DATA = ROOT / "data"
 SAMPLE = DATA / "raw" / "digits"
@@ -38,36 +42,71 @@ def prepare(settings: Settings, source: str | None = None) -> Path:
     Raises:
         UserError: when there is no such folder or it cannot be packed.
     """
-    source = source or settings.data.source
-    if source == "sample":
-        folder = SAMPLE
-        if not folder.is_dir():
-            write_digits(folder)
-    else:
+    source = settings.data.source if source is None else source
+    if source != "sample":
+        folder = _folder(source)
+        with _alone(folder.name):
+            return _pack(settings, folder)
+    with _alone(SAMPLE.name):
+        if not SAMPLE.is_dir():
+            write_digits(SAMPLE)
+        return _pack(settings, SAMPLE)
+
+
+def _folder(source: str) -> Path:
+    with contextlib.suppress(OSError, ValueError, RuntimeError):  # names that are too long, a NUL, no home folder
         folder = Path(source).expanduser().resolve()
-        if not folder.is_dir():
-            raise UserError(f"there is no folder {source}; DATA must name one with a sub-folder of images a class")
+        if source and folder.is_dir():
+            return folder
+    raise UserError(f"there is no folder {shown(source)}; DATA must name one with a sub-folder of images a class")
+
+
+def _pack(settings: Settings, folder: Path) -> Path:
+    """Pack a folder of raw images, unless the same files were packed with the same settings before."""
     target = DATA / _name(folder)
-    size = str(settings.training.image_size)
-    options = ["--size", size, "--seed", str(settings.data.seed), "--unreadable", str(settings.data.unreadable)]
+    options = ["--size", str(settings.training.image_size), "--seed", str(settings.data.seed)]
+    options += ["--unreadable", str(settings.data.unreadable), "--megapixels", str(settings.data.megapixels)]
     stamp, state = STAMPS / f"{target.name}.json", {"source": str(folder), "state": _state(folder, options)}
-    if target.is_dir() and stamp.exists() and json.loads(stamp.read_text(encoding="utf-8")) == state:
+    if (target / "train" / "dataset.json").is_file() and _read(stamp) == state:
         return target
     stamp.unlink(missing_ok=True)
     script = SOURCE / "processing" / "preprocess.py"
     command = [sys.executable, str(script), "--input", str(folder), "--output", str(target), *options]
     if subprocess.run(command).returncode:
         raise UserError(f"{folder} was not packed (see above)")
-    STAMPS.mkdir(parents=True, exist_ok=True)
     stamp.write_text(json.dumps(state), encoding="utf-8")
     return target
 
 
+@contextlib.contextmanager
+def _alone(name: str) -> Iterator[None]:
+    """Let one process at a time pack data of this name; others wait, and say so."""
+    STAMPS.mkdir(parents=True, exist_ok=True)
+    with (STAMPS / f"{_plain(name)}.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"waiting for another process that packs {name}", flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _read(stamp: Path) -> dict[str, str] | None:
+    try:
+        facts: dict[str, str] = json.loads(stamp.read_text(encoding="utf-8"))
+        return facts
+    except (OSError, ValueError):
+        return None
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "images"
+
+
 def _name(folder: Path) -> str:
     """A folder name for the packed data: never the source itself, and never shared by two sources of one name."""
-    name = re.sub(r"[^A-Za-z0-9._-]+", "-", folder.name).strip("-.") or "images"
-    stamp = STAMPS / f"{name}.json"
-    taken = stamp.exists() and json.loads(stamp.read_text(encoding="utf-8"))["source"] != str(folder)
+    name = _plain(folder.name)
+    taken = (_read(STAMPS / f"{name}.json") or {"source": str(folder)})["source"] != str(folder)
     if taken or name == "raw" or folder.is_relative_to(DATA / name) or (DATA / name).is_relative_to(folder):
         name += "-" + hashlib.sha256(str(folder).encode()).hexdigest()[:6]
     return name

@@ -93,7 +93,7 @@ def publish(name: str, model: Path, output: Path, facts: dict[str, Any]) -> Path
     (temporary / "run.json").write_text(json.dumps({"run": name} | run | facts, indent=2) + "\n", encoding="utf-8")
     pack(model, temporary / "model.tar.gz")
     temporary.rename(ARTIFACTS / name)
-    link = ARTIFACTS / f".{LATEST}.tmp"
+    link = ARTIFACTS / f".{LATEST}.{name}.tmp"
     link.unlink(missing_ok=True)
     link.symlink_to(name)
     link.replace(ARTIFACTS / LATEST)

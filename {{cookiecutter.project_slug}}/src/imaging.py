@@ -7,7 +7,6 @@ Training data and requests take the same way, so a model never meets pixels that
 from __future__ import annotations
 
 import io
-import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -19,11 +18,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
-MAX_PIXELS = 64_000_000  # 192 MB once decoded; a larger header is refused before any pixel is read
+MAX_PIXELS = 100_000_000  # 300 MB once decoded; a larger header is refused before any pixel is read
 BACKGROUND = (255, 255, 255)  # what transparent pixels are blended on
 
-# Our own limit is lower than Pillow's and raises an error; its warning would only repeat that.
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit warns or raises, by size; `decode` has one limit that raises
 
 
 class ImageError(ValueError):

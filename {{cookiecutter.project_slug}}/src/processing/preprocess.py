@@ -11,12 +11,15 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import io
 import json
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,40 +35,54 @@ from processing.scan import SPLITS, Item, PackingError, assign, automatic_size, 
 
 SCHEMA_VERSION = 1
 SHARD_BYTES = 128 * 2**20
-UNREADABLE_SHARE = 0.01
+BYTES_PER_PIXEL = 8  # of the largest file that is looked at: four channels of 16 bits, not compressed
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What is still packed.
+
+    Attributes:
+        unreadable: share of all files; more unreadable ones fail the packing, fewer are left out and reported.
+        megapixels: width times height of one image; a larger one counts as unreadable.
+    """
+
+    unreadable: float = 0.01
+    megapixels: float = imaging.MAX_PIXELS / 1e6
 
 
 def pack(
-    folder: Path, output: Path, size: int | None = None, seed: int = 0, shard_bytes: int = SHARD_BYTES,
-    unreadable_share: float = UNREADABLE_SHARE, workers: int | None = None,
+    folder: Path, output: Path, size: int | None = None, seed: int = 0, limits: Limits | None = None,
+    shard_bytes: int = SHARD_BYTES, workers: int | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Pack `folder` into `output`, which is replaced as a whole at the end.
+
+    `<output>.report.txt` names every file that was left out and says why; it is written also when packing fails.
 
     Args:
         folder: raw images; nothing is written there.
         output: the data set's folder.
         size: pixels a side; None chooses by `automatic_size`.
         seed: of the split and the order of rows.
+        limits: what is still packed.
         shard_bytes: pixels of a shard, and so of memory, at most.
-        unreadable_share: of all files; more unreadable ones fail the packing, fewer are left out and listed.
         workers: decoding threads; None: one a processor.
 
     Returns:
         The content of `dataset.json`.
 
     Raises:
-        PackingError: when there is nothing to pack or too much of it cannot be read.
+        PackingError: when there is nothing to pack, too much of it cannot be read, or there is no room.
     """
-    inside = output.resolve().is_relative_to(folder.resolve()) or folder.resolve().is_relative_to(output.resolve())
-    if inside or (output.exists() and not (output / "train" / "dataset.json").is_file()):
-        raise PackingError(f"{output} is, or holds, something else than a packed data set; name another output folder")
-    items = scan(folder)
+    limits = limits or Limits()
+    _check_output(folder, output)
+    items, left_out = scan(folder)
     size = size or automatic_size(folder, items)
     splits = assign(items, seed)
     classes = sorted({item.label for item in items})
     output.parent.mkdir(parents=True, exist_ok=True)
+    _check_room(output.parent, len(items) * (size * size * 3 + 300))
     temporary = output.parent / f".{output.name}.{os.getpid()}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
     unreadable: list[str] = []
     rows: dict[str, list[str]] = {}
     sha256: dict[str, str] = {}
@@ -75,11 +92,8 @@ def pack(
             for name in SPLITS:
                 (temporary / name).mkdir(parents=True)
                 rows[name] = []
-                for number, (images, kept) in enumerate(
-                    _shards(folder, splits[name], size, shard_bytes, pool, tick, unreadable)
-                ):
-                    if len(unreadable) > unreadable_share * len(items):
-                        raise PackingError(_too_many(unreadable, len(items), unreadable_share))
+                shards = _shards(folder, splits[name], size, limits, shard_bytes, pool, tick, unreadable)
+                for number, (images, kept) in enumerate(shards):
                     labels = np.array([classes.index(item.label) for item in kept], dtype=np.int64)
                     for kind, array in (("images", images), ("labels", labels)):
                         path = temporary / name / f"{kind}-{number:05d}.npy"
@@ -88,11 +102,9 @@ def pack(
                     rows[name] += [item.path for item in kept]
                     if name == "train":
                         moments += _moments(images)
-        if not rows["train"]:
-            raise PackingError(
-                f"{folder} leaves no image for training; {len(items)} found, {len(unreadable)} unreadable"
-            )
-        info = _describe(classes, size, seed, moments, rows, sha256, unreadable)
+        report = _report(output, unreadable, left_out)
+        _check_rows(items, rows, unreadable, limits, report)
+        info = _describe(classes, size, seed, moments, rows, sha256)
         for name in SPLITS:
             (temporary / name / "dataset.json").write_text(json.dumps(info, indent=1) + "\n", encoding="utf-8")
         _replace(temporary, output)
@@ -101,20 +113,81 @@ def pack(
     return info
 
 
+def _check_output(folder: Path, output: Path) -> None:
+    """Refuse to write over anything but a packed data set, and clear what a killed packing left beside it."""
+    inside = output.resolve().is_relative_to(folder.resolve()) or folder.resolve().is_relative_to(output.resolve())
+    if inside or (output.exists() and not (output / "train" / "dataset.json").is_file()):
+        raise PackingError(f"{output} is, or holds, something else than a packed data set; name another output folder")
+    for litter in output.parent.glob("*"):
+        if litter.name.startswith(f".{output.name}.") and litter.suffix in (".tmp", ".old") and not _alive(litter):
+            shutil.rmtree(litter, ignore_errors=True)
+
+
+def _alive(litter: Path) -> bool:
+    """Whether the process that is named in `.<data set>.<process>.tmp` still runs."""
+    try:
+        os.kill(int(litter.stem.rpartition(".")[2]), 0)
+        return True
+    except PermissionError:
+        return True
+    except (ProcessLookupError, ValueError):
+        return False
+
+
+def _check_room(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise PackingError(
+            f"packing needs about {needed / 1e6:,.0f} MB in {folder}, where {free / 1e6:,.0f} MB are free"
+        )
+
+
+def _check_rows(
+    items: Sequence[Item], rows: dict[str, list[str]], unreadable: list[str], limits: Limits, report: Path
+) -> None:
+    """Refuse a data set that lost too much, or the last training image of a class, to unreadable files."""
+    if len(unreadable) > limits.unreadable * len(items):
+        raise PackingError(
+            f"{len(unreadable)} of {len(items)} files cannot be read, more than {limits.unreadable:.1%}; the first: "
+            f"{unreadable[0]!r}; all are in {report} (repair or remove them, or allow more with data.unreadable)"
+        )
+    kept = set(rows["train"])
+    lost = {item.label for item in items} - {item.label for item in items if item.path in kept}
+    if lost:
+        raise PackingError(f"class {min(lost)!r} has no readable image for training; {report} names the others")
+    if not rows["validation"]:
+        raise PackingError(f"no readable image is left for validation; {report} names those that are not")
+
+
+def _report(output: Path, unreadable: list[str], left_out: list[str]) -> Path:
+    """Write down what is not in the data set, or remove an older report when all of it is."""
+    path = output.with_name(f"{output.name}.report.txt")
+    lines = [f"unreadable: {line}" for line in sorted(unreadable)] + [f"left out: {line}" for line in left_out]
+    if lines:
+        path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", errors="backslashreplace")
+    else:
+        path.unlink(missing_ok=True)
+    return path
+
+
 def _shards(
-    folder: Path, items: Sequence[Item], size: int, shard_bytes: int, pool: ThreadPoolExecutor,
-    tick: Callable[[], object],
-    unreadable: list[str],
+    folder: Path, items: Sequence[Item], size: int, limits: Limits, shard_bytes: int, pool: ThreadPoolExecutor,
+    tick: Callable[[], object], unreadable: list[str],
 ) -> Iterator[tuple[NDArray[np.uint8], list[Item]]]:  # fmt: skip
     """Decode a split shard by shard; rows of unreadable files are left out."""
     step = max(1, shard_bytes // (size * size * 3))
+    pixels = round(limits.megapixels * 1e6)
 
     def load(target: NDArray[np.uint8], item: Item) -> str | None:
+        path = folder / item.path
         try:
-            target[:] = imaging.fit(imaging.decode((folder / item.path).read_bytes()), size)
+            size_in_bytes = path.stat().st_size
+            if size_in_bytes > BYTES_PER_PIXEL * pixels:
+                return f"{item.path}: {size_in_bytes:,} bytes, more than an image of {limits.megapixels} megapixels has"
+            target[:] = imaging.fit(imaging.decode(path.read_bytes(), pixels), size)
             return None
         except (imaging.ImageError, OSError) as error:
-            return f"{item.path}: {error}"
+            return f"{item.path}: {error.strerror if isinstance(error, OSError) else error}"
 
     for first in range(0, len(items), step):
         chunk = items[first : first + step]
@@ -141,7 +214,7 @@ def _moments(images: NDArray[np.uint8]) -> NDArray[np.float64]:
 
 def _describe(
     classes: list[str], size: int, seed: int, moments: NDArray[np.float64], rows: dict[str, list[str]],
-    sha256: dict[str, str], unreadable: list[str],
+    sha256: dict[str, str],
 ) -> dict[str, Any]:  # fmt: skip
     pixels = len(rows["train"]) * size * size
     mean = moments[0] / pixels
@@ -157,14 +230,7 @@ def _describe(
         "sha256": sha256,
     }
     info["fingerprint"] = hashlib.sha256(json.dumps(info, sort_keys=True).encode()).hexdigest()
-    return info | {"unreadable": sorted(unreadable), "rows": rows}
-
-
-def _too_many(unreadable: list[str], total: int, share: float) -> str:
-    return (
-        f"{len(unreadable)} of {total} files cannot be read, more than {share:.1%}; the first: {unreadable[0]} "
-        f"(repair or remove them, or allow more with --unreadable)"
-    )
+    return info | {"rows": rows}
 
 
 def _replace(temporary: Path, output: Path) -> None:
@@ -183,21 +249,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, required=True, help="folder of the packed data set")
     parser.add_argument("--size", default="auto", help="pixels a side (default: by the images)")
     parser.add_argument("--seed", type=int, default=0, help="of the split")
-    parser.add_argument(
-        "--unreadable", type=float, default=UNREADABLE_SHARE, help="share of files that may be unreadable"
-    )
+    parser.add_argument("--unreadable", type=float, default=Limits.unreadable, help="share that may be unreadable")
+    parser.add_argument("--megapixels", type=float, default=Limits.megapixels, help="of the largest image")
     options = parser.parse_args(arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a file's name may be no valid text
+            stream.reconfigure(errors="backslashreplace")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what is half done is removed
     try:
         size = None if options.size == "auto" else int(options.size)
-        info = pack(options.input, options.output, size, options.seed, unreadable_share=options.unreadable)
+        limits = Limits(options.unreadable, options.megapixels)
+        info = pack(options.input, options.output, size, options.seed, limits)
     except (PackingError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     counts = ", ".join(f"{count} {name}" for name, count in info["counts"].items())
     print(f"packed {len(info['classes'])} classes at {info['size']} pixels: {counts} -> {options.output}")
-    if info["unreadable"]:
-        listed = "\n  ".join(info["unreadable"][:10])
-        print(f"left out {len(info['unreadable'])} unreadable files (all in dataset.json):\n  {listed}")
+    report = options.output.with_name(f"{options.output.name}.report.txt")
+    if report.exists():
+        print(f"left out {len(report.read_text(encoding='utf-8').splitlines())} files; {report} names them")
     return 0
 
 

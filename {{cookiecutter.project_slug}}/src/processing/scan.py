@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import statistics
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,51 +35,116 @@ class Item:
     split: str | None
 
 
-def scan(folder: Path) -> list[Item]:
-    """Find every image below `folder`, in a fixed order. Hidden files and other suffixes do not count.
+def scan(folder: Path) -> tuple[list[Item], list[str]]:
+    """Find every image below `folder`, in a fixed order. Hidden files do not count; links are followed.
+
+    Returns:
+        The images, and a line for every other file: its path and why it was left out.
 
     Raises:
-        PackingError: when there is no folder, no class or no image.
+        PackingError: when there is no folder, no image, a class without one, or fewer than two classes.
     """
     if not folder.is_dir():
         raise PackingError(
             f"{folder} is no folder; DATA must name one that holds a sub-folder of images for each class"
         )
-    top = _folders(folder)
+    top, _, _ = _entries(folder)
     ready_made = {name: READY_MADE[name.lower()] for name in top if name.lower() in READY_MADE}
     if "train" not in ready_made.values() or len(ready_made) != len(top):
         ready_made = {}
-    items = []
-    for base, split in ready_made.items() or [(".", None)]:
-        for label in _folders(folder / base):
-            for root, directories, files in os.walk(folder / base / label):
-                directories[:] = sorted(name for name in directories if not name.startswith("."))
-                for name in sorted(files):
-                    if name.lower().endswith(SUFFIXES) and not name.startswith("."):
-                        path = (Path(root) / name).relative_to(folder).as_posix()
-                        items.append(Item(path, label, split))
+    items: list[Item] = []
+    left_out: list[str] = []
+    empty: list[str] = []
+    for base, split in ready_made.items() or [("", None)]:
+        labels, files, others = _entries(folder / base)
+        left_out += [f"{_join(base, name)}: lies outside of the class folders" for name in files + others]
+        for name in labels:
+            found = list(_images(folder, _join(base, name), left_out))
+            items += [Item(path, _label(name), split) for path in found]
+            if not found and split in (None, "train"):
+                empty.append(_join(base, name))
+    wanted = f"expected {folder}/<class>/<image>, with {' '.join(SUFFIXES)}"
     if not items:
-        raise PackingError(
-            f"{folder} holds no image in class folders; expected {folder}/<class>/<image> with {', '.join(SUFFIXES)}"
-        )
-    return items
+        raise PackingError(f"{folder} holds no image in class folders; {wanted}{_first(left_out)}")
+    if empty:
+        raise PackingError(f"class folder {empty[0]!r} holds no image; add some, or remove it{_first(left_out)}")
+    classes = {item.label for item in items}
+    if len(classes) < 2:
+        raise PackingError(f"{folder} holds one class, {classes.pop()!r}; a classifier needs two or more; {wanted}")
+    return items, left_out
 
 
-def _folders(folder: Path) -> list[str]:
-    return sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+def _entries(folder: Path) -> tuple[list[str], list[str], list[str]]:
+    """Names of a folder's folders, files (dangling links too) and other things, sorted, without hidden ones."""
+    listed: tuple[list[str], list[str], list[str]] = ([], [], [])
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if not entry.name.startswith("."):
+                    listed[_kind(entry)].append(entry.name)
+    except OSError as error:
+        raise PackingError(f"{folder} cannot be listed: {error.strerror}") from error
+    for names in listed:
+        names.sort()
+    return listed
+
+
+def _kind(entry: os.DirEntry[str]) -> int:
+    try:
+        if entry.is_dir():
+            return 0
+        return 1 if entry.is_file() or not Path(entry.path).exists() else 2
+    except OSError:  # a link to itself
+        return 1
+
+
+def _images(root: Path, start: str, left_out: list[str]) -> Iterator[str]:
+    """Paths of the images below a class folder. A folder that links lead to twice, or into itself, counts once."""
+    waiting, seen = [start], set()
+    while waiting:
+        place = waiting.pop()
+        facts = (root / place).stat()
+        if (facts.st_dev, facts.st_ino) in seen:
+            continue
+        seen.add((facts.st_dev, facts.st_ino))
+        folders, files, others = _entries(root / place)
+        waiting += [_join(place, name) for name in reversed(folders)]
+        left_out += [f"{_join(place, name)}: not a regular file" for name in others]
+        for name in files:
+            if name.lower().endswith(SUFFIXES):
+                yield _join(place, name)
+            else:
+                left_out.append(f"{_join(place, name)}: not one of {' '.join(SUFFIXES)}")
+
+
+def _join(base: str, name: str) -> str:
+    return f"{base}/{name}" if base else name
+
+
+def _first(left_out: list[str]) -> str:
+    return f" (left out: {left_out[0]!r}{' and more' if len(left_out) > 1 else ''})" if left_out else ""
+
+
+def _label(name: str) -> str:
+    """The class name: composed Unicode, so that macOS and Linux agree on it."""
+    try:
+        name.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise PackingError(f"class folder {name!r} has a name that is not valid UTF-8; rename it") from error
+    return unicodedata.normalize("NFC", name)
 
 
 def assign(items: Sequence[Item], seed: int) -> dict[str, list[Item]]:
-    """Split 70/15/15 within each class by the hash of (seed, path); at least one image of a class in train.
+    """Split 70/15/15 within each class by the hash of (seed, path): at least one image of a class for training.
 
-    Ready-made splits are kept; one that is missing is cut out of train. Rows of a split come in the order of their
-    hash, so that classes are mixed.
+    From three images on, each split has at least one. Ready-made splits are kept; one that is missing is cut out of
+    train. Rows of a split come in the order of their hash, so that classes are mixed.
 
     Raises:
-        PackingError: when a class of a ready-made split has no training image.
+        PackingError: when a class has no training image, or nothing is left for validation.
     """
     ready_made = {item.split for item in items}
-    rank = {item.path: hashlib.sha256(f"{seed}:{item.path}".encode()).digest() for item in items}
+    rank = {item.path: _rank(seed, item.path) for item in items}
     members: dict[str, list[Item]] = {}
     for item in sorted(items, key=lambda item: rank[item.path]):
         members.setdefault(item.label, []).append(item)
@@ -91,12 +157,18 @@ def assign(items: Sequence[Item], seed: int) -> dict[str, list[Item]]:
         for name in ("test", "validation"):
             if name in ready_made:
                 splits[name] += [item for item in own if item.split == name]
-            else:
-                keep = max(len(train) - round(SHARES[name] * total), 1)
+            elif total > 2:
+                keep = len(train) - max(round(SHARES[name] * total), 1)
                 splits[name] += train[keep:]
                 train = train[:keep]
         splits["train"] += train
+    if not splits["validation"]:
+        raise PackingError("no image is left for validation: give at least one class three images, or add a val folder")
     return {name: sorted(rows, key=lambda item: rank[item.path]) for name, rows in splits.items()}
+
+
+def _rank(seed: int, path: str) -> bytes:
+    return hashlib.sha256(f"{seed}:{path}".encode("utf-8", "surrogateescape")).digest()
 
 
 def automatic_size(folder: Path, items: Sequence[Item]) -> int:
