@@ -7,6 +7,7 @@ Unknown keys are refused with the nearest known one.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -17,28 +18,38 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pipelines import ROOT
 from pipelines.console import UserError
-from training.config import ConfigurationError, Hyperparameters, nearest
+from training.config import ConfigurationError, Hyperparameters, nearest, parse, shown
 
 LocalMode = Literal["auto", "container", "process"]
+IMAGE = r"^[A-Za-z0-9][A-Za-z0-9._/:@-]*$"
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's numbers: for PyYAML `1e-3` would be text."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
 
 
 class Section(BaseModel):
-    """Settings that cannot change and refuse unknown keys."""
+    """Settings that cannot change and refuse unknown keys and values of another type."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
 class Aws(Section):
     """Where in AWS."""
 
-    region: str
+    region: str = Field(pattern=r"^[a-z]{2,3}(-[a-z]+)+-[0-9]$")
 
 
 class Images(Section):
     """Which image trains and serves, and how it is built."""
 
-    training: str
-    base: str
+    training: str = Field(pattern=IMAGE)
+    base: str = Field(pattern=IMAGE)
     packages: Literal["auto"] | list[str]
     build_options: list[str]
 
@@ -53,9 +64,10 @@ class Compute(Section):
 class Data(Section):
     """What is trained on."""
 
-    source: str
+    source: str = Field(min_length=1)
     seed: int = Field(ge=0)
     unreadable: float = Field(ge=0, le=1)
+    megapixels: float = Field(gt=0, le=10_000)
 
 
 class Settings(Section):
@@ -92,14 +104,17 @@ def load(
             raise UserError(f"--set {override!r} has no value; write --set section.key=value")
         _override(document, path.strip(), value, f"--set {override}")
     try:
+        document["training"] = parse(document["training"])  # the same checks as in the container
         return Settings.model_validate(document)
+    except ConfigurationError as error:
+        raise UserError(f"configs: training.{error}") from None
     except ValidationError as error:
         raise UserError(_explain(error)) from None
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+        document = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506  (a safe loader)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -114,13 +129,15 @@ def _override(document: dict[str, Any], path: str, text: str, origin: str) -> No
     if not separator or section not in Settings.model_fields:
         raise UserError(f"{origin}: unknown section {section!r}; {nearest(section, Settings.model_fields)}")
     try:
-        value = yaml.safe_load(text)
+        value = yaml.load(text, _Loader)  # noqa: S506  (a safe loader)
     except yaml.YAMLError:
         value = text
     known = _keys(section)
     if key not in known:
         raise UserError(f"{origin}: unknown key {key!r} in {section}; {nearest(key, known)}")
-    document.setdefault(section, {})[key] = value
+    if not isinstance(document.get(section), dict):
+        document[section] = {}
+    document[section][key] = value
 
 
 def _keys(section: str) -> list[str]:
@@ -137,13 +154,10 @@ def _explain(error: ValidationError) -> str:
     problem = min(error.errors(), key=lambda item: item["type"] == "missing")  # a misspelt key explains a missing one
     where = ".".join(str(part) for part in problem["loc"][:2])
     section, key = str(problem["loc"][0]), str(problem["loc"][-1])
-    if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+    if problem["type"] == "extra_forbidden":
         known = _keys(section) if len(problem["loc"]) > 1 else list(Settings.model_fields)
-        return f"configs: unknown key {where} (value {problem['input']!r}); {nearest(key, known)}"
+        return f"configs: unknown key {where} (value {shown(problem['input'])}); {nearest(key, known)}"
     if problem["type"] == "missing":
         return f"configs: {where} is missing; add it, or take the file of the template"
-    cause = problem.get("ctx", {}).get("error")
-    if isinstance(cause, ConfigurationError):
-        return f"configs: training.{cause}"
     reasons = [item["msg"] for item in error.errors() if item["loc"][:2] == problem["loc"][:2]]
-    return f"configs: {where} is {problem['input']!r}: {' or '.join(dict.fromkeys(reasons))}"
+    return f"configs: {where} is {shown(problem['input'])}: {' or '.join(dict.fromkeys(reasons))}"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import errno
 import logging
 import re
 import shutil
@@ -42,6 +44,11 @@ def run_verb(main: Callable[[], int]) -> NoReturn:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.code)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+            raise
+        print(f"error: {error.filename or 'a file'} cannot be written: {error.strerror}", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
@@ -109,12 +116,14 @@ class TrainingView:
         if self._bar is not None:
             self._bar.close()
             self._bar = None
-        self._log.close()
+        with contextlib.suppress(OSError):
+            self._log.close()
 
     def _take(self, line: str) -> None:
         line = ESCAPES.sub("", line).rstrip("\r")
-        self._log.write(line + "\n")
-        self._log.flush()
+        with contextlib.suppress(OSError):  # a full disk costs the log, and must not block the one who writes it
+            self._log.write(line + "\n")
+            self._log.flush()
         host = CONTAINER.match(line) if self._containers else None
         text = line[host.end() :] if host else line
         if text.strip():

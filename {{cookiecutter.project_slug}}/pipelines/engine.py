@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,9 +16,13 @@ from typing import Any
 
 from pipelines import ROOT
 from pipelines.config import Settings
+from pipelines.environment import certificates
 
 DOCKERFILE = ROOT / "docker" / "Dockerfile"
 BUILD_LOG = ROOT / ".cache" / "image-build.log"
+NETWORK = "sagemaker-local"  # SDK V3's local mode puts every container of every run on it
+OLDEST_COMPOSE = (1, 27)  # the first docker-compose that reads files without a version
+PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy")
 
 
 class EngineError(Exception):
@@ -37,10 +42,33 @@ def check() -> None:
         detail = (answer.stderr.strip() or answer.stdout.strip()).splitlines()
         reason = detail[-1].strip() if detail else "no message"
         raise EngineError(f"no Docker engine answers ({reason}); start it, or give this user access to its socket")
-    if compose() is None:
+    command = compose()
+    if command is None:
         raise EngineError("Docker Compose is not installed; install the docker compose plugin or docker-compose")
-    if ":" in str(ROOT):
-        raise EngineError(f"the project's path {ROOT} holds a colon, which container mounts cannot; move the project")
+    if command == ["docker-compose"]:
+        version = subprocess.run([*command, "version", "--short"], capture_output=True, text=True).stdout.strip()
+        numbers = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
+        if numbers < OLDEST_COMPOSE:
+            raise EngineError(f"docker-compose {version or 'of unknown version'} is too old for the SDK's files; "
+                              "install 1.27 or newer, or the docker compose plugin")  # fmt: skip
+    for sign in ":$":
+        if sign in str(ROOT):
+            raise EngineError(f"the project's path {ROOT} holds {sign!r}, which compose cannot mount; move the project")
+
+
+def check_alone(instances: int) -> None:
+    """Make sure that no other run shares the host names algo-1, algo-2, ... with one that trains on several hosts.
+
+    Raises:
+        EngineError: when one does.
+    """
+    running = ["ps", "--quiet", "--filter", f"network={NETWORK}"]
+    several = _docker(*running, "--filter", "name=algo-2").stdout.split()
+    if several or (instances > 1 and _docker(*running).stdout.split()):
+        raise EngineError(
+            f"another run trains in containers on the network {NETWORK}, which runs on several hosts cannot share; "
+            "wait for it"
+        )
 
 
 def compose() -> list[str] | None:
@@ -119,13 +147,17 @@ def build(settings: Settings, options: Sequence[str] = ()) -> str:
         f"building the image {name} from {settings.images.base} (some minutes; log: {_relative(BUILD_LOG)})", flush=True
     )
     BUILD_LOG.parent.mkdir(parents=True, exist_ok=True)
-    command = ["docker", "build", "--force-rm", "--tag", name, "--file", str(DOCKERFILE)]
+    command = ["docker", "build", "--force-rm", "--tag", name]
     command += ["--build-arg", f"BASE_IMAGE={settings.images.base}"]
     command += ["--build-arg", f"PACKAGES={' '.join(packages(settings))}"]
-    with BUILD_LOG.open("w", encoding="utf-8") as log:
-        result = subprocess.run(
-            [*command, *settings.images.build_options, *options, str(DOCKERFILE.parent)], stdout=log, stderr=log
-        )
+    command += [word for proxy in PROXIES if os.environ.get(proxy) for word in ("--build-arg", proxy)]
+    command += [*settings.images.build_options, *options]
+    with BUILD_LOG.open("w", encoding="utf-8") as log, tempfile.TemporaryDirectory(prefix="image-") as context:
+        shutil.copyfile(DOCKERFILE, Path(context, "Dockerfile"))
+        bundle = certificates()
+        if bundle:
+            shutil.copyfile(bundle, Path(context, "ca.crt"))
+        result = subprocess.run([*command, context], stdout=log, stderr=log)
     if result.returncode:
         lines = [line for line in BUILD_LOG.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
         reason = lines[-1].strip() if lines else "no message"
@@ -139,6 +171,7 @@ def remove_run(folder: Path) -> None:
     command = compose()
     if file.exists() and command is not None:
         subprocess.run([*command, "-f", str(file), "down", "--timeout", "1"], capture_output=True, check=False)
+        _docker("network", "rm", NETWORK)  # stays as long as another run uses it, whose end removes it
 
 
 def give_back(image: str, *folders: Path) -> None:

@@ -41,12 +41,22 @@ def find_uv(environment: Path) -> str:
     return str(own)
 
 
+def certificates() -> "str | None":
+    """The bundle of certificates that this shell's programs are told to trust, if any."""
+    names = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "PIP_CERT", "CURL_CA_BUNDLE")
+    found = [os.environ[name] for name in names if Path(os.environ.get(name, "")).is_file()]
+    return found[0] if found else None
+
+
 def main(arguments: "list[str]") -> int:
     """Create or update the environment of the project in the current folder; see the module's docstring."""
     environment = Path(".venv").absolute()
     uv = find_uv(environment)
     inherited = {key: value for key, value in os.environ.items() if key not in ("VIRTUAL_ENV", "PYTHONPATH")}
     settings = {**inherited, "UV_PROJECT_ENVIRONMENT": str(environment)}
+    bundle = certificates()
+    if bundle:
+        settings["SSL_CERT_FILE"] = bundle  # the one name that uv knows
     groups = [] if "--group" in arguments else [word for group in GROUPS for word in ("--group", group)]
     if Path("uv.lock").exists():
         commands = [[uv, "sync", "--locked", "--inexact", *groups, *arguments]]

@@ -28,7 +28,7 @@ from training.config import Hyperparameters
 STARTED = time.monotonic()
 
 
-def choose_mode(settings: Settings, mode: LocalMode) -> str | None:
+def choose_mode(settings: Settings, mode: LocalMode, instances: int) -> str | None:
     """The image to train in, or None to train as processes.
 
     Raises:
@@ -38,6 +38,7 @@ def choose_mode(settings: Settings, mode: LocalMode) -> str | None:
         return None
     try:
         engine.check()
+        engine.check_alone(instances)
         return engine.training_image(settings)
     except engine.EngineError as error:
         if mode == "container":
@@ -72,7 +73,7 @@ def train(
         settings = settings.model_copy(update={"training": Hyperparameters(**request["hyperparameters"])})
     hyperparameters = settings.training.as_dict()
     dataset = data.prepare(settings, source)
-    image = choose_mode(settings, mode)
+    image = choose_mode(settings, mode, instances)
     name = run or runs.new_name()
     checkpoints = runs.CHECKPOINTS / name
     checkpoints.mkdir(parents=True, exist_ok=True)

@@ -32,13 +32,13 @@ def test_booleans_in_any_case(text: str, value: bool) -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"epoch": 3}, "unknown hyperparameter 'epoch'; did you mean epochs"),
+        ({"epoch": 3}, "epoch is no hyperparameter (value 3); did you mean epochs"),
         ({"epochs": "three"}, "epochs is 'three'; it must be a whole number or auto"),
         ({"epochs": 2.5}, "epochs is 2.5; it must be a whole number or auto"),
         ({"epochs": True}, "epochs is True"),
-        ({"epochs": 0}, "epochs is 0; it must be at least 1"),
+        ({"epochs": 0}, "epochs is 0; it must be at least 1 and at most 1000000"),
         ({"batch_size": None}, "batch_size is None; it must be a whole number"),
-        ({"learning_rate": -1}, "learning_rate is -1.0; it must be above 0"),
+        ({"learning_rate": -1}, "learning_rate is -1.0; it must be above 0 and below 1000"),
         ({"learning_rate": "nan"}, "learning_rate is 'nan'; it must be a number or auto"),
         ({"ema_decay": 1}, "ema_decay is 1.0; it must be at least 0 and below 1"),
         ({"optimizer": "adam"}, "optimizer is 'adam'; it must be adamw or sgd"),
@@ -101,7 +101,7 @@ def test_wrong_settings_are_named(override: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("file", "text", "message"),
     [
-        ("training.yaml", "epoch: 3\n", "unknown key training.epoch (value 3); did you mean epochs"),
+        ("training.yaml", "epoch: 3\n", "training.epoch is no hyperparameter (value 3); did you mean epochs"),
         ("training.yaml", "- 1\n", "must hold keys and values"),
         ("training.yaml", "a: [\n", "is not valid YAML"),
         ("infrastructure.yaml", "aws: {regoin: x}\n", "unknown key aws.regoin (value 'x'); did you mean region"),

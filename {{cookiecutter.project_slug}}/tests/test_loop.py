@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 import torch
 from torch.multiprocessing.spawn import spawn
 
+from processing.preprocess import pack
 from training import augment, checkpoint, distributed
 from training.config import ConfigurationError, Hyperparameters, resolve
 from training.data import DataError, epoch_order, load_channels, load_split
@@ -206,18 +208,33 @@ def test_ranks_agree_and_evaluation_counts_every_image_once(packed: Path, tmp_pa
         assert history[-1]["train_loss"] < history[0]["train_loss"]
 
 
-def test_data_that_cannot_be_trained_on_is_named(packed: Path, tmp_path: Path, raw: Path) -> None:
-    from processing.preprocess import pack
+def test_more_ranks_than_validation_images(raw: Path, tmp_path: Path) -> None:
+    """Two images to validate on, for three ranks."""
+    for label in ("down", "up"):
+        (tmp_path / "few" / label).mkdir(parents=True)
+        for number in range(4):
+            shutil.copy(raw / label / f"{number}.png", tmp_path / "few" / label)
+    assert pack(tmp_path / "few", tmp_path / "packed")["counts"] == {"train": 4, "validation": 2, "test": 2}
+    torch.manual_seed(0)
+    alone = evaluate(build_model("cnn", 3, 12), load_split(tmp_path / "packed" / "validation"), ALONE)
+    facts, weights = ranks(3, tmp_path / "packed", tmp_path / "results")
+    assert all(rank["untrained"] == [pytest.approx(alone.loss, rel=1e-6), alone.accuracy, 2] for rank in facts)
+    assert same(weights[0], weights[1])
+    assert same(weights[0], weights[2])
+    assert all(math.isfinite(epoch["train_loss"]) for epoch in facts[0]["history"])
 
+
+def test_data_that_cannot_be_trained_on_is_named(packed: Path, tmp_path: Path, raw: Path) -> None:
     with pytest.raises(DataError, match="is no packed data set"):
         load_split(tmp_path / "nothing")
     pack(raw, tmp_path / "other", seed=9)
     with pytest.raises(DataError, match="splits of different data sets"):
         load_channels(packed / "train", tmp_path / "other" / "validation")
-    (tmp_path / "one" / "only").mkdir(parents=True)
-    for number in range(10):
-        (tmp_path / "one" / "only" / f"{number}.png").write_bytes((raw / "up" / f"{number}.png").read_bytes())
-    pack(tmp_path / "one", tmp_path / "single")
+    shutil.copytree(packed, tmp_path / "single")
+    for file in (tmp_path / "single").glob("*/dataset.json"):
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"classes": ["only"]}))
+    for file in (tmp_path / "single").glob("*/labels-*.npy"):
+        np.save(file, np.zeros_like(np.load(file)))
     with pytest.raises(DataError, match="has one class, 'only'"):
         load_channels(tmp_path / "single" / "train", tmp_path / "single" / "validation")
     with pytest.raises(ConfigurationError, match="a batch of 1 images cannot feed 2 ranks"):

@@ -15,7 +15,7 @@ import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 Auto = Literal["auto"]
 SMALL_IMAGE = 64  # pixels a side up to which the small convolutional network is the automatic choice
@@ -50,18 +50,16 @@ class Hyperparameters:
     precision: Literal["auto", "fp32", "bf16"] = _option("auto", "auto: bf16 autocast where the hardware has it")
     seed: int = _option(0, "of initial weights, sample order and augmentation")
 
-    __pydantic_config__: ClassVar = {"extra": "forbid"}  # the laptop validates this same class with pydantic
-
     def __post_init__(self) -> None:
         if not re.fullmatch(r"\w+", self.model, re.ASCII):  # a quote would break the SDK's environment file
-            raise ConfigurationError(f"model is {self.model!r}; it must be letters, digits and underscores")
-        for name in ("image_size", "epochs", "batch_size"):
+            raise ConfigurationError(f"model is {shown(self.model)}; it must be letters, digits and underscores")
+        for name, most in {"image_size": 4096, "epochs": 10**6, "batch_size": 10**6}.items():
             value = getattr(self, name)
-            if value != "auto" and value < 1:
-                raise ConfigurationError(f"{name} is {value}; it must be at least 1")
+            if value != "auto" and not 1 <= value <= most:
+                raise ConfigurationError(f"{name} is {value}; it must be at least 1 and at most {most}")
         ranges: dict[str, tuple[float, float]] = {
             "momentum": (0, 1),
-            "weight_decay": (0, math.inf),
+            "weight_decay": (0, 1000),
             "label_smoothing": (0, 1),
             "ema_decay": (0, 1),
             "warmup_fraction": (0, 1),
@@ -72,8 +70,8 @@ class Hyperparameters:
             value = getattr(self, name)
             if not low <= value < high:
                 raise ConfigurationError(f"{name} is {value}; it must be at least {low} and below {high}")
-        if self.learning_rate != "auto" and not 0 < self.learning_rate < math.inf:
-            raise ConfigurationError(f"learning_rate is {self.learning_rate}; it must be above 0")
+        if self.learning_rate != "auto" and not 0 < self.learning_rate < 1000:
+            raise ConfigurationError(f"learning_rate is {self.learning_rate}; it must be above 0 and below 1000")
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, in the order of the fields."""
@@ -87,6 +85,12 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(choices)}"
 
 
+def shown(value: object) -> str:
+    """A value as messages show it: on one line, of bounded length."""
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:160]}... ({len(text)} characters)"
+
+
 def parse(values: Mapping[str, object]) -> Hyperparameters:
     """Build the hyperparameters from names and values, text included (`"true"`, `"None"`, `"1e-3"`).
 
@@ -97,7 +101,8 @@ def parse(values: Mapping[str, object]) -> Hyperparameters:
     parsed: dict[str, Any] = {}
     for name, value in values.items():
         if name not in kinds:
-            raise ConfigurationError(f"unknown hyperparameter {name!r}; {nearest(name, kinds)}")
+            word = shown(name).strip("'")
+            raise ConfigurationError(f"{word} is no hyperparameter (value {shown(value)}); {nearest(word, kinds)}")
         parsed[name] = _convert(name, value, kinds[name])
     return Hyperparameters(**parsed)
 
@@ -120,7 +125,7 @@ def _convert(name: str, value: object, kind: Any) -> object:
                 return False
             accepted.extend(["true", "false"])
         elif choice is str:
-            if text and value is not None:
+            if text and isinstance(value, str):
                 return text
             accepted.append("text")
         else:
@@ -131,7 +136,7 @@ def _convert(name: str, value: object, kind: Any) -> object:
             if math.isfinite(number) and not isinstance(value, bool) and (choice is float or number.is_integer()):
                 return choice(number)
             accepted.append("a whole number" if choice is int else "a number")
-    raise ConfigurationError(f"{name} is {value!r}; it must be {' or '.join(accepted)}")
+    raise ConfigurationError(f"{name} is {shown(value)}; it must be {' or '.join(accepted)}")
 
 
 def from_command_line(arguments: Sequence[str], environment: Mapping[str, str]) -> Hyperparameters:

@@ -11,6 +11,7 @@ variables of SageMaker's containers; the script does not know whether it runs in
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -135,8 +136,9 @@ def main(arguments: list[str]) -> int:
         reason, code = traceback.format_exc(), 1
     print(reason, file=sys.stderr, flush=True)
     failure = os.environ.get("SM_OUTPUT_FAILURE")
-    if failure:
-        Path(failure).write_text(reason, encoding="utf-8")
+    with contextlib.suppress(OSError):  # the disk may be what failed
+        if failure:
+            Path(failure).write_text(reason, encoding="utf-8")
     return code
 
 
