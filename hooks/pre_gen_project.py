@@ -15,9 +15,29 @@ REGIONS = (
     "il-central-1 me-central-1 me-south-1 mx-central-1 sa-east-1 us-east-1 us-east-2 us-gov-east-1 us-gov-west-1 "
     "us-west-1 us-west-2"
 ).split()
+# The project's folders, and all that its environment installs: `uv lock` fails for a project with a dependency's name.
 TAKEN = (
-    "boto3 botocore build configs cookiecutter data inference imaging mlflow mypy numpy pil pillow pipelines "
-    "processing pydantic pytest ruff safetensors sagemaker sklearn src tests torch torchvision tqdm training yaml"
+    "aiobotocore aiohappyeyeballs aiohttp aioitertools aiosignal alembic annotated_doc annotated_types anyio "
+    "artifacts ast_serialize attr attrs bcrypt blinker boto3 botocore build cachebox cachetools certifi cffi cfgv "
+    "charset_normalizer click cloudpickle configs contourpy cookiecutter cryptography cuda cuda_bindings "
+    "cuda_pathfinder cuda_toolkit cycler data databricks databricks_sdk dateutil deepdiff distlib docker dotenv "
+    "fastapi fb303 filelock flask flask_cors fonttools frozenlist fsspec functorch git gitdb gitpython google "
+    "google_auth graphene graphql graphql_core graphql_relay gunicorn h11 hive_metastore huey identify idna imaging "
+    "importlib_metadata inference iniconfig invoke isympy itsdangerous jinja2 jmespath joblib json5 jsonschema "
+    "jsonschema_specifications kiwisolver librt mako markdown_it markdown_it_py markupsafe matplotlib mdurl mlflow "
+    "mlflow_skinny mlflow_tracing mmh3 mock mpl_toolkits mpmath multidict mypy mypy_extensions mypyc nacl narwhals "
+    "nest_asyncio networkx nodeenv numpy nvidia nvidia_cublas nvidia_cuda_cccl nvidia_cuda_cupti nvidia_cuda_nvrtc "
+    "nvidia_cuda_runtime nvidia_cudnn_cu13 nvidia_cufft nvidia_cufile nvidia_cusolver nvidia_cusparse "
+    "nvidia_cusparselt_cu13 nvidia_nccl_cu13 nvidia_nvjitlink nvidia_nvshmem_cu13 nvidia_nvtx omegaconf "
+    "opentelemetry opentelemetry_api opentelemetry_proto opentelemetry_sdk orderly_set packaging pandas paramiko "
+    "pathspec pil pillow pipelines platformdirs pluggy pre_commit pre_commit_hooks prettytable processing propcache "
+    "protobuf psutil py pyarrow pyasn1 pyasn1_modules pycparser pydantic pydantic_core pygments pyiceberg pylab "
+    "pynacl pyparsing pyroaring pytest python_dateutil python_discovery python_dotenv pytz pyyaml referencing "
+    "requests rich rpds rpds_py ruamel ruamel_yaml ruff s3fs s3transfer safetensors sagemaker sagemaker_core "
+    "sagemaker_mlflow sagemaker_mlops sagemaker_serve sagemaker_train schema scikit_learn scipy setuptools six "
+    "sklearn skops smdebug_rulesconfig smmap sqlalchemy sqlparse src starlette strictyaml sympy tblib tenacity "
+    "tests threadpoolctl torch torchgen torchvision tqdm training triton types_pyyaml types_tqdm typing_extensions "
+    "typing_inspection urllib3 uv uvicorn virtualenv wcwidth werkzeug wrapt yaml yarl zipp zstandard"
 ).split()
 TEXTS = {"project_name": 60, "description": 200, "author": 100}
 
@@ -26,7 +46,7 @@ def problem() -> str | None:
     """Return what is wrong with the first bad answer, or None."""
     for name, longest in TEXTS.items():
         text = ANSWERS[name]
-        if not len(text.strip()) > 0 or len(text) > longest or not text.isprintable():
+        if not text.strip() or len(text) > longest or not text.isprintable():
             return f"{name} is {text!r}; it must be one printable line of 1 to {longest} characters"
     slug = ANSWERS["project_slug"]
     if not re.fullmatch(r"[a-z][a-z0-9]*(_[a-z0-9]+)*", slug) or len(slug) > 30:

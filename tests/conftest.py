@@ -10,9 +10,16 @@ from pathlib import Path
 
 import pytest
 from cookiecutter.main import cookiecutter
+from hypothesis import settings
+from hypothesis.configuration import set_hypothesis_home_dir
 
+collect_ignore = ["in_project"]
+settings.register_profile("here", database=None, deadline=None, derandomize=bool(os.environ.get("CI")))
+settings.load_profile("here")
 TEMPLATE = Path(__file__).resolve().parent.parent
+set_hypothesis_home_dir(TEMPLATE / ".cache" / "hypothesis")
 TREE = TEMPLATE / "{{cookiecutter.project_slug}}"
+TEXTS = ("project_name", "description", "author")
 
 
 def fresh_shell() -> dict[str, str]:
@@ -53,13 +60,19 @@ class Project:
 Bake = Callable[..., Project]
 
 
+def as_jinja(text: str) -> str:
+    """A template that renders to `text`: cookiecutter renders the answers that are not typed at a prompt."""
+    return '{{ "' + "".join(f"\\U{ord(character):08x}" for character in text) + '" }}'
+
+
 @pytest.fixture(scope="session")
 def bake(tmp_path_factory: pytest.TempPathFactory) -> Bake:
-    """Bake with some answers, as `cookiecutter --no-input name=value` does."""
+    """Bake with some answers; text is data, template syntax in it too."""
 
     def run(**answers: object) -> Project:
         folder = tmp_path_factory.mktemp("bake")
-        made = cookiecutter(str(TEMPLATE), no_input=True, extra_context=answers, output_dir=str(folder))
+        context = {name: as_jinja(str(value)) if name in TEXTS else value for name, value in answers.items()}
+        made = cookiecutter(str(TEMPLATE), no_input=True, extra_context=context, output_dir=str(folder))
         return Project(Path(made))
 
     return run

@@ -1,145 +1,262 @@
-"""What is baked: the right files, no leftovers, clean text, sound syntax, clean code, small."""
+"""What is baked for every pair of answers: the right files, no leftovers, clean text, sound syntax, clean code."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
+import subprocess
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tests.conftest import TEMPLATE, TREE, Bake, Project
+from tests.test_hooks import PRINTABLE, hook, problem
 
-MANIFEST = (TEMPLATE / "tests" / "manifest.txt").read_text(encoding="utf-8").split()  # of the default bake
-# One bake for every choice that is not a default, with the files that it adds and removes.
-OPTIONS: dict[str, tuple[dict[str, object], set[str], set[str]]] = {
-    "default": ({}, set(), set()),
-    "MIT": ({"licence": "MIT"}, set(), set()),
-    "BSD-3-Clause": ({"licence": "BSD-3-Clause"}, set(), set()),
-    "Proprietary": ({"licence": "Proprietary"}, set(), set()),
-    "no workflows": ({"github_workflows": False}, set(), {".github/workflows/ci.yml"}),
-    "mlflow": ({"mlflow": True}, {"pipelines/track.py"}, set()),
-    "other region": ({"aws_region": "eu-central-1"}, set(), set()),
-    "text": (
-        {
-            "project_name": 'Löwen & "Tiger"',
-            "project_slug": "cats",
-            "description": 'He said "hi" \\ to {braces} # and $(shell) `ticks` ünïcödé 🐈',
-            "author": "O'Neill <o@example.com> \\n",
-        },
-        set(),
-        set(),
-    ),
+PROMPTS: dict[str, Any] = json.loads((TEMPLATE / "cookiecutter.json").read_text(encoding="utf-8"))
+CHOICES: dict[str, list[Any]] = {
+    name: value if isinstance(value, list) else [value, not value]
+    for name, value in PROMPTS.items()
+    if not name.startswith("_") and isinstance(value, list | bool)
 }
+OPTIONS = CHOICES | {"aws_region": hook()["REGIONS"]}
+# A line a file; `if NAME` where the file belongs to an option.
+MANIFEST = [line.split() for line in (TEMPLATE / "tests" / "manifest.txt").read_text(encoding="utf-8").splitlines()]
+WITH_TEXT = {"LICENSE", "README.md", "pyproject.toml"}  # the files that hold text answers
+LICENCES = {
+    "Apache-2.0": "Apache License",
+    "MIT": "MIT License",
+    "BSD-3-Clause": "BSD 3-Clause",
+    "Proprietary": "Copyri",
+}
+Answers = dict[str, Any]
+Baked = list[tuple[Answers, Project]]
 
 
-@pytest.fixture(scope="module", params=OPTIONS)
-def option(request: pytest.FixtureRequest, bake: Bake) -> tuple[Project, set[str], dict[str, object]]:
-    answers, added, removed = OPTIONS[request.param]
-    return bake(**answers), (set(MANIFEST) | added) - removed, answers
+def pairs(answers: Answers) -> set[tuple[tuple[str, Any], ...]]:
+    """All pairs of (option, value)."""
+    return set(itertools.combinations(sorted(answers.items()), 2))
 
 
-Baked = tuple[Project, set[str], dict[str, object]]
+def combinations() -> list[Answers]:
+    """Every combination of the choices, and rows that hold every pair of a region with a choice."""
+    rows = [dict(zip(CHOICES, values, strict=True)) for values in itertools.product(*CHOICES.values())]
+    wanted = {
+        pair
+        for first, second in itertools.combinations(sorted(OPTIONS), 2)
+        for pair in itertools.product(
+            [(first, value) for value in OPTIONS[first]], [(second, v) for v in OPTIONS[second]]
+        )
+    }
+    rows = [{"aws_region": PROMPTS["aws_region"]} | row for row in rows]
+    missing = wanted - set().union(*map(pairs, rows))
+    while missing:
+        row = dict(min(missing, key=str))
+        for name in sorted(OPTIONS.keys() - row.keys()):
+            gains = [len(pairs(row | {name: value}) & missing) for value in OPTIONS[name]]
+            row[name] = OPTIONS[name][gains.index(max(gains))]
+        rows.append(row)
+        missing -= pairs(row)
+    return rows
 
 
-def text_files(project: Project) -> list[Path]:
-    return [project.path / name for name in project.files()]
+@pytest.fixture(scope="session")
+def baked(bake: Bake) -> Baked:
+    """Bakes that hold every pair of option values."""
+    return [(answers, bake(**answers)) for answers in combinations()]
 
 
-def test_exactly_these_files(option: Baked) -> None:
-    project, manifest, _ = option
-    assert set(project.files()) == manifest
-    assert not [path for path in project.path.rglob("*") if path.is_dir() and not any(path.iterdir())
-                and ".git" not in path.parts]  # fmt: skip
+def contents(project: Project) -> dict[str, bytes]:
+    return {name: (project.path / name).read_bytes() for name in project.files()}
 
 
-def test_no_template_syntax_is_left(option: Baked) -> None:
-    project, _, answers = option
-    allowed = str(answers.get("description"))
-    for path in text_files(project):
-        text = path.read_text(encoding="utf-8").replace(allowed, "").replace(allowed.replace("\\", "\\\\"), "")
-        text = text.replace(json.dumps(allowed, ensure_ascii=False)[1:-1], "").replace("${{", "")
-        assert not re.search(r"\{\{|\{%|\{#|cookiecutter\.", text), f"{path} has template syntax"
+def test_every_pair_of_option_values_is_baked(baked: Baked) -> None:
+    seen = set().union(*(pairs(answers) for answers, _ in baked))
+    for first, second in itertools.combinations(sorted(OPTIONS), 2):
+        for value, other in itertools.product(OPTIONS[first], OPTIONS[second]):
+            assert ((first, value), (second, other)) in seen
+    for name in (name for name in PROMPTS if not name.startswith("_")):
+        assert name in PROMPTS["__prompts__"], f"{name} has no label"
 
 
-def test_text_is_clean(option: Baked) -> None:
-    for path in text_files(option[0]):
-        data = path.read_bytes()
+def test_exactly_these_files(baked: Baked) -> None:
+    for answers, project in baked:
+        wanted = {name for name, *condition in MANIFEST if not condition or answers[condition[1]]}
+        assert set(project.files()) == wanted, answers
+        folders = [path for path in project.path.rglob("*") if path.is_dir() and ".git" not in path.parts]
+        assert all(any(folder.iterdir()) for folder in folders), answers
+
+
+def test_no_file_of_the_template_belongs_to_no_option(baked: Baked) -> None:
+    names = {name for _, project in baked for name in project.files()}
+    assert names == {name for name, *_ in MANIFEST}
+    assert len([path for path in TREE.rglob("*") if path.is_file()]) == len(names)
+
+
+def test_text_is_clean_and_no_template_syntax_is_left(baked: Baked) -> None:
+    for path, data in {(project.path / name, data) for _, project in baked for name, data in contents(project).items()}:
         assert data.endswith(b"\n"), f"{path} has no final newline"
         assert not data.endswith(b"\n\n"), f"{path} ends with blank lines"
         assert b"\r" not in data, f"{path} has a carriage return"
         assert not re.search(rb"[ \t]\n", data), f"{path} has trailing blanks"
+        assert not data.startswith(b"\n"), f"{path} starts with a blank line"
         assert path.stat().st_mode & 0o777 == 0o644, f"{path} has unusual permissions"
+        text = data.decode("utf-8").replace("${{", "")
+        assert not re.search(r"\{\{|\{%|\{#|cookiecutter\.", text), f"{path} has template syntax"
 
 
-def test_every_file_parses_and_the_answers_arrive(option: Baked) -> None:
-    project, _, answers = option
-    for path in text_files(project):
-        text = path.read_text(encoding="utf-8")
-        if path.suffix in (".yml", ".yaml"):
-            assert yaml.safe_load(text), path
-        elif path.suffix == ".toml":
-            assert tomllib.loads(text), path
-        elif path.suffix == ".py":
-            compile(text, str(path), "exec")
-    facts = tomllib.loads((project.path / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    assert facts["description"] == answers.get("description", "Image classification with PyTorch on Amazon SageMaker")
-    assert facts["authors"] == [{"name": answers.get("author", "Your Name")}]
-    assert facts["name"] == answers.get("project_slug", "image_classifier").replace("_", "-")  # type: ignore[attr-defined]
-    infrastructure = yaml.safe_load((project.path / "configs" / "infrastructure.yaml").read_text(encoding="utf-8"))
-    assert infrastructure["aws"]["region"] == answers.get("aws_region", "us-east-1")
+def parse(path: Path) -> Any:
+    text = path.read_text(encoding="utf-8")
+    if path.suffix in (".yml", ".yaml"):
+        return yaml.safe_load(text)
+    if path.suffix == ".toml":
+        return tomllib.loads(text)
+    return compile(text, str(path), "exec") if path.suffix == ".py" else text
+
+
+def test_every_file_parses_and_every_choice_appears(baked: Baked) -> None:
+    parsed = {}
+    for answers, project in baked:
+        for name, data in contents(project).items():
+            if (name, data) not in parsed:
+                parsed[name, data] = parse(project.path / name)
+                assert parsed[name, data]
+        assert parse(project.path / "configs" / "infrastructure.yaml")["aws"]["region"] == answers["aws_region"]
+        licence = (project.path / "LICENSE").read_text(encoding="utf-8")
+        assert licence.strip().startswith(LICENCES[answers["licence"]])
+        assert "Your Name" in licence
+        phony = (project.path / "Makefile").read_text(encoding="utf-8").partition(".PHONY:")[2].partition("\n")[0]
+        assert ("track" in phony.split()) == answers["mlflow"]
+
+
+def test_an_option_changes_nothing_else(baked: Baked) -> None:
+    """The region is in one file, the licence in its own."""
+    kinds: dict[tuple[bool, bool], set[tuple[tuple[str, bytes], ...]]] = {}
+    for answers, project in baked:
+        rest = {
+            name: data
+            for name, data in contents(project).items()
+            if name not in ("LICENSE", "configs/infrastructure.yaml")
+        }
+        kinds.setdefault((answers["github_workflows"], answers["mlflow"]), set()).add(tuple(sorted(rest.items())))
+    assert len(kinds) == 4
+    assert all(len(kind) == 1 for kind in kinds.values())
+
+
+@given(
+    name=PRINTABLE.filter(lambda text: problem(project_name=text) is None),
+    description=st.text(st.sampled_from("{}%#$()`'\"\\/:&*!|>@[],-= aäλ🐈\u00df"), min_size=1, max_size=200)
+    | PRINTABLE,
+    author=PRINTABLE.filter(lambda text: problem(author=text) is None),
+)
+@settings(max_examples=40)
+def test_text_answers_are_data(bake: Bake, name: str, description: str, author: str) -> None:
+    """They arrive as they are, in three files, and all other files stay as they were."""
+    if problem(description=description):
+        description = "Cats"
+    plain = contents(bake(project_slug="cats"))
+    project = bake(project_name=name, project_slug="cats", description=description, author=author)
+    changed = {file for file, data in contents(project).items() if data != plain[file]}
+    assert changed <= WITH_TEXT
+    facts = parse(project.path / "pyproject.toml")["project"]
+    assert facts == parse_plain(plain) | {"description": description.strip(), "authors": [{"name": author.strip()}]}
+    readme = (project.path / "README.md").read_text(encoding="utf-8").split("\n")
+    assert readme[:4] == [f"# {name.strip()}", "", description.strip(), ""]
+    assert readme[4:] == plain["README.md"].decode().split("\n")[4:]
     licence = (project.path / "LICENSE").read_text(encoding="utf-8")
-    first = {"MIT": "MIT License", "BSD-3-Clause": "BSD 3-Clause License", "Proprietary": "Copyright (c) "}
-    wanted = first.get(str(answers.get("licence")), "Apache License")
-    assert licence.strip().startswith(wanted)
-    assert str(answers.get("author", "Your Name")) in licence
+    assert licence == plain["LICENSE"].decode().replace("Your Name", author.strip())
 
 
-def test_every_choice_is_baked_once() -> None:
-    prompts = json.loads((TEMPLATE / "cookiecutter.json").read_text(encoding="utf-8"))
-    for name, value in prompts.items():
-        if name.startswith("_"):
-            continue
-        assert name in prompts["__prompts__"], f"{name} has no label"
-        baked = {answers.get(name) for answers, _, _ in OPTIONS.values()} - {None}
-        wanted = set(value[1:]) if isinstance(value, list) else {not value} if isinstance(value, bool) else set()
-        assert wanted <= baked, f"no bake has {name} = {wanted - baked}"
+def parse_plain(plain: dict[str, bytes]) -> dict[str, Any]:
+    facts: dict[str, Any] = tomllib.loads(plain["pyproject.toml"].decode())["project"]
+    return facts
 
 
 def test_the_bake_is_small(default: Project) -> None:
-    python = [path for path in text_files(default) if path.suffix == ".py"]
+    python = [name for name in default.files() if name.endswith(".py")]
     assert len(default.files()) <= 70
-    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in python) <= 6000
+    assert sum(len((default.path / name).read_text(encoding="utf-8").splitlines()) for name in python) <= 6000
 
 
 def test_python_files_of_the_template_are_baked_as_they_are(default: Project) -> None:
-    for name in MANIFEST:
+    for name in default.files():
         if name.endswith(".py"):
             assert (default.path / name).read_bytes() == (TREE / name).read_bytes()
 
 
-@pytest.mark.parametrize("where", ["bake", "tree"])
-def test_code_is_clean_before_anyone_touched_it(ready: Project, where: str, tmp_path: Path) -> None:
-    """The raw bake, and the template's own tree: both are plain Python under the same configuration."""
-    place = Project(ready.path if where == "bake" else TREE)
-    caches = {"RUFF_CACHE_DIR": str(tmp_path / "ruff"), "MYPY_CACHE_DIR": str(tmp_path / "mypy")}
+@pytest.fixture(scope="session")
+def caches(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of ruff and mypy, so that no bake gets any."""
+    return tmp_path_factory.mktemp("caches")
+
+
+def lint(project: Project, ready: Project, caches: Path) -> list[str]:
+    """What ruff and mypy find, with the project's own configuration."""
+    variables = {"RUFF_CACHE_DIR": str(caches / "ruff"), "MYPY_CACHE_DIR": str(caches / "mypy")}
+    found = []
     for words in (["ruff", "check", "."], ["ruff", "format", "--check", "."], ["mypy", "src", "pipelines", "tests"]):
-        done = place.run(ready.program(words[0]), *words[1:], **caches)
-        assert done.returncode == 0, done.stdout + done.stderr
+        done = project.run(ready.program(words[0]), *words[1:], **variables)
+        found += [done.stdout + done.stderr] if done.returncode else []
+    return found
 
 
-def test_mlflow_code_is_clean(bake: Bake, ready: Project, tmp_path: Path) -> None:
-    project = bake(mlflow=True)
-    caches = {"RUFF_CACHE_DIR": str(tmp_path / "ruff"), "MYPY_CACHE_DIR": str(tmp_path / "mypy")}
-    for words in (["ruff", "check", "."], ["ruff", "format", "--check", "."], ["mypy", "src", "pipelines"]):
-        done = project.run(ready.program(words[0]), *words[1:], **caches)
-        assert done.returncode == 0, done.stdout + done.stderr
+def test_code_is_clean_before_anyone_touched_it(baked: Baked, ready: Project, caches: Path) -> None:
+    """Every bake, as raw as it came, and the template's own tree: plain Python under the same configuration."""
+    assert lint(Project(TREE), ready, caches) == []
+    seen = set()
+    for _, project in baked:
+        code = frozenset((name, data) for name, data in contents(project).items() if name.endswith((".py", ".toml")))
+        if code not in seen:
+            assert lint(project, ready, caches) == []
+        seen.add(code)
+    assert len(seen) == 2  # with mlflow and without
 
 
-def test_the_clean_code_test_can_fail(bake: Bake, ready: Project) -> None:
+def test_the_clean_code_test_can_fail(bake: Bake, ready: Project, caches: Path) -> None:
     project = bake()
     (project.path / "src" / "imaging.py").write_text("import os\nx: int = 'text'\n")
-    for words in (["ruff", "check", "."], ["mypy", "src/imaging.py"]):
-        assert project.run(ready.program(words[0]), *words[1:]).returncode == 1
+    found = lint(project, ready, caches)
+    assert "F401" in found[0]
+    assert "Incompatible types in assignment" in found[-1]
+
+
+def audit(workflows: Path) -> subprocess.CompletedProcess[str]:
+    """Zizmor's findings on a folder of workflows, nothing fetched."""
+    program = TEMPLATE / ".venv" / "bin" / "zizmor"
+    command = [
+        str(program),
+        "--offline",
+        "--no-progress",
+        "--persona",
+        "pedantic",
+        "--strict-collection",
+        str(workflows),
+    ]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def test_workflows_are_sound(baked: Baked, bake: Bake) -> None:
+    checked = set()
+    for answers, project in baked:
+        folder = project.path / ".github" / "workflows"
+        assert folder.exists() == answers["github_workflows"]
+        texts = tuple(path.read_text(encoding="utf-8") for path in sorted(folder.glob("*")))
+        if not texts or texts in checked:
+            continue
+        checked.add(texts)
+        done = audit(folder)
+        assert done.returncode == 0, done.stdout
+        for text in texts:
+            for step in (step for job in yaml.safe_load(text)["jobs"].values() for step in job["steps"]):
+                words = step.get("run", "make help").split()
+                assert words[0] == "make"
+                assert project.run("make", "-n", *words[1:]).returncode == 0
+    assert len(checked) == 1
+    broken = bake().path / ".github" / "workflows"
+    (broken / "ci.yml").write_text((broken / "ci.yml").read_text().replace("persist-credentials: false", ""))
+    assert audit(broken).returncode != 0

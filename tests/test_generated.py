@@ -16,17 +16,56 @@ import pytest
 
 from tests.conftest import TEMPLATE, Bake, Project, fresh_shell
 
+HOSTILE = {
+    "project_name": 'Löwen & "Tiger" {{ 7 * 7 }}',
+    "project_slug": "big_cats_2",
+    "description": "$(touch canary) `touch canary` $(shell touch canary) \\ {% raw %} # 'a' \"b\" %s ünïcödé 🐈",
+    "author": "O'Neill <o@example.com>\\n {braces}",
+    "licence": "Proprietary",
+    "aws_region": "cn-north-1",
+    "github_workflows": False,
+    "mlflow": True,
+}
 
-def test_its_own_tests_pass(ready: Project) -> None:
-    done = ready.run("make", "test")
+
+def run_tests(project: Project, *words: str) -> None:
+    done = project.run("make", "test", f"ARGS={' '.join(words)}")
     print(done.stdout[-3000:])
     assert done.returncode == 0, done.stdout + done.stderr
     if os.environ.get("REQUIRE_CONTAINERS"):
         assert "skipped" not in done.stdout.splitlines()[-1]
 
 
+def test_its_own_tests_pass(ready: Project) -> None:
+    run_tests(ready)
+
+
+def test_its_own_tests_pass_with_every_other_answer(bake: Bake, ready: Project) -> None:
+    """And nothing in an answer is ever executed."""
+    project = bake(**HOSTILE)
+    (project.path / ".venv").symlink_to(ready.path / ".venv")
+    run_tests(project)
+    project.make("help")
+    assert not list(project.path.parent.rglob("canary"))
+
+
+def test_hostile_data_settings_and_machines(bake: Bake, ready: Project, tmp_path: Path) -> None:
+    """`tests/in_project`: tests that run among the project's own, but that its users need not keep."""
+    project = bake()
+    (project.path / ".venv").symlink_to(ready.path / ".venv")
+    names = [f"tests/{path.name}" for path in sorted((TEMPLATE / "tests" / "in_project").glob("*.py"))]
+    for name in names:
+        shutil.copy(TEMPLATE / "tests" / "in_project" / Path(name).name, project.path / name)
+    caches = {"RUFF_CACHE_DIR": str(tmp_path / "ruff"), "MYPY_CACHE_DIR": str(tmp_path / "mypy")}
+    for words in (["ruff", "check", "."], ["ruff", "format", "--check", "."], ["mypy", "src", "pipelines", "tests"]):
+        done = project.run(ready.program(words[0]), *words[1:], **caches)
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert len(names) == 3
+    run_tests(project, *names)
+
+
 def test_make_prints_every_verb_and_every_verb_expands(bake: Bake) -> None:
-    for project in (bake(), bake(mlflow=True)):
+    for project in (bake(), bake(mlflow=True, github_workflows=False), bake(**HOSTILE)):
         printed = project.make()
         assert printed.stdout == project.make("help").stdout
         verbs = re.findall(r"^  make ([a-z-]+) ", printed.stdout, re.MULTILINE)
@@ -95,16 +134,20 @@ def test_pre_commit_hooks_pass_and_can_fail(ready: Project, tmp_path: Path) -> N
     assert "ruff check" in done.stdout
 
 
-def test_a_container_run_needs_no_network(ready: Project, engine: str) -> None:
+@pytest.mark.parametrize("mode", ["container", "process"])
+def test_a_second_run_needs_no_network(ready: Project, mode: str, request: pytest.FixtureRequest) -> None:
     """In a network namespace of its own, with the engine's socket and nothing else."""
     if subprocess.run(["unshare", "--net", "true"], capture_output=True).returncode:
         pytest.skip("this user cannot make a network namespace")
-    words = ("make", "train-local", "LOCAL_MODE=container", "ARGS=--set training.epochs=2")
-    ready.make("train-local", "LOCAL_MODE=container", "ARGS=--set training.epochs=2")  # the image is there
+    if mode == "container":
+        request.getfixturevalue("engine")
+    words = ("make", "train-local", f"LOCAL_MODE={mode}", "ARGS=--set training.epochs=2")
+    ready.make(*words[1:])  # environment, data and image are there
     done = ready.run("unshare", "--net", *words)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "(container, image" in done.stdout
-    assert engine
+    assert f"({mode}" in done.stdout
+    done = ready.run("unshare", "--net", "make", "predict", "IMAGE=data/raw/digits/4/0780.png")
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_environment_is_made_without_uv(bake: Bake, tmp_path: Path) -> None:
