@@ -98,7 +98,7 @@ def test_other_modes_become_rgb(mode: str, colour: int | tuple[int, ...]) -> Non
         (encoded(Image.new("L", (8, 8)), "GIF"), "not a readable image"),
         (encoded(picture(), "JPEG")[:400], "damaged"),
         (encoded(Image.new("F", (8, 8), 0.5), "TIFF")[:], None),
-        (encoded(Image.new("1", (9000, 9000)), "PNG"), "9000x9000 pixels, more than the limit"),
+        (encoded(Image.new("1", (10001, 10001)), "PNG"), "10001x10001 pixels, more than the limit"),
     ],
     ids=["empty", "text", "gif", "truncated", "float", "too large"],
 )
