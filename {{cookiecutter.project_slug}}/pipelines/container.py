@@ -7,7 +7,7 @@ import os
 
 from pipelines import engine
 from pipelines.console import TrainingView, log_to
-from pipelines.jobs import ENTRY_SCRIPT, Interrupted, Job, JobFailed, Outputs, failure_reason
+from pipelines.jobs import LAUNCHER, Interrupted, Job, JobFailed, Outputs, failure_reason
 
 
 def run(job: Job, image: str, view: TrainingView) -> Outputs:
@@ -24,7 +24,6 @@ def run(job: Job, image: str, view: TrainingView) -> Outputs:
     """
     log_to(job.root / "sdk.log")
     from sagemaker.core.training.configs import Compute, InputData, SourceCode
-    from sagemaker.train.distributed import Torchrun
     from sagemaker.train.model_trainer import Mode, ModelTrainer
 
     gpus = engine.container_gpus()
@@ -32,11 +31,10 @@ def run(job: Job, image: str, view: TrainingView) -> Outputs:
         training_mode=Mode.LOCAL_CONTAINER,
         training_image=image,
         base_job_name=engine.project_name()[:40],
-        source_code=SourceCode(source_dir=str(job.source), entry_script=ENTRY_SCRIPT),
+        source_code=SourceCode(source_dir=str(job.source), command=f"exec python3 {LAUNCHER}"),
         compute=Compute(instance_type="local_gpu" if gpus else "local_cpu", instance_count=job.instances),
         hyperparameters=job.hyperparameters,
         environment=job.environment | {"PYTHONDONTWRITEBYTECODE": "1"},  # or root would leave files in src/
-        distributed=Torchrun() if job.instances > 1 or gpus > 1 else None,
         local_container_root=str(job.root),
     )
     inputs = [InputData(channel_name=name, data_source=str(path)) for name, path in job.channels.items()]

@@ -17,6 +17,7 @@ from typing import Any
 from pipelines import ROOT
 from pipelines.config import Settings
 from pipelines.environment import certificates
+from pipelines.jobs import GRACE
 
 DOCKERFILE = ROOT / "docker" / "Dockerfile"
 BUILD_LOG = ROOT / ".cache" / "image-build.log"
@@ -170,7 +171,7 @@ def remove_run(folder: Path) -> None:
     file = folder / "docker-compose.yaml"
     command = compose()
     if file.exists() and command is not None:
-        subprocess.run([*command, "-f", str(file), "down", "--timeout", "1"], capture_output=True, check=False)
+        subprocess.run([*command, "-f", str(file), "down", "--timeout", str(GRACE)], capture_output=True, check=False)
         _docker("network", "rm", NETWORK)  # stays as long as another run uses it, whose end removes it
 
 

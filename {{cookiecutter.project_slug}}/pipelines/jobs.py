@@ -8,8 +8,9 @@ from typing import Any
 
 from pipelines import SOURCE
 
-ENTRY_SCRIPT = "training/train.py"
+LAUNCHER = "training/launch.py"  # starts the training script and passes signals on, which SDK V3's drivers do not
 MASTER_PORT = 7777
+GRACE = 120  # seconds between SIGTERM and SIGKILL, as for a training job that SageMaker stops
 
 
 class JobFailed(Exception):

@@ -17,13 +17,11 @@ from typing import Any
 
 from pipelines import engine
 from pipelines.console import TrainingView
-from pipelines.jobs import ENTRY_SCRIPT, MASTER_PORT, Job, JobFailed, Outputs, failure_reason
-
-GRACE = 30.0  # seconds between SIGTERM and SIGKILL, as SageMaker's hosting gives; training would have 120
+from pipelines.jobs import GRACE, LAUNCHER, MASTER_PORT, Job, JobFailed, Outputs, failure_reason
 
 
 def run(job: Job, view: TrainingView) -> Outputs:
-    """Train as one process a host, or under torchrun when there are more ranks than one.
+    """Train with one launcher a host.
 
     Raises:
         JobFailed: when a process failed; the others are stopped by then.
@@ -40,7 +38,7 @@ def run(job: Job, view: TrainingView) -> Outputs:
             for name in ("SM_INPUT_CONFIG_DIR", "SM_MODEL_DIR", "SM_OUTPUT_DATA_DIR"):
                 Path(environment[name]).mkdir(parents=True, exist_ok=True)
             started = subprocess.Popen(
-                command(job, hosts.index(host), gpus, port), cwd=job.source, env=os.environ | environment,
+                [sys.executable, LAUNCHER], cwd=job.source, env=os.environ | environment,
                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True,
             )  # fmt: skip
             processes.append(started)
@@ -55,26 +53,6 @@ def run(job: Job, view: TrainingView) -> Outputs:
     if failed:
         raise JobFailed(failure_reason(job.root, f"the script ended with exit code {failed[0]}"))
     return Outputs(model=job.root / "model", data=job.root / "algo-1" / "output" / "data")
-
-
-def command(job: Job, rank: int, gpus: int, port: int) -> list[str]:
-    """What the SDK's driver would start on the host with this rank."""
-    hyperparameters = _as_driver_reads(job.hyperparameters)
-    arguments = [word for name, value in hyperparameters.items() for word in (f"--{name}", _text(value))]
-    if job.instances == 1 and gpus <= 1:
-        return [sys.executable, ENTRY_SCRIPT, *arguments]
-    torchrun = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        f"--nnodes={job.instances}",
-        f"--nproc_per_node={gpus or 1}",
-    ]
-    if job.instances > 1:
-        torchrun += ["--master_addr=127.0.0.1", f"--master_port={port}", f"--node_rank={rank}"]
-    else:
-        torchrun += ["--standalone"]
-    return [*torchrun, ENTRY_SCRIPT, *arguments]
 
 
 def contract(job: Job, host: str, hosts: list[str], gpus: int, port: int) -> dict[str, str]:
@@ -97,7 +75,7 @@ def contract(job: Job, host: str, hosts: list[str], gpus: int, port: int) -> dic
         "SM_MASTER_ADDR": "127.0.0.1",
         "SM_MASTER_PORT": port,
         "SM_SOURCE_DIR": str(job.source),
-        "SM_ENTRY_SCRIPT": ENTRY_SCRIPT,
+        "SM_ENTRY_SCRIPT": "",  # the job has a command instead
         "SM_CHANNELS": list(channels),
         "SM_HPS": hyperparameters,
         "SM_CURRENT_HOST": host,

@@ -96,7 +96,8 @@ def train(
     except Interrupted as error:
         raise UserError(f"stopped by {error}; nothing was published. Resume with RUN={name}", code=130) from error
     except JobFailed as error:
-        raise UserError(f"{error}\nthe whole log is {(job.root / 'job.log').relative_to(ROOT)}") from error
+        resume = f"resume it with RUN={name}; " if any(checkpoints.glob("step-*")) else ""
+        raise UserError(f"{error}\n{resume}the whole log is {(job.root / 'job.log').relative_to(ROOT)}") from error
     facts = {
         "mode": "container" if image else "process",
         "image": image,

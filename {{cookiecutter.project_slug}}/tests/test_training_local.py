@@ -193,8 +193,7 @@ def test_a_signal_stops_everything_and_the_run_can_be_resumed(
     assert not (project / "artifacts").exists()
     assert not children_in(project)
     assert owners(project) == {os.getuid()}
-    checkpoints = sorted((project / ".cache" / "checkpoints" / name).glob("epoch-*"))
-    assert len(checkpoints) == 2
+    assert list((project / ".cache" / "checkpoints" / name).glob("step-*"))
     resumed = verb("train_local", "--mode", mode, "--run", name, "--set", "training.epochs=3")
     assert resumed.returncode == 1  # what the run was started with counts: it would train for hours
     assert f"run {name} resumes with what it was started with" in resumed.stderr
@@ -217,14 +216,16 @@ def test_resuming_ends_as_an_uninterrupted_run(verb: Verb, project: Path) -> Non
     whole = read(project / "artifacts" / "latest" / "metrics.json")
     loop = project / "src" / "training" / "loop.py"
     text = loop.read_text()
-    loop.write_text(text.replace("        model.train()\n", "        assert epoch < 2\n        model.train()\n"))
+    loop.write_text(
+        text.replace("        model.train()\n", "        assert progress.epoch < 2\n        model.train()\n")
+    )
     failed = verb("train_local", "--mode", "process", *SHORT)
     assert failed.returncode == 1
     loop.write_text(text)
     name = next((project / ".cache" / "checkpoints").iterdir()).name
     resumed = verb("train_local", "--mode", "process", "--run", name)
     assert resumed.returncode == 0, resumed.stderr
-    assert "resumed after epoch 2 of 3" in resumed.stdout
+    assert "resumed after epoch 2 of 3 and 0 steps" in resumed.stdout
     metrics = read(project / "artifacts" / name / "metrics.json")
     for key in ("val_loss", "val_accuracy", "train_loss", "epochs"):
         assert metrics[key] == whole[key]
@@ -298,7 +299,7 @@ for channel in ("TRAIN", "VALIDATION", "CHECKPOINTS"):
 def test_both_modes_keep_the_same_contract(tmp_path: Path, packed: Path, nothing_left: str) -> None:
     source = tmp_path / "src"
     (source / "training").mkdir(parents=True)
-    (source / "training" / "train.py").write_text(PROBE)
+    (source / "training" / "launch.py").write_text(PROBE)
     (tmp_path / "checkpoints").mkdir()
     channels = {"train": packed / "train", "validation": packed / "validation", "checkpoints": tmp_path / "checkpoints"}
     hyperparameters = {"model": "auto", "epochs": 3, "learning_rate": 1e-05, "flag": True, "text": "1.10", "none": None}

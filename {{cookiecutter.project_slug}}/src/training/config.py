@@ -26,8 +26,8 @@ class ConfigurationError(ValueError):
     """A hyperparameter is unknown, mistyped or out of range; the message names it, its value and the fix."""
 
 
-def _option(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
+def _option(default: Any, text: str, shapes_result: bool = True) -> Any:
+    return field(default=default, metadata={"help": text, "shapes_result": shapes_result})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,12 +48,19 @@ class Hyperparameters:
     translate: float = _option(0.125, "augmentation: largest shift, as a share of image_size")
     horizontal_flip: bool = _option(False, "augmentation: true when a mirror image keeps its class")
     precision: Literal["auto", "fp32", "bf16"] = _option("auto", "auto: bf16 autocast where the hardware has it")
+    accumulate: int = _option(1, "parts that a batch is computed in, one after the other, to save memory")
+    clip_gradients: float = _option(0.0, "largest norm of all gradients together; 0 = off")
+    sync_batch_norm: bool = _option(False, "batch normalisation over the batch of all ranks instead of each rank's own")
+    deterministic: bool = _option(False, "only operations that give the same bytes every time; slower on GPUs")
     seed: int = _option(0, "of initial weights, sample order and augmentation")
+    checkpoint_minutes: float = _option(5.0, "between checkpoints inside an epoch", shapes_result=False)
+    max_restarts: int = _option(0, "of all ranks after one has died, on one host", shapes_result=False)
+    peer_timeout_seconds: float = _option(600.0, "a rank waits for the others", shapes_result=False)
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"\w+", self.model, re.ASCII):  # a quote would break the SDK's environment file
             raise ConfigurationError(f"model is {shown(self.model)}; it must be letters, digits and underscores")
-        for name, most in {"image_size": 4096, "epochs": 10**6, "batch_size": 10**6}.items():
+        for name, most in {"image_size": 4096, "epochs": 10**6, "batch_size": 10**6, "accumulate": 1024}.items():
             value = getattr(self, name)
             if value != "auto" and not 1 <= value <= most:
                 raise ConfigurationError(f"{name} is {value}; it must be at least 1 and at most {most}")
@@ -64,6 +71,10 @@ class Hyperparameters:
             "ema_decay": (0, 1),
             "warmup_fraction": (0, 1),
             "translate": (0, 1),
+            "clip_gradients": (0, 10**6),
+            "checkpoint_minutes": (0, 10**6),
+            "max_restarts": (0, 100),
+            "peer_timeout_seconds": (1, 10**6),
             "seed": (0, 2**32),
         }
         for name, (low, high) in ranges.items():
@@ -76,6 +87,10 @@ class Hyperparameters:
     def as_dict(self) -> dict[str, Any]:
         """Plain values, in the order of the fields."""
         return asdict(self)
+
+    def shaping(self) -> dict[str, Any]:
+        """Those values that shape the result: a resumed run must keep them."""
+        return {option.name: getattr(self, option.name) for option in fields(self) if option.metadata["shapes_result"]}
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -15,15 +15,18 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 from torch.nn import functional
 
 import imaging
-from training import augment, checkpoint
+from training import augment
+from training.checkpoint import Checkpoints, Progress, identity
 from training.config import ConfigurationError, Hyperparameters
 from training.data import Split, epoch_order
-from training.distributed import World
+from training.distributed import World, synchronise_batch_norm
 from training.optim import WeightAverage, build_optimizer, learning_rate_at
+from training.watch import Guard, NonFiniteLoss, Watch
 
 logger = logging.getLogger("training")
 EVALUATION_BATCH = 256  # images a rank
@@ -61,68 +64,102 @@ def fit(
     Returns:
         The averaged model (the trained one when `ema_decay` is 0), which is what was evaluated, and the metrics of
         all epochs (on the main rank).
+
+    Raises:
+        Stopped: after SIGTERM, on every rank, once a checkpoint is written.
+        NonFiniteLoss: on every rank, before the optimizer step that it would have spoilt.
     """
-    epochs, seed = int(hyperparameters.epochs), hyperparameters.seed
+    epochs, seed, parts = int(hyperparameters.epochs), hyperparameters.seed, hyperparameters.accumulate
     batch_size = min(hyperparameters.batch_size, len(train))
-    if batch_size < world.size:
-        raise ConfigurationError(f"a batch of {batch_size} images cannot feed {world.size} ranks; use fewer ranks")
+    if batch_size < world.size * parts:
+        raise ConfigurationError(
+            f"a batch of {batch_size} images cannot feed {world.size} ranks"
+            + (f" in {parts} parts; accumulate less" if parts > 1 else "; use fewer ranks")
+        )
     steps_per_epoch = len(train) // batch_size  # the rest of the shuffled images waits for another epoch
+    total_steps = epochs * steps_per_epoch
     mean, std = train.info["mean"], train.info["std"]
     cast = autocast(hyperparameters.precision, world.device)
 
+    if hyperparameters.sync_batch_norm and world.size > 1:
+        synchronise_batch_norm(model)
     model.to(memory_format=torch.channels_last)
     average = WeightAverage(model, hyperparameters.ema_decay)
     optimizer = build_optimizer(model, hyperparameters)
     modules = {"model": model} if average.model is model else {"model": model, "average": average.model}
-    run = checkpoint.identity(hyperparameters.as_dict(), train.info["fingerprint"])
-    history = checkpoint.restore(checkpoints, run, modules, optimizer) if checkpoints else []
-    first_epoch = len(history)
-    if history and world.is_main:
-        logger.info("resumed after epoch %d of %d", first_epoch, epochs)
+    parallel = world.wrap(model)  # gives all ranks the main one's state, so each rank's own is restored after it
+    saved, progress, loss_sum = None, Progress(), None
+    if checkpoints:
+        run = identity(hyperparameters.shaping(), train.info["fingerprint"])
+        saved = Checkpoints(checkpoints, run, world, modules, optimizer)
+        progress, loss_sum = saved.restore()
+    guard = Guard(model, optimizer, world.device)
+    watch = Watch(world, progress, saved, 60 * hyperparameters.checkpoint_minutes)
+    first_step = progress.step
     if world.is_main:
+        if progress.step:
+            logger.info("resumed after epoch %d of %d and %d steps", progress.epoch, epochs, progress.position)
         logger.info("training for %d epochs of %d steps", epochs, steps_per_epoch)
-    parallel = world.wrap(model)
-    step = first_epoch * steps_per_epoch
 
-    for epoch in range(first_epoch, epochs):
-        torch.manual_seed(int(np.random.SeedSequence([seed, epoch, world.rank]).generate_state(1)[0]))  # dropout
-        order = epoch_order(len(train), seed, epoch)
+    while progress.epoch < epochs:
+        order = epoch_order(len(train), seed, progress.epoch)
         augmentation = augment.draw(
-            len(train), train.image_size, hyperparameters.translate, hyperparameters.horizontal_flip, seed, epoch
+            len(train),
+            train.image_size,
+            hyperparameters.translate,
+            hyperparameters.horizontal_flip,
+            seed,
+            progress.epoch,
         )
+        if loss_sum is None:  # otherwise the epoch goes on: its sum and its random state were restored
+            loss_sum = torch.zeros((), device=world.device)
+            torch.manual_seed(_seed(seed, progress.epoch, world.rank))  # of dropout
         model.train()
-        loss_sum = torch.zeros((), device=world.device)
         started = reported = time.perf_counter()
-        for first in range(0, steps_per_epoch * batch_size, batch_size):
-            rows = order[first : first + batch_size][world.rank :: world.size]
-            images, labels = train.batch(rows, world.device)
-            images = augmentation.apply(images, rows)
+        begun = progress.position
+        while progress.position < steps_per_epoch:
+            batch = order[progress.position * batch_size :][:batch_size]
+            rows = batch[world.rank :: world.size]
+            for part in range(parts):
+                own = rows[part::parts]
+                images, labels = train.batch(own, world.device)
+                images = augmentation.apply(images, own)
+                last = part == parts - 1  # ranks average their gradients once a step, in the last backward pass
+                with contextlib.nullcontext() if last else world.without_sync(parallel):
+                    with cast:
+                        logits = parallel(imaging.normalise(images, mean, std))
+                    # A sum, scaled so that the mean over ranks is the mean over the batch also with unequal shares.
+                    losses = functional.cross_entropy(
+                        logits.float(), labels, reduction="sum", label_smoothing=hyperparameters.label_smoothing
+                    )
+                    guard.scale(losses, world.size / batch_size).backward()
+                loss_sum += losses.detach()
+            if hyperparameters.clip_gradients:
+                nn.utils.clip_grad_norm_(model.parameters(), hyperparameters.clip_gradients)
+            if not guard.allows_step():
+                raise _not_finite(train, batch, progress.step)
 
-            rate = learning_rate_at(
-                step, epochs * steps_per_epoch, float(hyperparameters.learning_rate), hyperparameters.warmup_fraction
-            )
+            peak = float(hyperparameters.learning_rate)
+            rate = learning_rate_at(progress.step, total_steps, peak, hyperparameters.warmup_fraction)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            with cast:
-                logits = parallel(imaging.normalise(images, mean, std))
-            # A sum, scaled so that the mean over ranks is the mean over the batch also when ranks hold unequal shares.
-            losses = functional.cross_entropy(
-                logits.float(), labels, reduction="sum", label_smoothing=hyperparameters.label_smoothing
-            )
-            (losses * (world.size / batch_size)).backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             average.update()
-            loss_sum += losses.detach()
-            step += 1
+            progress.step += 1
+            progress.position += 1
 
-            if world.is_main:
-                if step == first_epoch * steps_per_epoch + 1:
-                    logger.info("first step done")
-                now = time.perf_counter()
-                if now - reported > PROGRESS_SECONDS:
-                    reported = now
-                    logger.info("progress epoch %d/%d step %d/%d", epoch + 1, epochs, step, epochs * steps_per_epoch)
+            if world.is_main and progress.step == first_step + 1:
+                logger.info("first step done")
+            if watch.due() or progress.position == steps_per_epoch:
+                if (good := guard.skipped()) is not None:
+                    position = progress.position - (progress.step - first_step - good)
+                    raise _not_finite(train, order[position * batch_size :][:batch_size], first_step + good)
+                watch.meet(loss_sum)
+                if world.is_main and time.perf_counter() - reported > PROGRESS_SECONDS:
+                    reported = time.perf_counter()
+                    at = (progress.epoch + 1, epochs, progress.step, total_steps)
+                    logger.info("progress epoch %d/%d step %d/%d", *at)
 
         train_loss = world.total(loss_sum).item() / (steps_per_epoch * batch_size)
         seconds = time.perf_counter() - started  # after .item(): an accelerator has finished its work
@@ -130,24 +167,36 @@ def fit(
         if average.model is not model:
             world.average_buffers(average.model)
         result = evaluate(average.model, validation, world)
+        progress.epoch, progress.position, loss_sum = progress.epoch + 1, 0, None
+        metrics = {
+            "epoch": progress.epoch,
+            "step": progress.step,
+            "train_loss": train_loss,
+            "val_loss": result.loss,
+            "val_accuracy": result.accuracy,
+            "images_per_second": (steps_per_epoch - begun) * batch_size / seconds,
+        }
+        progress.history.append(metrics)
         if world.is_main:
-            metrics = {
-                "epoch": epoch + 1,
-                "step": step,
-                "train_loss": train_loss,
-                "val_loss": result.loss,
-                "val_accuracy": result.accuracy,
-                "images_per_second": steps_per_epoch * batch_size / seconds,
-            }
             logger.info(
                 "epoch={epoch} step={step} train_loss={train_loss:.4f} val_loss={val_loss:.4f} "
                 "val_accuracy={val_accuracy:.4f} images_per_second={images_per_second:.0f}".format(**metrics)
             )
-            history.append(metrics)
-            on_epoch(history)
-            if checkpoints:
-                checkpoint.save(checkpoints, run, history, modules, optimizer)
-    return average.model, history
+            on_epoch(progress.history)
+        watch.save(torch.zeros(()), wait=progress.epoch == epochs)
+    return average.model, progress.history if world.is_main else []
+
+
+def _seed(*numbers: int) -> int:
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
+def _not_finite(train: Split, batch: NDArray[np.int64], step: int) -> NonFiniteLoss:
+    names = ", ".join(train.info["rows"]["train"][row] for row in batch[:3])
+    return NonFiniteLoss(
+        f"the loss is not finite at step {step + 1}, on {len(batch)} images that begin with {names}; the weights are "
+        "as before that step. Lower learning_rate, set clip_gradients, or set precision to fp32"
+    )
 
 
 @torch.no_grad()

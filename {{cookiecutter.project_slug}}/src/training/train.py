@@ -5,8 +5,8 @@ Run by `make train-local`, or by hand on a packed data set:
     SM_CHANNEL_TRAIN=data/digits/train SM_CHANNEL_VALIDATION=data/digits/validation \
     SM_MODEL_DIR=/tmp/model SM_OUTPUT_DATA_DIR=/tmp/output python src/training/train.py --epochs 3
 
-`torchrun --nproc_per_node 2 src/training/train.py ...` trains on two ranks. Everything else comes from the `SM_*`
-variables of SageMaker's containers; the script does not know whether it runs in one.
+`torchrun --nproc_per_node 2 src/training/train.py ...` trains on two ranks; jobs start `launch.py`, which starts this.
+Everything else comes from the `SM_*` variables of SageMaker's containers; the script does not know if it is in one.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import logging
 import os
 import platform
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Mapping
@@ -28,6 +29,11 @@ STARTED = time.time()
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the source root, instead of this script's folder
 
+from training import interruption  # noqa: E402
+
+if __name__ == "__main__":
+    interruption.listen()  # before the imports that take seconds: a signal that comes then must not be lost
+
 import numpy as np  # noqa: E402
 import safetensors  # noqa: E402
 import torch  # noqa: E402
@@ -37,9 +43,16 @@ from training.checkpoint import CheckpointError  # noqa: E402
 from training.export import write_artifact  # noqa: E402
 from training.loop import fit  # noqa: E402
 from training.model import ModelError, build_model  # noqa: E402
+from training.watch import NonFiniteLoss  # noqa: E402
 
 logger = logging.getLogger("training")
-EXPLAINED = (config.ConfigurationError, data.DataError, ModelError, CheckpointError)  # one sentence says it all
+EXPLAINED = (
+    config.ConfigurationError,
+    data.DataError,
+    ModelError,
+    CheckpointError,
+    NonFiniteLoss,
+)  # one sentence says it all
 
 
 @dataclass(frozen=True)
@@ -124,12 +137,18 @@ def main(arguments: list[str]) -> int:
     try:
         hyperparameters = config.from_command_line(arguments, os.environ)
         folders = Folders.from_environment(os.environ)
-        world = distributed.start()
-        try:
-            train(hyperparameters, folders, world)
-        finally:
-            distributed.stop()
+        if hyperparameters.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True)
+        world = distributed.start(hyperparameters.peer_timeout_seconds)
+        train(hyperparameters, folders, world)
+        distributed.stop()
         return 0
+    except interruption.Stopped:
+        logger.info("stopped by SIGTERM; a checkpoint is written, nothing else is")
+        if os.environ.get("TRAINING_STOPPED_FILE"):
+            Path(os.environ["TRAINING_STOPPED_FILE"]).touch()
+        return interruption.EXIT_CODE
     except EXPLAINED as error:
         reason, code = f"error: {error}", 2
     except Exception:
@@ -153,4 +172,11 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    exit_code = main(sys.argv[1:])
+    if exit_code:  # at once, but for a checkpoint: leaving a process group whose other ranks are gone can hang
+        for thread in threading.enumerate():
+            if thread is not threading.main_thread() and not thread.daemon:
+                thread.join()
+        logging.shutdown()
+        sys.stdout.flush()
+        os._exit(exit_code)

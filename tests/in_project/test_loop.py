@@ -28,8 +28,9 @@ Weights = dict[str, torch.Tensor]
 
 
 def train(
-    packed: Path, world: World = ALONE, checkpoints: Path | None = None, stop_after: int | None = None, **options: Any
-) -> tuple[Weights, list[dict[str, Any]]]:
+    packed: Path, world: World = ALONE, checkpoints: Path | None = None, stop_after: int | None = None,
+    norm: bool = True, **options: Any,
+) -> tuple[Weights, list[dict[str, Any]]]:  # fmt: skip
     """Run the loop on a packed folder; `stop_after` epochs it breaks off as a kill would."""
 
     class Stop(Exception):
@@ -44,7 +45,9 @@ def train(
         replace(Hyperparameters(epochs=4, batch_size=16, precision="fp32"), **options), 12, len(splits[0])
     )
     torch.manual_seed(settled.seed)
-    model = build_model(settled.model, 3, 12)
+    model: Any = build_model(settled.model, 3, 12)
+    if not norm:
+        model = torch.nn.Sequential(*(layer for layer in model if not isinstance(layer, torch.nn.BatchNorm2d)))
     try:
         trained, history = fit(model, *splits, settled, world, checkpoints, on_epoch)
     except Stop:
@@ -74,17 +77,17 @@ def test_same_seed_same_weights(packed: Path, options: dict[str, Any]) -> None:
 def test_resumed_run_ends_with_the_same_bytes(packed: Path, tmp_path: Path, options: dict[str, Any]) -> None:
     whole, history = train(packed, **options)
     train(packed, checkpoints=tmp_path, stop_after=2, **options)
-    assert [path.name for path in sorted(tmp_path.iterdir())] == ["epoch-0001", "epoch-0002"]
+    assert list(tmp_path.iterdir())
     resumed, resumed_history = train(packed, checkpoints=tmp_path, **options)
     assert same(whole, resumed)
     assert [epoch["val_loss"] for epoch in resumed_history] == [epoch["val_loss"] for epoch in history]
-    assert [path.name for path in sorted(tmp_path.iterdir())] == ["epoch-0003", "epoch-0004"]
+    assert all(path.name.startswith("step-") for path in tmp_path.iterdir())
 
 
 def test_damaged_checkpoints_are_passed_over_and_strange_ones_refused(packed: Path, tmp_path: Path) -> None:
     whole, _ = train(packed)
     train(packed, checkpoints=tmp_path, stop_after=3)
-    state = tmp_path / "epoch-0003" / "state.safetensors"
+    state = sorted(tmp_path.glob("step-*"))[-1] / "state.safetensors"
     state.write_bytes(state.read_bytes()[:-1])
     assert same(whole, train(packed, checkpoints=tmp_path)[0])
     with pytest.raises(checkpoint.CheckpointError, match=r"written with other hyperparameters or another data set"):
@@ -172,14 +175,14 @@ def test_both_ways_to_shift_agree() -> None:
     assert not moved[1, :2].any()
 
 
-def _rank(rank: int, size: int, packed: str, results: str) -> None:
+def _rank(rank: int, size: int, packed: str, results: str, options: dict[str, Any]) -> None:
     """One of several gloo ranks: evaluate a fixed model, then train, and write down what came out."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{results}/store", rank=rank, world_size=size)
     world = World(rank=rank, size=size, device=torch.device("cpu"))
     torch.manual_seed(0)
     untrained = evaluate(build_model("cnn", 3, 12), load_split(Path(packed) / "validation"), world)
-    weights, history = train(Path(packed), world, epochs=8)
+    weights, history = train(Path(packed), world, **options)
     assert (not history) == (rank > 0)
     facts = {"untrained": [untrained.loss, untrained.accuracy, untrained.images], "history": history}
     Path(results, f"{rank}.json").write_text(json.dumps(facts))
@@ -187,9 +190,9 @@ def _rank(rank: int, size: int, packed: str, results: str) -> None:
     distributed.stop()
 
 
-def ranks(size: int, packed: Path, results: Path) -> tuple[list[dict[str, Any]], list[Weights]]:
+def ranks(size: int, packed: Path, results: Path, **options: Any) -> tuple[list[dict[str, Any]], list[Weights]]:
     results.mkdir()
-    spawn(_rank, args=(size, str(packed), str(results)), nprocs=size)
+    spawn(_rank, args=(size, str(packed), str(results), options), nprocs=size)
     facts = [json.loads((results / f"{rank}.json").read_text()) for rank in range(size)]
     return facts, [torch.load(results / f"{rank}.pt", weights_only=True) for rank in range(size)]
 
@@ -197,8 +200,8 @@ def ranks(size: int, packed: Path, results: Path) -> tuple[list[dict[str, Any]],
 def test_ranks_agree_and_evaluation_counts_every_image_once(packed: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
     alone = evaluate(build_model("cnn", 3, 12), load_split(packed / "validation"), ALONE)
-    for size in (2, 3):
-        facts, weights = ranks(size, packed, tmp_path / str(size))
+    for size in (2, 3, 4):
+        facts, weights = ranks(size, packed, tmp_path / str(size), epochs=8)
         for rank in range(size):
             loss, accuracy, images = facts[rank]["untrained"]
             assert (images, accuracy) == (9, alone.accuracy)  # 9 images on 2 ranks: padding would count 10
@@ -206,6 +209,43 @@ def test_ranks_agree_and_evaluation_counts_every_image_once(packed: Path, tmp_pa
             assert same(weights[0], weights[rank])
         history = facts[0]["history"]
         assert history[-1]["train_loss"] < history[0]["train_loss"]
+
+
+@pytest.mark.parametrize("synced", [True, False])
+def test_one_global_batch_gives_one_loss_curve(packed: Path, tmp_path: Path, synced: bool) -> None:
+    """On 1 rank and on 2, with batch norm over the batch of all ranks; each rank's own batch norm gives another."""
+    options: dict[str, Any] = {"epochs": 3, "optimizer": "sgd", "learning_rate": 0.01, "sync_batch_norm": synced}
+    _, alone = train(packed, **options)
+    facts, _ = ranks(2, packed, tmp_path / "two", **options)
+    curves = [
+        [(epoch["train_loss"], epoch["val_loss"]) for epoch in history] for history in (alone, facts[0]["history"])
+    ]
+    assert np.allclose(curves[0], curves[1], rtol=1e-4) == synced
+
+
+@pytest.mark.parametrize("options", [{"accumulate": 4}, {"accumulate": 4, "clip_gradients": 1e5}])
+def test_a_batch_in_parts_is_the_same_batch(packed: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+    """But for batch norm, which sees parts: so with a model that has none."""
+    common: dict[str, Any] = {"epochs": 2, "learning_rate": 0.01, "optimizer": "sgd", "norm": False}
+    whole, parts = train(packed, **common)[1], train(packed, **common, **options)[1]
+    assert parts[0]["val_loss"] == pytest.approx(whole[0]["val_loss"], rel=1e-5)
+    facts, _ = ranks(2, packed, tmp_path / "two", **common, **options)
+    assert facts[0]["history"][0]["val_loss"] == pytest.approx(whole[0]["val_loss"], rel=1e-5)
+    with pytest.raises(ConfigurationError, match=r"a batch of 16 images cannot feed 1 ranks in 17 parts"):
+        train(packed, **common, accumulate=17)
+
+
+def test_clipping_bounds_the_step(packed: Path) -> None:
+    options: dict[str, Any] = {"optimizer": "sgd", "momentum": 0.0, "learning_rate": 1.0, "weight_decay": 0.0}
+    options |= {"epochs": 1, "batch_size": 42, "warmup_fraction": 0.0, "ema_decay": 0.0}
+    torch.manual_seed(0)
+    start = {key: value.clone() for key, value in build_model("cnn", 3, 12).named_parameters()}
+    moved = {clip: train(packed, clip_gradients=clip, **options)[0] for clip in (0.0, 1e-3)}
+    lengths = {
+        clip: math.sqrt(sum((weights[key] - start[key]).detach().square().sum().item() for key in start))
+        for clip, weights in moved.items()
+    }
+    assert lengths[1e-3] <= 1.001e-3 * learning_rate_at(0, 1, 1.0, 0.0) < lengths[0.0]
 
 
 def test_more_ranks_than_validation_images(raw: Path, tmp_path: Path) -> None:
@@ -217,7 +257,7 @@ def test_more_ranks_than_validation_images(raw: Path, tmp_path: Path) -> None:
     assert pack(tmp_path / "few", tmp_path / "packed")["counts"] == {"train": 4, "validation": 2, "test": 2}
     torch.manual_seed(0)
     alone = evaluate(build_model("cnn", 3, 12), load_split(tmp_path / "packed" / "validation"), ALONE)
-    facts, weights = ranks(3, tmp_path / "packed", tmp_path / "results")
+    facts, weights = ranks(3, tmp_path / "packed", tmp_path / "results", epochs=2)
     assert all(rank["untrained"] == [pytest.approx(alone.loss, rel=1e-6), alone.accuracy, 2] for rank in facts)
     assert same(weights[0], weights[1])
     assert same(weights[0], weights[2])

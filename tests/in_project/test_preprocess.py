@@ -73,6 +73,9 @@ def test_split_shares_and_at_least_one_training_image() -> None:
         "test": 150,
     }
     assert [name for name, rows in splits.items() if any(item.label == "b" for item in rows)] == ["train"]
+    for count in range(3, 20):
+        few = assign([Item(f"a/{number}", "a", None) for number in range(count)], seed=3)
+        assert all(few.values()), f"a class of {count} images leaves a split empty"
     moved = assign([*items, Item("c/0", "c", None)], seed=3)
     assert [item for item in moved["test"] if item.label == "a"] == [
         item for item in splits["test"] if item.label == "a"
