@@ -1,6 +1,6 @@
 # The template's own verbs. The generated project has a Makefile of its own.
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench
+.PHONY: help demo test test-faults lint bench
 
 PYTHON ?= python3
 READY := .venv/.ready
@@ -23,8 +23,11 @@ demo: $(READY) ## bake the template into build/ and there: data, train-local, ev
 	@echo "in $(PROJECT):"
 	@cd $(PROJECT) && .venv/bin/python -m pipelines.runs
 
-test: $(READY) ## all tests: the template's, and those of the project that it generates
-	@.venv/bin/python -m pytest $(ARGS)
+test: $(READY) ## tests of the template, and those of the project that it generates
+	@.venv/bin/python -m pytest -m "not faults" $(ARGS)
+
+test-faults: $(READY) ## kills, truncated checkpoints, full disks and hung peers, injected into real training jobs
+	@.venv/bin/python -m pytest -m faults $(ARGS)
 
 bench: $(READY) ## seconds from `make train-local` to the first step, first and later runs (ARGS="--runs 5")
 	@.venv/bin/python benchmarks/startup.py $(ARGS)

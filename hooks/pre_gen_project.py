@@ -18,8 +18,8 @@ REGIONS = (
 # The project's folders, and all that its environment installs: `uv lock` fails for a project with a dependency's name.
 TAKEN = (
     "aiobotocore aiohappyeyeballs aiohttp aioitertools aiosignal alembic annotated_doc annotated_types anyio "
-    "artifacts ast_serialize attr attrs bcrypt blinker boto3 botocore build cachebox cachetools certifi cffi cfgv "
-    "charset_normalizer click cloudpickle configs contourpy cookiecutter cryptography cuda cuda_bindings "
+    "artifacts ast_serialize attr attrs bcrypt benchmarks blinker boto3 botocore build cachebox cachetools certifi "
+    "cffi cfgv charset_normalizer click cloudpickle configs contourpy cookiecutter cryptography cuda cuda_bindings "
     "cuda_pathfinder cuda_toolkit cycler data databricks databricks_sdk dateutil deepdiff distlib docker dotenv "
     "fastapi fb303 filelock flask flask_cors fonttools frozenlist fsspec functorch git gitdb gitpython google "
     "google_auth graphene graphql graphql_core graphql_relay gunicorn h11 hive_metastore huey identify idna imaging "

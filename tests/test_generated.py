@@ -49,19 +49,39 @@ def test_its_own_tests_pass_with_every_other_answer(bake: Bake, ready: Project) 
     assert not list(project.path.parent.rglob("canary"))
 
 
+FAULTS = "tests/test_faults.py"
+
+
+def add_tests(project: Project) -> list[str]:
+    """Put the tests of `tests/in_project` among the project's own; gives their names."""
+    names = []
+    for path in sorted((TEMPLATE / "tests" / "in_project").glob("*.py")):
+        names.append(f"tests/{path.name}")
+        shutil.copy(path, project.path / names[-1])
+    return names
+
+
 def test_hostile_data_settings_and_machines(bake: Bake, ready: Project, tmp_path: Path) -> None:
     """`tests/in_project`: tests that run among the project's own, but that its users need not keep."""
     project = bake()
     (project.path / ".venv").symlink_to(ready.path / ".venv")
-    names = [f"tests/{path.name}" for path in sorted((TEMPLATE / "tests" / "in_project").glob("*.py"))]
-    for name in names:
-        shutil.copy(TEMPLATE / "tests" / "in_project" / Path(name).name, project.path / name)
+    names = add_tests(project)
     caches = {"RUFF_CACHE_DIR": str(tmp_path / "ruff"), "MYPY_CACHE_DIR": str(tmp_path / "mypy")}
-    for words in (["ruff", "check", "."], ["ruff", "format", "--check", "."], ["mypy", "src", "pipelines", "tests"]):
+    mypy = ["mypy", "src", "pipelines", "tests", "benchmarks"]
+    for words in (["ruff", "check", "."], ["ruff", "format", "--check", "."], mypy):
         done = project.run(ready.program(words[0]), *words[1:], **caches)
         assert done.returncode == 0, done.stdout + done.stderr
     assert len(names) >= 8
-    run_tests(project, *names)
+    run_tests(project, *(name for name in names if name != FAULTS))
+
+
+@pytest.mark.faults
+def test_faults(bake: Bake, ready: Project) -> None:
+    """Kills, truncated files, full disks, hung peers: minutes of waiting, so in a run of their own."""
+    project = bake()
+    (project.path / ".venv").symlink_to(ready.path / ".venv")
+    assert FAULTS in add_tests(project)
+    run_tests(project, FAULTS)
 
 
 def test_make_prints_every_verb_and_every_verb_expands(bake: Bake) -> None:
@@ -69,8 +89,9 @@ def test_make_prints_every_verb_and_every_verb_expands(bake: Bake) -> None:
         printed = project.make()
         assert printed.stdout == project.make("help").stdout
         verbs = re.findall(r"^  make ([a-z-]+) ", printed.stdout, re.MULTILINE)
-        wanted = {"setup", "data", "train-local", "evaluate", "predict", "image", "test", "lint", "format", "clean"}
-        assert set(verbs) == wanted | {"help"} | ({"track"} if "track.py" in str(project.files()) else set())
+        wanted = {"help", "setup", "data", "train-local", "evaluate", "predict", "image"}
+        wanted |= {"test", "bench", "lint", "format", "clean"}
+        assert set(verbs) == wanted | ({"track"} if "track.py" in str(project.files()) else set())
         for verb in verbs:
             words = project.make("-n", verb, "DATA=my photos", "RUN=r", "IMAGE=i", "INSTANCE_COUNT=2", "ARGS=--x")
             assert "Traceback" not in words.stdout

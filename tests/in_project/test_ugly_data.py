@@ -197,14 +197,25 @@ def test_links_are_followed_once_and_dangling_ones_reported(photos: Path, tmp_pa
     (album / "loop").symlink_to(album)
     (photos / "down" / "self").symlink_to(photos / "down" / "self")
     (photos / "third").symlink_to(album)
+    os.symlink("nothing", os.fsencode(photos / "left") + b"/gone-\xe9.png")  # noqa: PTH211
     found, _ = scan(photos)
     assert len([item for item in found if item.label == "down"]) == 13
     assert {item.label for item in found} == {"down", "left", "third"}
     pack(photos, tmp_path / "packed", limits=GENEROUS)
     assert report(tmp_path / "packed").splitlines() == [
         "unreadable: down/gone.png: No such file or directory",
+        "unreadable: left/gone-\\udce9.png: No such file or directory",
         "left out: down/self: not one of .jpg .jpeg .png .webp .bmp .tif .tiff",
     ]
+
+
+def test_a_folder_whose_name_is_no_text(photos: Path, tmp_path: Path) -> None:
+    place = os.fsencode(tmp_path) + b"/caf\xe9"
+    command = [*SCRIPT, "--input", str(photos), "--output", os.fsdecode(place)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "caf\\udce9" in done.stdout
+    assert load_split(Path(os.fsdecode(place)) / "train").classes == ["down", "left"]
 
 
 def empty_class(folder: Path) -> None:

@@ -68,6 +68,7 @@ class Data(Section):
     seed: int = Field(ge=0)
     unreadable: float = Field(ge=0, le=1)
     megapixels: float = Field(gt=0, le=10_000)
+    pretrained: str = Field(min_length=1)
 
 
 class Settings(Section):

@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -51,6 +52,25 @@ def prepare(settings: Settings, source: str | None = None) -> Path:
         if not SAMPLE.is_dir():
             write_digits(SAMPLE)
         return _pack(settings, SAMPLE)
+
+
+def weights(settings: Settings, folder: Path) -> Path | None:
+    """Put the weights of `data.pretrained`, and nothing else, into a folder; None when there are none to start from.
+
+    Raises:
+        UserError: when there is no such file.
+    """
+    if settings.data.pretrained == "none":
+        return None
+    file = Path(settings.data.pretrained).expanduser().resolve()
+    if not file.is_file():
+        raise UserError(f"data.pretrained is {shown(settings.data.pretrained)}, which is no file; name one, or none")
+    folder.mkdir(parents=True)
+    try:
+        (folder / file.name).hardlink_to(file)
+    except OSError:  # another file system
+        shutil.copyfile(file, folder / file.name)
+    return folder
 
 
 def _folder(source: str) -> Path:

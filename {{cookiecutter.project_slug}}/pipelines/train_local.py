@@ -77,12 +77,14 @@ def train(
     name = run or runs.new_name()
     checkpoints = runs.CHECKPOINTS / name
     checkpoints.mkdir(parents=True, exist_ok=True)
+    pretrained = None if run else data.weights(settings, checkpoints / "pretrained")
     (checkpoints / "request.json").write_text(json.dumps({"source": source, "hyperparameters": hyperparameters}))
+    channels = {"train": dataset / "train", "validation": dataset / "validation", "checkpoints": checkpoints}
     job = Job(
         name=name,
         root=_fresh_root(name),
         hyperparameters=hyperparameters,
-        channels={"train": dataset / "train", "validation": dataset / "validation", "checkpoints": checkpoints},
+        channels=channels | ({"pretrained": pretrained} if pretrained else {}),
         instances=instances,
         environment={"GIT_COMMIT": runs.git_commit(), "PYTHONUNBUFFERED": "1"} | _threads(instances),
     )

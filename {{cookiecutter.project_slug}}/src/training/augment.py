@@ -1,43 +1,109 @@
-"""Augmentation of whole batches, on the device, while the pixels are still uint8.
+"""Augmentation of whole batches, on the device: while the pixels are still uint8 as far as that goes.
 
 What happens to a sample depends on (seed, epoch, sample) alone: not on the rank, the batch or the step, so a run on
-two ranks sees what a run on one rank sees.
+two ranks sees what a run on one rank sees. Each augmentation has a random stream of its own (flips follow shifts in
+theirs), so switching one on leaves the choices of the others as they were. Only `mix` joins samples of a batch.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.nn import functional
+
+from training.config import Hyperparameters
+
+LUMA = (0.299, 0.587, 0.114)  # grey of red, green and blue (ITU-R BT.601)
+CROP_ASPECT = 4 / 3  # as in Szegedy et al. 2015, "Going deeper with convolutions"
+ERASED, ERASED_ASPECT = (0.02, 1 / 3), 10 / 3  # as in Zhong et al. 2017, "Random erasing data augmentation"
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """The random choices of one epoch for every sample of the training split."""
+    """The random choices of one epoch for every sample of the training split; arrays of length 0 where it is off."""
 
-    shifts: NDArray[np.int64]  # (samples, 2): pixels down, pixels right
     flips: NDArray[np.bool_]  # (samples,)
+    shifts: NDArray[np.int64]  # (samples, 2): pixels down, pixels right
+    crops: NDArray[np.int64]  # (samples, 4), pixels: top, left, height, width
+    colours: NDArray[np.float32]  # (samples, 3): factors of brightness, contrast, saturation
+    holes: NDArray[np.int64]  # (samples, 4), as crops; height and width 0: nothing is erased
+    fills: NDArray[np.uint8]  # (samples, 3): the colour of the hole
 
     def apply(self, images: torch.Tensor, rows: NDArray[np.int64]) -> torch.Tensor:
-        """Augment the uint8 batch (N, height, width, 3) that holds the samples `rows`."""
-        if self.flips.any():
-            flips = torch.from_numpy(self.flips[rows]).to(images.device)
+        """Augment a batch.
+
+        Args:
+            images: uint8 (N, height, width, 3), left as it is.
+            rows: the samples that it holds.
+
+        Returns:
+            The same shape, 0 to 255: float32 after a change of colours, else uint8; `images` when all is off.
+        """
+        on_cpu = images.device.type == "cpu"
+        if len(self.flips):
+            flips = _send(self.flips[rows], images)
             images = torch.where(flips[:, None, None, None], images.flip(2), images)
-        if self.shifts.any():
-            shifts = self.shifts[rows]
-            images = shift_by_copy(images, shifts) if images.device.type == "cpu" else shift_by_gather(images, shifts)
+        if len(self.shifts):
+            images = (shift_by_copy if on_cpu else shift_by_gather)(images, self.shifts[rows])
+        if len(self.crops):
+            images = (crop_by_resize if on_cpu else crop_by_gather)(images, self.crops[rows])
+        if len(self.colours):
+            images = change_colours(images, self.colours[rows])
+        if len(self.holes):
+            images = (erase_by_copy if on_cpu else erase_by_mask)(images, self.holes[rows], self.fills[rows])
         return images
 
 
-def draw(samples: int, image_size: int, translate: float, flip: bool, seed: int, epoch: int) -> Augmentation:
-    """Draw an epoch's choices: shifts up to `translate * image_size` pixels, a horizontal flip for one half."""
+def draw(samples: int, image_size: int, hyperparameters: Hyperparameters, epoch: int) -> Augmentation:
+    """Draw an epoch's choices for all `samples` of a split with images of `image_size` pixels a side."""
+    seed = hyperparameters.seed
     random = np.random.default_rng([seed, epoch, 1])
-    reach = min(round(translate * image_size), image_size - 1)
+    reach = min(round(hyperparameters.translate * image_size), image_size - 1)
     shifts = random.integers(-reach, reach, size=(samples, 2), endpoint=True)
-    flips = random.random(samples) < 0.5 if flip else np.zeros(samples, dtype=np.bool_)
-    return Augmentation(shifts=shifts, flips=flips)
+    flips = random.random(samples if hyperparameters.horizontal_flip else 0) < 0.5
+
+    random = np.random.default_rng([seed, epoch, 2])
+    scale = hyperparameters.crop_scale
+    crops = _rectangles(random, samples if scale < 1 else 0, image_size, (scale, 1.0), CROP_ASPECT)
+
+    random = np.random.default_rng([seed, epoch, 3])
+    strength = hyperparameters.colour_jitter
+    colours = 1 + strength * random.uniform(-1, 1, size=(samples if strength else 0, 3))
+
+    random = np.random.default_rng([seed, epoch, 4])
+    erasable = samples if hyperparameters.erase else 0
+    holes = _rectangles(random, erasable, image_size, ERASED, ERASED_ASPECT)
+    fills = random.integers(0, 256, size=(erasable, 3), dtype=np.uint8)
+    holes[random.random(erasable) >= hyperparameters.erase, 2:] = 0
+    return Augmentation(flips, shifts if reach else shifts[:0], crops, colours.astype(np.float32), holes, fills)
+
+
+def _rectangles(
+    random: np.random.Generator, samples: int, size: int, shares: tuple[float, float], aspect: float
+) -> NDArray[np.int64]:
+    """Draw rectangles inside a square of `size` pixels.
+
+    Their areas are uniform between two shares of the square, their aspect ratios log-uniform between 1 / aspect and
+    aspect: of those that fit into the square, so none has to be drawn again.
+
+    Returns:
+        (samples, 4), pixels: top, left, height, width; at least one pixel high and wide.
+    """
+    areas = random.uniform(*shares, size=samples)
+    stretch = random.uniform(-0.5, 0.5, size=samples) * np.minimum(math.log(aspect), -np.log(areas))
+    sides = np.sqrt(areas) * np.exp([stretch, -stretch])
+    extents = np.clip(np.rint(sides.T * size), 1, size).astype(np.int64)
+    corners = random.integers(0, size - extents, endpoint=True)
+    return np.concatenate([corners, extents], axis=1)
+
+
+def _send(array: NDArray[np.generic], images: torch.Tensor) -> torch.Tensor:
+    """To the device of `images`, without waiting for it."""
+    return torch.from_numpy(array).to(images.device, non_blocking=True)
 
 
 def shift_by_copy(images: torch.Tensor, shifts: NDArray[np.int64]) -> torch.Tensor:
@@ -55,10 +121,133 @@ def shift_by_copy(images: torch.Tensor, shifts: NDArray[np.int64]) -> torch.Tens
 def shift_by_gather(images: torch.Tensor, shifts: NDArray[np.int64]) -> torch.Tensor:
     """Move each image, filling with zeros: one gather a batch, the fastest way on an accelerator."""
     count, height, width, _ = images.shape
-    offsets = torch.from_numpy(shifts).to(images.device, non_blocking=True)
+    offsets = _send(shifts, images)
     rows = torch.arange(height, device=images.device) - offsets[:, :1]
     columns = torch.arange(width, device=images.device) - offsets[:, 1:]
     inside = ((rows >= 0) & (rows < height))[:, :, None] & ((columns >= 0) & (columns < width))[:, None, :]
     sample = torch.arange(count, device=images.device)[:, None, None]
     moved = images[sample, rows.clamp(0, height - 1)[:, :, None], columns.clamp(0, width - 1)[:, None, :]]
     return moved * inside[..., None]
+
+
+def crop_by_resize(images: torch.Tensor, crops: NDArray[np.int64]) -> torch.Tensor:
+    """Enlarge a part of each image to the whole, bilinearly: one resize an image, the fastest way on a CPU.
+
+    Torch resizes uint8 with vector instructions: 20 times as fast as grid_sample at 224 pixels, as fast at 32.
+    """
+    result = torch.empty_like(images)
+    size = images.shape[1:3]
+    for index, (top, left, height, width) in enumerate(crops.tolist()):
+        part = images[index : index + 1, top : top + height, left : left + width].permute(0, 3, 1, 2)
+        large = functional.interpolate(part, size, mode="bilinear", align_corners=False)
+        result[index] = large[0].permute(1, 2, 0)
+    return result
+
+
+def crop_by_gather(images: torch.Tensor, crops: NDArray[np.int64]) -> torch.Tensor:
+    """Enlarge a part of each image to the whole, bilinearly: rows, then columns, in a few kernels for the batch."""
+    count, height, width, _ = images.shape
+    part = _send(crops, images)
+    sample = torch.arange(count, device=images.device)[:, None]
+    low, high, weight = _neighbours(part[:, :1], part[:, 2:3], height)
+    tall = torch.lerp(images[sample, low].float(), images[sample, high].float(), weight[:, :, None, None])
+    sample, row = sample[:, None], torch.arange(height, device=images.device)[:, None]
+    low, high, weight = _neighbours(part[:, 1:2], part[:, 3:], width)
+    whole = torch.lerp(tall[sample, row, low[:, None]], tall[sample, row, high[:, None]], weight[:, None, :, None])
+    return whole.round_().to(torch.uint8)
+
+
+def _neighbours(start: torch.Tensor, length: torch.Tensor, size: int) -> tuple[torch.Tensor, ...]:
+    """For `size` pixels spread over a part (N, 1) of a line: both stored neighbours and the weight of the second."""
+    centres = (torch.arange(size, device=start.device) + 0.5) * length / size - 0.5
+    place = torch.minimum(centres.clamp(min=0), length - 1)
+    low = place.long()
+    return start + low, start + torch.minimum(low + 1, length - 1), place - low
+
+
+def change_colours(images: torch.Tensor, factors: NDArray[np.float32]) -> torch.Tensor:
+    """Scale brightness, then contrast about the image's mean grey, then saturation about each pixel's grey.
+
+    The three are linear, so they are one pass here, and what leaves 0 to 255 is clamped once, at the end.
+
+    Args:
+        images: uint8 (N, height, width, 3).
+        factors: (N, 3), of brightness, contrast, saturation; 1 changes nothing.
+
+    Returns:
+        float32 of the same shape, 0 to 255.
+    """
+    brightness, contrast, saturation = _send(factors, images)[:, :, None, None].unbind(1)
+    pixels = images.float()
+    grey = pixels @ torch.tensor(LUMA).to(images.device, non_blocking=True)
+    mean = grey.mean((1, 2), keepdim=True)
+    offset = brightness * (contrast * (1 - saturation) * grey + (1 - contrast) * mean)
+    return pixels.mul_((brightness * contrast * saturation)[..., None]).add_(offset[..., None]).clamp_(0, 255)
+
+
+def erase_by_copy(images: torch.Tensor, holes: NDArray[np.int64], fills: NDArray[np.uint8]) -> torch.Tensor:
+    """Paint a rectangle of each image in one colour: one slice assignment an image, the fastest way on a CPU."""
+    erased = images.numpy().copy()
+    for index, (top, left, height, width) in enumerate(holes.tolist()):
+        erased[index, top : top + height, left : left + width] = fills[index]
+    return torch.from_numpy(erased)
+
+
+def erase_by_mask(images: torch.Tensor, holes: NDArray[np.int64], fills: NDArray[np.uint8]) -> torch.Tensor:
+    """Paint a rectangle of each image in one colour: one selection a batch, the fastest way on an accelerator."""
+    top, left, height, width = _send(holes, images)[:, :, None].unbind(1)
+    rows = torch.arange(images.shape[1], device=images.device) - top
+    columns = torch.arange(images.shape[2], device=images.device) - left
+    inside = ((rows >= 0) & (rows < height))[:, :, None] & ((columns >= 0) & (columns < width))[:, None, :]
+    colours = _send(fills, images).to(images.dtype)
+    return torch.where(inside[..., None], colours[:, None, None], images)
+
+
+def mix(
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    classes: int,
+    hyperparameters: Hyperparameters,
+    epoch: int,
+    step: int,
+    rank: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mix each image of a normalised batch with the one before it, all of them by the same share.
+
+    Mixup (Zhang et al. 2018, "mixup: beyond empirical risk minimization") blends the two, CutMix (Yun et al. 2019)
+    pastes a rectangle of the image's proportions, here always a whole one; with both on, each step picks one.
+
+    Args:
+        images: float (N, 3, height, width), in random order; may be overwritten.
+        labels: int64 (N,).
+        classes: number of classes.
+        hyperparameters: `mixup`, `cutmix` (alpha of a symmetric Beta distribution, 0 = off) and `seed`.
+        epoch, step, rank: with the seed they fix all choices.
+
+    Returns:
+        The images, and as targets the shares of the classes, float32 (N, classes), in every image; both arguments as
+        they came when both are off.
+    """
+    if not hyperparameters.mixup and not hyperparameters.cutmix:
+        return images, labels
+    random = np.random.default_rng([hyperparameters.seed, epoch, 5, step, rank])
+    cut = random.random() < 0.5 if hyperparameters.mixup and hyperparameters.cutmix else bool(hyperparameters.cutmix)
+    alpha = hyperparameters.cutmix if cut else hyperparameters.mixup
+    other = float(random.beta(alpha, alpha))  # share of the image before
+    if cut:
+        size = np.array(images.shape[2:])
+        extent = np.rint(size * math.sqrt(other)).astype(np.int64)
+        top, left = random.integers(0, size - extent, endpoint=True).tolist()
+        height, width = extent.tolist()
+        patch = images[:, :, top : top + height, left : left + width]
+        patch.copy_(_before(patch))
+        other = height * width / math.prod(images.shape[2:])
+    else:
+        images = images.lerp(_before(images), other)
+    targets = (labels[:, None] == torch.arange(classes, device=labels.device)).float()
+    return images, targets.lerp(_before(targets), other)
+
+
+def _before(batch: torch.Tensor) -> torch.Tensor:
+    """For each sample the one before it, for the first one the last; in the same memory order."""
+    return torch.cat([batch[-1:], batch[:-1]])

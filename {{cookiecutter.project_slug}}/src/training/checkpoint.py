@@ -7,6 +7,7 @@ for every rank, random state and batch-norm buffers. The main rank writes; on re
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -57,6 +58,15 @@ class Progress:
 def identity(hyperparameters: Mapping[str, Any], fingerprint: str) -> str:
     """What a checkpoint must agree with to be resumed: the hyperparameters that shape the result, and the data set."""
     return hashlib.sha256(json.dumps([dict(hyperparameters), fingerprint], sort_keys=True).encode()).hexdigest()
+
+
+def choices(folder: Path, world: World) -> dict[str, Any]:
+    """What the run in this folder chose when it began; empty when there is none. The same on every rank."""
+    found: dict[str, Any] = {}
+    for path in _candidates(folder) if world.is_main else []:
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            found = json.loads((path / "checkpoint.json").read_text(encoding="utf-8"))["choices"]
+    return dict(world.send(found))
 
 
 class Checkpoints:

@@ -47,7 +47,18 @@ class Hyperparameters:
     ema_decay: float = _option(0.9, "per step, of the averaged weights that are evaluated and exported; 0 = off")
     translate: float = _option(0.125, "augmentation: largest shift, as a share of image_size")
     horizontal_flip: bool = _option(False, "augmentation: true when a mirror image keeps its class")
+    crop_scale: float = _option(1.0, "augmentation: smallest share of the area that a random crop keeps; 1 = off")
+    colour_jitter: float = _option(0.0, "augmentation: largest relative change of brightness, contrast, saturation")
+    erase: float = _option(0.0, "augmentation: probability that a rectangle is erased")
+    mixup: float = _option(0.0, "alpha of the Beta distribution that two images are blended by; 0 = off")
+    cutmix: float = _option(0.0, "the same for a rectangle pasted from another image; with mixup each step picks one")
+    pretrained: Literal["none", "default"] = _option(
+        "none", "weights to start from; default: torchvision's published ones; a channel `pretrained` goes before"
+    )
+    frozen_stages: int = _option(0, "first stages of the model whose weights stay as they are")
     precision: Literal["auto", "fp32", "bf16"] = _option("auto", "auto: bf16 autocast where the hardware has it")
+    compile: bool | Auto = _option("auto", "torch.compile; auto: when the run is long enough to repay it")
+    shuffle_gigabytes: float = _option(8.0, "a larger data set is shuffled in windows of this size")
     accumulate: int = _option(1, "parts that a batch is computed in, one after the other, to save memory")
     clip_gradients: float = _option(0.0, "largest norm of all gradients together; 0 = off")
     sync_batch_norm: bool = _option(False, "batch normalisation over the batch of all ranks instead of each rank's own")
@@ -71,7 +82,11 @@ class Hyperparameters:
             "ema_decay": (0, 1),
             "warmup_fraction": (0, 1),
             "translate": (0, 1),
+            "mixup": (0, 100),
+            "cutmix": (0, 100),
             "clip_gradients": (0, 10**6),
+            "frozen_stages": (0, 1000),
+            "shuffle_gigabytes": (1e-6, 10**6),
             "checkpoint_minutes": (0, 10**6),
             "max_restarts": (0, 100),
             "peer_timeout_seconds": (1, 10**6),
@@ -81,6 +96,10 @@ class Hyperparameters:
             value = getattr(self, name)
             if not low <= value < high:
                 raise ConfigurationError(f"{name} is {value}; it must be at least {low} and below {high}")
+        for name, least in {"crop_scale": 0.01, "colour_jitter": 0, "erase": 0}.items():
+            value = getattr(self, name)
+            if not least <= value <= 1:
+                raise ConfigurationError(f"{name} is {value}; it must be at least {least} and at most 1")
         if self.learning_rate != "auto" and not 0 < self.learning_rate < 1000:
             raise ConfigurationError(f"learning_rate is {self.learning_rate}; it must be above 0 and below 1000")
 
@@ -148,7 +167,7 @@ def _convert(name: str, value: object, kind: Any) -> object:
                 number = float(text)
             except ValueError:
                 number = math.nan
-            if math.isfinite(number) and not isinstance(value, bool) and (choice is float or number.is_integer()):
+            if math.isfinite(number) and (choice is float or number.is_integer()):
                 return choice(number)
             accepted.append("a whole number" if choice is int else "a number")
     raise ConfigurationError(f"{name} is {shown(value)}; it must be {' or '.join(accepted)}")

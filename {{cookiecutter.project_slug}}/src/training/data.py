@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 SCHEMA_VERSION = 1
+BLOCKS = 64  # that a shuffle window is made of
 
 
 class DataError(ValueError):
@@ -112,6 +113,26 @@ def load_channels(train: Path, validation: Path) -> tuple[Split, Split]:
     return splits
 
 
-def epoch_order(images: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    """The order in which an epoch visits `images` rows: a pure function, equal on every rank and after a resume."""
-    return np.random.default_rng([seed, epoch, 0]).permutation(images)
+def epoch_order(images: int, seed: int, epoch: int, window: int | None = None) -> NDArray[np.int64]:
+    """The order in which an epoch visits `images` rows: a pure function, equal on every rank and after a resume.
+
+    Args:
+        images: rows of the split.
+        seed, epoch: of the shuffle.
+        window: rows that memory has room for, when that is not all of them: blocks of neighbouring rows are shuffled,
+            and rows within each window of some blocks, so that a window is read from a few places of the disk.
+    """
+    random = np.random.default_rng([seed, epoch, 0])
+    if window is None or window >= images:
+        return random.permutation(images)
+    block = max(window // BLOCKS, 1)
+    starts = random.permutation(np.arange(0, images, block))
+    order = np.concatenate([np.arange(start, min(start + block, images)) for start in starts])
+    for first in range(0, images, window):
+        random.shuffle(order[first : first + window])
+    return order
+
+
+def window_rows(split: Split, gigabytes: float) -> int:
+    """Rows of a shuffle window of that size."""
+    return max(int(gigabytes * 1e9) // (3 * split.image_size**2), 1)

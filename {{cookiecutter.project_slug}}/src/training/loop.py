@@ -20,12 +20,14 @@ from torch import nn
 from torch.nn import functional
 
 import imaging
-from training import augment
-from training.checkpoint import Checkpoints, Progress, identity
+from training import augment, speed
+from training.checkpoint import Checkpoints, Progress, choices, identity
 from training.config import ConfigurationError, Hyperparameters
-from training.data import Split, epoch_order
+from training.data import Split, epoch_order, window_rows
 from training.distributed import World, synchronise_batch_norm
+from training.feed import Feed
 from training.optim import WeightAverage, build_optimizer, learning_rate_at
+from training.pretrained import train_mode
 from training.watch import Guard, NonFiniteLoss, Watch
 
 logger = logging.getLogger("training")
@@ -78,12 +80,17 @@ def fit(
         )
     steps_per_epoch = len(train) // batch_size  # the rest of the shuffled images waits for another epoch
     total_steps = epochs * steps_per_epoch
-    mean, std = train.info["mean"], train.info["std"]
+    mean, std, classes = train.info["mean"], train.info["std"], len(train.classes)
     cast = autocast(hyperparameters.precision, world.device)
 
     if hyperparameters.sync_batch_norm and world.size > 1:
         synchronise_batch_norm(model)
-    model.to(memory_format=torch.channels_last)
+    chosen = choices(checkpoints, world) if checkpoints else {}
+    if not chosen:
+        images, _ = train.batch(np.arange(batch_size)[world.rank :: world.size * parts], world.device)
+        some = imaging.normalise(images, mean, std)
+        chosen = speed.choose(model, some, hyperparameters, total_steps * parts, world, lambda: cast)
+    model.to(memory_format=torch.channels_last if chosen["channels_last"] else torch.contiguous_format)
     average = WeightAverage(model, hyperparameters.ema_decay)
     optimizer = build_optimizer(model, hyperparameters)
     modules = {"model": model} if average.model is model else {"model": model, "average": average.model}
@@ -93,6 +100,11 @@ def fit(
         run = identity(hyperparameters.shaping(), train.info["fingerprint"])
         saved = Checkpoints(checkpoints, run, world, modules, optimizer)
         progress, loss_sum = saved.restore()
+    progress.choices = chosen
+    if chosen["compile"]:
+        parallel.compile()
+    feed = Feed(train, world.device)
+    window = window_rows(train, hyperparameters.shuffle_gigabytes)
     guard = Guard(model, optimizer, world.device)
     watch = Watch(world, progress, saved, 60 * hyperparameters.checkpoint_minutes)
     first_step = progress.step
@@ -100,34 +112,31 @@ def fit(
         if progress.step:
             logger.info("resumed after epoch %d of %d and %d steps", progress.epoch, epochs, progress.position)
         logger.info("training for %d epochs of %d steps", epochs, steps_per_epoch)
+        logger.info("%s; data: %s", ", ".join(f"{name}={value}" for name, value in chosen.items()), feed.mode)
 
     while progress.epoch < epochs:
-        order = epoch_order(len(train), seed, progress.epoch)
-        augmentation = augment.draw(
-            len(train),
-            train.image_size,
-            hyperparameters.translate,
-            hyperparameters.horizontal_flip,
-            seed,
-            progress.epoch,
-        )
+        order = epoch_order(len(train), seed, progress.epoch, window)
+        augmentation = augment.draw(len(train), train.image_size, hyperparameters, progress.epoch)
         if loss_sum is None:  # otherwise the epoch goes on: its sum and its random state were restored
             loss_sum = torch.zeros((), device=world.device)
             torch.manual_seed(_seed(seed, progress.epoch, world.rank))  # of dropout
-        model.train()
+        train_mode(model)
         started = reported = time.perf_counter()
         begun = progress.position
-        while progress.position < steps_per_epoch:
-            batch = order[progress.position * batch_size :][:batch_size]
-            rows = batch[world.rank :: world.size]
+        steps = [order[first : first + batch_size] for first in range(0, steps_per_epoch * batch_size, batch_size)]
+        steps = steps[progress.position :]
+        shares = [step[world.rank :: world.size][part::parts] for step in steps for part in range(parts)]
+        batches = zip(shares, feed.batches(shares), strict=True)
+        for batch in steps:
             for part in range(parts):
-                own = rows[part::parts]
-                images, labels = train.batch(own, world.device)
-                images = augmentation.apply(images, own)
+                own, (images, labels) = next(batches)
+                images = imaging.normalise(augmentation.apply(images, own), mean, std)
+                place = progress.epoch, progress.step * parts + part, world.rank
+                images, labels = augment.mix(images, labels, classes, hyperparameters, *place)
                 last = part == parts - 1  # ranks average their gradients once a step, in the last backward pass
                 with contextlib.nullcontext() if last else world.without_sync(parallel):
                     with cast:
-                        logits = parallel(imaging.normalise(images, mean, std))
+                        logits = parallel(images)
                     # A sum, scaled so that the mean over ranks is the mean over the batch also with unequal shares.
                     losses = functional.cross_entropy(
                         logits.float(), labels, reduction="sum", label_smoothing=hyperparameters.label_smoothing
@@ -153,8 +162,8 @@ def fit(
                 logger.info("first step done")
             if watch.due() or progress.position == steps_per_epoch:
                 if (good := guard.skipped()) is not None:
-                    position = progress.position - (progress.step - first_step - good)
-                    raise _not_finite(train, order[position * batch_size :][:batch_size], first_step + good)
+                    skipped = steps[good - (progress.step - (progress.position - begun) - first_step)]
+                    raise _not_finite(train, skipped, first_step + good)
                 watch.meet(loss_sum)
                 if world.is_main and time.perf_counter() - reported > PROGRESS_SECONDS:
                     reported = time.perf_counter()

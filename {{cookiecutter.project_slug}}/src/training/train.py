@@ -43,6 +43,7 @@ from training.checkpoint import CheckpointError  # noqa: E402
 from training.export import write_artifact  # noqa: E402
 from training.loop import fit  # noqa: E402
 from training.model import ModelError, build_model  # noqa: E402
+from training.pretrained import freeze, load_weights, published_weights, read_weights  # noqa: E402
 from training.watch import NonFiniteLoss  # noqa: E402
 
 logger = logging.getLogger("training")
@@ -64,6 +65,7 @@ class Folders:
     model: Path
     output: Path
     checkpoints: Path | None
+    pretrained: Path | None
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> Folders:
@@ -76,7 +78,8 @@ class Folders:
             )
         checkpoints = Path(environment.get("SM_CHANNEL_CHECKPOINTS") or "/opt/ml/checkpoints")
         train, validation, model, output = (Path(environment[name]) for name in names)
-        return cls(train, validation, model, output, checkpoints if checkpoints.is_dir() else None)
+        pretrained = Path(environment["SM_CHANNEL_PRETRAINED"]) if environment.get("SM_CHANNEL_PRETRAINED") else None
+        return cls(train, validation, model, output, checkpoints if checkpoints.is_dir() else None, pretrained)
 
 
 def train(hyperparameters: config.Hyperparameters, folders: Folders, world: distributed.World) -> None:
@@ -86,7 +89,13 @@ def train(hyperparameters: config.Hyperparameters, folders: Folders, world: dist
     train_split, validation = data.load_channels(folders.train, folders.validation)
     settled = config.resolve(hyperparameters, train_split.image_size, len(train_split))
     torch.manual_seed(settled.seed)
-    model = build_model(settled.model, len(train_split.classes), train_split.image_size).to(world.device)
+    model = build_model(settled.model, len(train_split.classes), train_split.image_size)
+    if folders.pretrained:
+        load_weights(model, read_weights(folders.pretrained))
+    elif settled.pretrained == "default":
+        load_weights(model, published_weights(settled.model))
+    freeze(model, settled.frozen_stages)
+    model.to(world.device)
     if world.is_main:
         choices = [f"{name}={value}" for name, value in settled.as_dict().items()]
         logger.info("%d training and %d validation images of %d classes on %d rank(s), %s",

@@ -1,0 +1,112 @@
+"""What a container run needs, what it says when that is missing, and the contract that both modes keep."""
+
+from __future__ import annotations
+
+import io
+import shutil
+import time
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from pipelines import config, container, engine, process
+from pipelines.console import TrainingView
+from pipelines.jobs import Job
+from tests.helpers import Verb
+from tests.test_training_local import NO_ENGINE, SHORT, published, read
+
+
+@pytest.mark.parametrize(
+    ("missing", "sentence"),
+    [
+        ("docker", "the docker command is not installed"),
+        ("compose", "Docker Compose is not installed"),
+        ("engine", "no Docker engine answers"),
+        ("image", "image nowhere.invalid/none:1 is not here and cannot be pulled"),
+    ],
+)
+def test_what_a_container_lacks_is_one_sentence(
+    verb: Verb, tmp_path: Path, missing: str, sentence: str, request: pytest.FixtureRequest
+) -> None:
+    environment: dict[str, str] = {}
+    arguments = ["--mode", "container", *SHORT]
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name in ("git", "env"):
+        (programs / name).symlink_to(shutil.which(name) or name)
+    if missing in ("docker", "compose"):
+        environment["PATH"] = str(programs)
+    if missing == "engine":
+        environment |= NO_ENGINE
+    if missing in ("compose", "image"):
+        request.getfixturevalue("image")
+    if missing == "compose":  # the real client, but for its plugin
+        text = f'#!/bin/sh\n[ "$1" = compose ] && exit 1\nexec {shutil.which("docker")} "$@"\n'
+        (programs / "docker").write_text(text)
+        (programs / "docker").chmod(0o755)
+        (programs / "sh").symlink_to("/bin/sh")
+    if missing == "image":
+        arguments += ["--set", "images.training=nowhere.invalid/none:1"]
+    failed = verb("train_local", *arguments, **environment)
+    assert failed.returncode == 1
+    assert sentence in failed.stderr.splitlines()[-1]
+    assert "LOCAL_MODE=process" in failed.stderr
+    assert "Traceback" not in failed.stderr
+
+
+def test_an_image_that_cannot_be_built_falls_back_to_a_process(verb: Verb, project: Path, nothing_left: str) -> None:
+    (project / "docker" / "Dockerfile").write_text("FROM scratch\nRUN nothing\n")
+    trained = verb("train_local", *SHORT)
+    assert trained.returncode == 0, trained.stderr
+    assert "training as a process on this machine: the image could not be built" in trained.stdout
+    assert read(published(project) / "run.json")["mode"] == "process"
+    assert nothing_left
+
+
+PROBE = """
+import json, os, sys
+names = sorted(name for name in os.environ if name.startswith("SM_"))
+facts = {"names": names, "arguments": sys.argv[1:], "hps": os.environ["SM_HPS"], "cwd": sorted(os.listdir("."))}
+for name in ("SM_MODEL_DIR", "SM_OUTPUT_DATA_DIR"):
+    os.makedirs(os.environ[name], exist_ok=True)
+    with open(os.path.join(os.environ[name], "facts.json"), "w") as file:
+        json.dump(facts, file)
+for channel in ("TRAIN", "VALIDATION", "CHECKPOINTS"):
+    assert os.path.isdir(os.environ["SM_CHANNEL_" + channel])
+"""
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # the SDK leaves a pipe open
+def test_both_modes_keep_the_same_contract(tmp_path: Path, packed: Path, nothing_left: str) -> None:
+    source = tmp_path / "src"
+    (source / "training").mkdir(parents=True)
+    (source / "training" / "launch.py").write_text(PROBE)
+    (tmp_path / "checkpoints").mkdir()
+    channels = {"train": packed / "train", "validation": packed / "validation", "checkpoints": tmp_path / "checkpoints"}
+    hyperparameters = {"model": "auto", "epochs": 3, "learning_rate": 1e-05, "flag": True, "text": "1.10", "none": None}
+    facts, files = [], []
+    for mode in ("container", "process"):
+        root = tmp_path / f"contract-{mode}-{time.time_ns()}"
+        root.mkdir()
+        job = Job("20260101-000000-abcd", root, hyperparameters, channels, 1, {"GIT_COMMIT": "abc"}, source)
+        with closing(TrainingView(root / "job.log", mode == "container", output=io.StringIO())) as view:
+            outputs = container.run(job, nothing_left, view) if mode == "container" else process.run(job, view)
+        assert read(outputs.model / "facts.json") == read(outputs.data / "facts.json")
+        facts.append(read(outputs.model / "facts.json"))
+        files.append([sorted(path.name for path in folder.iterdir()) for folder in (outputs.model, outputs.data)])
+    assert set(facts[0]["names"]) - set(facts[1]["names"]) == {"SM_CHANNEL_SM_DRIVERS"}  # the driver's own files
+    assert set(facts[1]["names"]) <= set(facts[0]["names"])
+    for key in ("arguments", "hps", "cwd"):
+        assert facts[0][key] == facts[1][key]
+    assert files[0] == files[1]
+
+
+def test_stale_images_have_another_name(project: Path) -> None:
+    settings = config.load((), {})
+    name = engine.image_name(settings)
+    assert name == engine.image_name(config.load((), {}))
+    assert name.startswith(f"{engine.project_name()}:")
+    changed = [config.load([override], {}) for override in ("images.base=other", "images.packages=[torch]")]
+    assert len({name, *map(engine.image_name, changed)}) == 3
+    assert project

@@ -1,0 +1,89 @@
+"""Batches reach the device by three ways with the same bytes, and large data sets are shuffled in bounded memory."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from processing.preprocess import pack
+from training import feed as feed_module
+from training.data import Split, epoch_order, load_split, window_rows
+from training.feed import Feed
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def split(raw: Path, tmp_path: Path) -> Split:
+    """In several shards."""
+    pack(raw, tmp_path / "packed", shard_bytes=12 * 12 * 3 * 10)
+    split = load_split(tmp_path / "packed" / "train")
+    assert len(split.images) > 3
+    return split
+
+
+@pytest.mark.parametrize("mode", ["direct", "resident", "stream"])
+def test_every_way_gives_the_same_batches(split: Split, mode: str) -> None:
+    order = epoch_order(len(split), 0, 0)
+    shares = [order[first : first + 5] for first in range(0, len(split), 5)]
+    batches = list(Feed(split, CPU, mode).batches(shares))
+    assert len(batches) == len(shares)
+    for rows, (images, labels) in zip(shares, batches, strict=True):
+        assert np.array_equal(images.numpy(), split.pixels(rows))
+        assert np.array_equal(labels.numpy(), split.labels[rows])
+        assert (images.dtype, labels.dtype) == (torch.uint8, torch.int64)
+
+
+def test_a_cpu_needs_no_thread_and_no_copy_of_the_data(split: Split) -> None:
+    feed = Feed(split, CPU)
+    assert feed.mode == "direct"
+    before = threading.active_count()
+    for _ in feed.batches([np.arange(3)]):
+        assert threading.active_count() == before
+
+
+def test_a_stream_stays_a_few_batches_ahead_and_ends_with_its_reader(split: Split) -> None:
+    asked = []
+
+    def rows() -> object:
+        for index in range(40):
+            asked.append(index)
+            yield np.array([index % len(split)])
+
+    batches = Feed(split, CPU, "stream").batches(rows())  # type: ignore[arg-type]
+    next(batches)
+    threading.Event().wait(0.3)
+    assert len(asked) <= feed_module.AHEAD + 3
+    batches.close()  # type: ignore[attr-defined]
+    assert not [thread for thread in threading.enumerate() if thread.name == "feed"]
+
+
+def test_an_error_in_the_stream_reaches_the_loop(split: Split) -> None:
+    batches = Feed(split, CPU, "stream").batches([np.array([0]), np.array([10**6])])
+    next(batches)
+    with pytest.raises(IndexError):
+        next(batches)
+
+
+def test_a_windowed_order_visits_every_row_once_and_few_places_at_a_time() -> None:
+    images, window = 10_000, 1_000
+    order = epoch_order(images, 3, 1, window)
+    assert np.array_equal(np.sort(order), np.arange(images))
+    assert np.array_equal(order, epoch_order(images, 3, 1, window))
+    assert not np.array_equal(order, epoch_order(images, 3, 2, window))
+    assert np.array_equal(epoch_order(50, 3, 1, 50), epoch_order(50, 3, 1))
+    block = window // 64
+    for first in range(0, images, window):
+        places = np.unique(order[first : first + window] // block)
+        assert len(places) <= 3 * window / block  # neighbours; 1,000 rows from anywhere would be on 514 of 667 places
+    assert len(np.unique(epoch_order(images, 3, 1)[:window] // block)) > 3 * window / block
+    assert np.corrcoef(np.arange(window), order[:window])[0, 1] < 0.2
+
+
+def test_the_window_follows_its_setting(split: Split) -> None:
+    assert window_rows(split, 12 * 12 * 3 * 7 / 1e9) == 7
+    assert window_rows(split, 1e-12) == 1
