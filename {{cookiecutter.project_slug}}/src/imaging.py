@@ -23,6 +23,8 @@ BACKGROUND = (255, 255, 255)  # what transparent pixels are blended on
 
 Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit warns or raises, by size; `decode` has one limit that raises
 
+_constants: dict[tuple[object, ...], tuple[torch.Tensor, torch.Tensor]] = {}  # of `normalise`, by its arguments
+
 
 class ImageError(ValueError):
     """The bytes are not an image that this project can read; the message says why."""
@@ -103,8 +105,11 @@ def normalise(batch: torch.Tensor, mean: Sequence[float], std: Sequence[float]) 
         in channels_last memory order.
     """
     pixels = batch.float()
-    scale = pixels.new_tensor([1.0 / (255.0 * deviation) for deviation in std])
-    offset = pixels.new_tensor([-m / s for m, s in zip(mean, std, strict=True)])
+    key = (*mean, *std, pixels.device)
+    if key not in _constants:  # once: a copy from the host would wait for the device
+        scale = pixels.new_tensor([1.0 / (255.0 * deviation) for deviation in std])
+        _constants[key] = scale, pixels.new_tensor([-m / s for m, s in zip(mean, std, strict=True)])
+    scale, offset = _constants[key]
     return pixels.mul_(scale).add_(offset).permute(0, 3, 1, 2)
 
 

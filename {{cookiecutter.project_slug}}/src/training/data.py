@@ -80,7 +80,7 @@ def load_split(folder: Path) -> Split:
                 f"{folder} has data-set schema version {info['schema_version']}, this code reads "
                 f"{SCHEMA_VERSION}; pack the data again (`make data`)"
             )
-        images = [np.load(path, mmap_mode="r") for path in sorted(folder.glob("images-*.npy"))]
+        images = [np.load(path, mmap_mode="r").view(np.ndarray) for path in sorted(folder.glob("images-*.npy"))]
         labels = [np.load(path) for path in sorted(folder.glob("labels-*.npy"))]
         size, classes = info["size"], len(info["classes"])
     except (OSError, ValueError, KeyError) as error:
