@@ -123,7 +123,9 @@ def test_a_failing_script_is_one_sentence_and_publishes_nothing(
     if mode == "container":
         request.getfixturevalue("nothing_left")
     loop = project / "src" / "training" / "loop.py"
-    loop.write_text(loop.read_text().replace("        model.train()\n", "        raise RuntimeError('out of luck')\n"))
+    loop.write_text(
+        loop.read_text().replace("        train_mode(model)\n", "        raise RuntimeError('out of luck')\n")
+    )
     failed = verb("train_local", "--mode", mode, *SHORT)
     assert failed.returncode == 1
     assert failed.stderr.splitlines()[0] == "error: training failed: RuntimeError: out of luck"
@@ -138,8 +140,8 @@ def test_a_failing_script_is_one_sentence_and_publishes_nothing(
 
 def test_the_host_that_failed_first_gives_the_reason(verb: Verb, project: Path) -> None:
     loop = project / "src" / "training" / "loop.py"
-    bad = "        if world.rank == 1:\n            raise RuntimeError('out of luck')\n        model.train()\n"
-    loop.write_text(loop.read_text().replace("        model.train()\n", bad))
+    bad = "        if world.rank == 1:\n            raise RuntimeError('out of luck')\n        train_mode(model)\n"
+    loop.write_text(loop.read_text().replace("        train_mode(model)\n", bad))
     failed = verb("train_local", "--mode", "process", "--instances", "2", *SHORT)
     assert failed.returncode == 1
     assert failed.stderr.splitlines()[0] == "error: training failed: RuntimeError: out of luck"
@@ -156,7 +158,8 @@ def test_a_crash_before_the_script_starts_is_named(verb: Verb, project: Path, no
 
 def start_long_run(project: Path, *arguments: str) -> tuple[subprocess.Popen[str], str]:
     """Start a run that would go on for hours and wait for its third epoch; gives the process and the run's name."""
-    command = [sys.executable, "-m", "pipelines.train_local", "--set", "training.epochs=100000", *arguments]
+    command = [sys.executable, "-m", "pipelines.train_local", "--set", "training.epochs=100000"]
+    command += ["--set", "training.compile=false", *arguments]  # which such a long run would wait for first
     started = subprocess.Popen(
         command, cwd=project, env=verb_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         start_new_session=True,
@@ -214,7 +217,7 @@ def test_resuming_ends_as_an_uninterrupted_run(verb: Verb, project: Path) -> Non
     loop = project / "src" / "training" / "loop.py"
     text = loop.read_text()
     loop.write_text(
-        text.replace("        model.train()\n", "        assert progress.epoch < 2\n        model.train()\n")
+        text.replace("        train_mode(model)\n", "        assert progress.epoch < 2\n        train_mode(model)\n")
     )
     failed = verb("train_local", "--mode", "process", *exact)
     assert failed.returncode == 1
