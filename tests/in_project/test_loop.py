@@ -27,6 +27,17 @@ ALONE = World(rank=0, size=1, device=torch.device("cpu"))
 Weights = dict[str, torch.Tensor]
 
 
+@pytest.fixture(autouse=True)
+def _every_save_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A save is left out while another one is being written, as epochs of milliseconds would have it."""
+    save = checkpoint.Checkpoints.save
+
+    def patient(self: checkpoint.Checkpoints, progress: checkpoint.Progress, loss_sum: torch.Tensor, _: bool) -> None:
+        save(self, progress, loss_sum, wait=True)
+
+    monkeypatch.setattr(checkpoint.Checkpoints, "save", patient)
+
+
 def train(
     packed: Path, world: World = ALONE, checkpoints: Path | None = None, stop_after: int | None = None,
     norm: bool = True, **options: Any,
