@@ -29,8 +29,10 @@ test: $(READY) ## tests of the template, and those of the project that it genera
 test-faults: $(READY) ## kills, truncated checkpoints, full disks and hung peers, injected into real training jobs
 	@.venv/bin/python -m pytest -m faults $(ARGS)
 
-bench: $(READY) ## seconds from `make train-local` to the first step, first and later runs (ARGS="--runs 5")
+bench: $(READY) ## start-up, the loop, other loaders and loops, the price of ranks: keeps docs/benchmarks.md (ARGS="--runs 5")
 	@.venv/bin/python benchmarks/startup.py $(ARGS)
+	@.venv/bin/python benchmarks/loaders.py $(ARGS)
+	@.venv/bin/python benchmarks/scaling.py $(ARGS)
 
 lint: $(READY) ## ruff and mypy on hooks, tests and benchmarks (the generated project is linted by the tests)
 	@.venv/bin/ruff check .

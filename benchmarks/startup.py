@@ -13,7 +13,6 @@ import json
 import os
 import platform
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -22,8 +21,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from cookiecutter.main import cookiecutter
+from page import TEMPLATE, keep, spread
 
-TEMPLATE = Path(__file__).resolve().parent.parent
 SLUG = "startup_benchmark"
 
 
@@ -60,13 +59,6 @@ def remove_images() -> None:
             subprocess.run(["docker", "image", "rm", name], capture_output=True, check=False)
 
 
-def spread(values: list[float]) -> str:
-    """Median with the lowest and highest value."""
-    if len(values) == 1:
-        return f"{values[0]:.1f}"
-    return f"{statistics.median(values):.1f} ({min(values):.1f} to {max(values):.1f})"
-
-
 def processor() -> str:
     """The processor's name."""
     names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
@@ -74,7 +66,7 @@ def processor() -> str:
 
 
 def main() -> None:
-    """Measure and print a Markdown table."""
+    """Measure, print a Markdown table and keep it in docs/benchmarks.md."""
     parser = argparse.ArgumentParser(description="Seconds to the first step of make train-local.")
     parser.add_argument("--runs", type=int, default=5, help="later runs of each mode")
     runs = parser.parse_args().runs
@@ -98,10 +90,12 @@ def main() -> None:
             capture_output=True, text=True,
         ).stdout.strip()  # fmt: skip
     machine = f"{os.cpu_count()} x {processor()}, torch {versions}"
-    print(f"{datetime.now(UTC):%Y-%m-%d}, {machine}, {runs} later runs, median (range)\n")
-    print("| | seconds to the first step | seconds in all |\n|---|---|---|")
+    text = f"{datetime.now(UTC):%Y-%m-%d}, {machine}, {runs} later runs, median (range)\n\n"
+    text += "| | seconds to the first step | seconds in all |\n|---|---|---|\n"
     for name, results in rows:
-        print(f"| {name} | {spread([step for step, _ in results])} | {spread([end for _, end in results])} |")
+        text += f"| {name} | {spread([step for step, _ in results], 1)} | {spread([end for _, end in results], 1)} |\n"
+    print(text)
+    keep("From the command to the first step", text)
 
 
 if __name__ == "__main__":

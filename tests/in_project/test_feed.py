@@ -8,13 +8,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
+import imaging
 from processing.preprocess import pack
 from training import feed as feed_module
+from training.augment import draw
+from training.config import Hyperparameters
 from training.data import Split, epoch_order, load_split, window_rows
 from training.feed import Feed
 
 CPU = torch.device("cpu")
+PLAIN = draw(100, 12, Hyperparameters(translate=0.0), 0)  # no augmentation
 
 
 @pytest.fixture
@@ -26,44 +31,73 @@ def split(raw: Path, tmp_path: Path) -> Split:
     return split
 
 
-@pytest.mark.parametrize("mode", ["direct", "resident", "stream"])
-def test_every_way_gives_the_same_batches(split: Split, mode: str) -> None:
+def whole_epoch(split: Split, batch_size: int = 5) -> list[NDArray[np.int64]]:
     order = epoch_order(len(split), 0, 0)
-    shares = [order[first : first + 5] for first in range(0, len(split), 5)]
-    batches = list(Feed(split, CPU, mode).batches(shares))
-    assert len(batches) == len(shares)
-    for rows, (images, labels) in zip(shares, batches, strict=True):
-        assert np.array_equal(images.numpy(), split.pixels(rows))
+    return [order[first : first + batch_size] for first in range(0, len(split), batch_size)]
+
+
+@pytest.mark.parametrize("start", [0, 1, 4])
+@pytest.mark.parametrize("gathered", [100, 5000, 1_000_000])
+@pytest.mark.parametrize("mode", ["direct", "resident", "stream"])
+def test_every_way_gives_the_same_batches(
+    split: Split, mode: str, gathered: int, start: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(feed_module, "GATHERED", gathered)
+    augmentation = draw(len(split), 12, Hyperparameters(horizontal_flip=True, colour_jitter=0.5), 0)
+    shares = whole_epoch(split)
+    batches = list(Feed(split, CPU, mode).batches(shares, augmentation, start))
+    assert len(batches) == len(shares) - start
+    for rows, (images, labels) in zip(shares[start:], batches, strict=True):
+        alone = augmentation.apply(split.batch(rows, CPU)[0], rows)
+        assert torch.equal(images, imaging.normalise(alone, split.info["mean"], split.info["std"]))
+        assert images.is_contiguous(memory_format=torch.channels_last)
         assert np.array_equal(labels.numpy(), split.labels[rows])
-        assert (images.dtype, labels.dtype) == (torch.uint8, torch.int64)
 
 
 def test_a_cpu_needs_no_thread_and_no_copy_of_the_data(split: Split) -> None:
     feed = Feed(split, CPU)
     assert feed.mode == "direct"
     before = threading.active_count()
-    for _ in feed.batches([np.arange(3)]):
+    for _ in feed.batches([np.arange(3)], PLAIN):
         assert threading.active_count() == before
 
 
-def test_a_stream_stays_a_few_batches_ahead_and_ends_with_its_reader(split: Split) -> None:
-    asked = []
+def test_a_cpu_prepares_no_more_than_it_was_told_together(split: Split, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[int] = []
+    record_rows(monkeypatch, taken)
+    monkeypatch.setattr(feed_module, "GATHERED", 17 * 12 * 12 * 3)
+    for images, _ in Feed(split, CPU).batches(whole_epoch(split), PLAIN):
+        assert len(images) <= 5
+    assert sum(taken) == len(split)
+    assert max(taken) == 15
 
-    def rows() -> object:
-        for index in range(40):
-            asked.append(index)
-            yield np.array([index % len(split)])
 
-    batches = Feed(split, CPU, "stream").batches(rows())  # type: ignore[arg-type]
+def record_rows(monkeypatch: pytest.MonkeyPatch, taken: list[int]) -> None:
+    """Note how many rows are read at a time."""
+    pixels = Split.pixels
+
+    def noted(self: Split, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
+        taken.append(len(rows))
+        return pixels(self, rows)
+
+    monkeypatch.setattr(Split, "pixels", noted)
+
+
+def test_a_stream_stays_a_few_batches_ahead_and_ends_with_its_reader(
+    split: Split, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[int] = []
+    record_rows(monkeypatch, taken)
+    batches = Feed(split, CPU, "stream").batches(whole_epoch(split, 1), PLAIN)
     next(batches)
     threading.Event().wait(0.3)
-    assert len(asked) <= feed_module.AHEAD + 3
+    assert 1 < len(taken) <= feed_module.AHEAD + 3 < len(split)
     batches.close()  # type: ignore[attr-defined]
     assert not [thread for thread in threading.enumerate() if thread.name == "feed"]
 
 
 def test_an_error_in_the_stream_reaches_the_loop(split: Split) -> None:
-    batches = Feed(split, CPU, "stream").batches([np.array([0]), np.array([10**6])])
+    batches = Feed(split, CPU, "stream").batches([np.array([0]), np.array([10**6])], PLAIN)
     next(batches)
     with pytest.raises(IndexError):
         next(batches)

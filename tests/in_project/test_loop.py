@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -109,6 +110,18 @@ def test_damaged_checkpoints_are_passed_over_and_strange_ones_refused(packed: Pa
         state.write_bytes(b"")
     with pytest.raises(checkpoint.CheckpointError, match=r"none of the 2 checkpoints in .* is whole"):
         train(packed, checkpoints=tmp_path)
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="no C++ compiler")
+def test_a_compiled_run_learns_and_says_what_its_warm_up_took(packed: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    eager, _ = train(packed, epochs=2)
+    weights, history = train(packed, epochs=2, compile=True, deterministic=True)
+    assert all(torch.allclose(weights[name], eager[name], atol=1e-3) for name in eager)
+    assert len(history) == 2
+    text = [record.getMessage() for record in caplog.records if record.getMessage().startswith("first step done")]
+    assert text[0] == "first step done"
+    assert re.fullmatch(r"first step done after \d+\.\d s, compiling", text[1])
 
 
 def test_learning_rate_rises_and_falls() -> None:

@@ -17,12 +17,10 @@ import copy
 import importlib.metadata
 import itertools
 import json
-import math
 import os
 import platform
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -32,7 +30,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import nn
 from torch.nn import functional
 
@@ -40,7 +37,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "src"), str(ROOT)]
 
 import imaging  # noqa: E402
-from processing.preprocess import pack  # noqa: E402
+from benchmarks.process import CLASSES, Measured, cifar10, process, write_patterns  # noqa: E402
 from training.config import Hyperparameters, resolve  # noqa: E402
 from training.data import Split, load_channels  # noqa: E402
 from training.distributed import World  # noqa: E402
@@ -50,54 +47,10 @@ from training.optim import WeightAverage, build_optimizer  # noqa: E402
 from training.watch import Guard  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results.json"
-CLASSES = 10
 # Model, pixels a side, batch, steps a round on a CPU and on a GPU (0: not there): a second or a few.
 CASES = (("cnn", 32, 128, 30, 300), ("resnet18", 64, 32, 20, 300), ("resnet50", 224, 256, 0, 20))
 RESNET50_GFLOP = 24.3  # an image at 224 pixels, forward and backward
 PEAK_TFLOPS = {"A100": 312, "H100": 989, "H200": 989}  # dense bf16
-# Starts a program; says when it began, when it ended, and its peak memory. Linux counts what the starting process holds
-# towards the peak of the program that it starts, so a process that holds nothing does it.
-STARTER = """
-import os, sys, time
-print(time.monotonic(), flush=True)
-_, status, usage = os.wait4(os.posix_spawn(sys.argv[1], sys.argv[1:], os.environ), 0)
-print(time.monotonic(), usage.ru_maxrss)
-sys.exit(status != 0)
-"""
-CUDA_PEAK = (
-    "import sys; sys.path.insert(0, 'src'); from training.train import main, torch; code = main(sys.argv[1:]);"
-    "print('cuda peak', torch.cuda.max_memory_allocated()); sys.exit(code)"
-)
-Measured = dict[str, list[float]]
-
-
-def write_patterns(folder: Path, size: int, images: int) -> None:
-    """Pack random low-frequency patterns, tinted by class: pixels that a network can learn from, from no download."""
-    random = np.random.default_rng(size)
-    raw = folder.with_name(f"{folder.name}-raw")
-    for split, count in {"train": images, "validation": 5 * CLASSES, "test": CLASSES}.items():
-        for label in range(CLASSES):
-            (raw / split / f"class{label}").mkdir(parents=True)
-        for number in range(count):
-            label = number % CLASSES
-            grid = random.integers(0, 156, size=(5, 5, 3)) + np.array([label, 5, CLASSES - label]) * (100 // CLASSES)
-            picture = Image.fromarray(grid.astype(np.uint8)).resize((size, size), Image.Resampling.BICUBIC)
-            picture.save(raw / split / f"class{label}" / f"{number:06d}.bmp")  # the format that is written fastest
-    pack(raw, folder, size)
-    shutil.rmtree(raw)
-
-
-def write_digits(folder: Path) -> bool:
-    """Pack the sample digits as `make data` does. False: they are not here, because scikit-learn is not."""
-    try:
-        from pipelines import sample_data
-
-        sample_data.write_digits(folder.with_name("digits-raw"))
-    except ImportError as error:
-        print(f"left out: time to accuracy, as the sample digits need scikit-learn ({error})", flush=True)
-        return False
-    pack(folder.with_name("digits-raw"), folder)
-    return True
 
 
 class Limit:
@@ -200,52 +153,6 @@ def overhead(folder: Path, rounds: int, quick: bool) -> Measured:
     }
 
 
-def run_job(data: Path, root: Path, program: list[str]) -> tuple[dict[str, float], str]:
-    """Run a training job and return its seconds, its accuracy and its peak memory, and what it printed."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("SM_", "WORLD_SIZE"))}
-    environment |= {f"SM_CHANNEL_{name.upper()}": str(data / name) for name in ("train", "validation")}
-    for name in ("SM_CHANNEL_CHECKPOINTS", "SM_MODEL_DIR", "SM_OUTPUT_DATA_DIR"):
-        (root / name).mkdir(parents=True)
-        environment[name] = str(root / name)
-    command = [sys.executable, "-S", "-c", STARTER, sys.executable, *program]
-    job = subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    assert job.stdout is not None
-    started, first_step, text = float(job.stdout.readline()), math.nan, ""
-    for line in job.stdout:
-        if line.startswith("first step done"):
-            first_step = time.monotonic() - started
-        text += line
-    if job.wait():
-        sys.exit(f"error: {program} failed:\n{text}")
-    ended, peak = text.split()[-2:]
-    metrics = json.loads((root / "SM_OUTPUT_DATA_DIR" / "metrics.json").read_text(encoding="utf-8"))
-    shutil.rmtree(root)
-    return {
-        "startup.seconds_to_first_step": first_step,
-        "time_to_accuracy.seconds": float(ended) - started,
-        "time_to_accuracy.val_accuracy": metrics["val_accuracy"],
-        "memory.peak_mb": float(peak) * (1 if sys.platform == "darwin" else 1024) / 1e6,
-    }, text
-
-
-def process(folder: Path, rounds: int, quick: bool) -> Measured:
-    """The training process as a whole: the default recipe on the sample digits, or a few epochs on patterns."""
-    digits = write_digits(folder / "digits")
-    data = folder / ("digits" if digits else "patterns")
-    if not digits:
-        write_patterns(data, 32, 1280)
-    arguments = ["--epochs", "1"] if quick or not digits else []
-    print(f"the process: train.py on {data.name}, {' '.join(arguments) or 'default recipe'}", flush=True)
-    jobs = [run_job(data, folder / "job", ["src/training/train.py", *arguments])[0] for _ in range(rounds)]
-    measured = {key: [job[key] for job in jobs] for key in jobs[0]}
-    if torch.cuda.is_available():
-        text = run_job(data, folder / "job", ["-c", CUDA_PEAK, *arguments])[1]
-        measured["memory.cuda_peak_mb"] = [float(text.rpartition("cuda peak ")[2].split()[0]) / 1e6]
-    return {key: values for key, values in measured.items() if digits or not key.startswith("time_to_accuracy")}
-
-
 def machine() -> dict[str, str | float]:
     """What the numbers depend on."""
     cpuinfo, device = Path("/proc/cpuinfo"), best_device()
@@ -277,6 +184,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="What training costs on this machine.")
     parser.add_argument("--rounds", type=int, default=5, help="of each measurement (default: 5)")
     parser.add_argument("--quick", action="store_true", help="one round of almost nothing: shows only that it works")
+    parser.add_argument("--cifar10", type=Path, metavar="FOLDER", help="also time to 94 %%: folders train, val (the "
+                        "10,000 test images) and test, each with a folder of images a class")  # fmt: skip
     options = parser.parse_args()
     rounds = 1 if options.quick else max(options.rounds, 1)
     facts = {"date": f"{datetime.now(UTC):%Y-%m-%d}", "rounds": rounds} | machine()
@@ -284,6 +193,9 @@ def main() -> None:
     for phase in (process, throughput, overhead):  # the process first, while this one does nothing yet
         with tempfile.TemporaryDirectory() as folder:
             measured |= phase(Path(folder), rounds, options.quick)
+    if options.cifar10:
+        with tempfile.TemporaryDirectory() as folder:
+            measured |= cifar10(options.cifar10, Path(folder), rounds, options.quick)
     print("\n" + "".join(f"{name}: {value}\n" for name, value in facts.items()))
     print("| | median | lowest to highest |\n|---|---:|---:|")
     results = dict(facts)

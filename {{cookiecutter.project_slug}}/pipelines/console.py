@@ -149,7 +149,7 @@ class TrainingView:
             if self._output.isatty() and self._bar is None:
                 steps, columns = int(plan[1]) * int(plan[2]), shutil.get_terminal_size().columns
                 self._bar = tqdm(total=steps, unit="step", desc="training", file=self._output, ncols=min(columns, 120))
-        elif text == "first step done":
+        elif text.startswith("first step done"):
             self.on_first_step()
         elif (step := EPOCH.match(text) or PROGRESS.match(text)) and self._bar is not None:
             self._bar.update(int(step[1]) - self._bar.n)

@@ -80,7 +80,7 @@ def fit(
         )
     steps_per_epoch = len(train) // batch_size  # the rest of the shuffled images waits for another epoch
     total_steps = epochs * steps_per_epoch
-    mean, std, classes = train.info["mean"], train.info["std"], len(train.classes)
+    classes = len(train.classes)
     cast = autocast(hyperparameters.precision, world.device)
 
     if hyperparameters.sync_batch_norm and world.size > 1:
@@ -88,7 +88,7 @@ def fit(
     chosen = choices(checkpoints, world) if checkpoints else {}
     if not chosen:
         images, _ = train.batch(np.arange(batch_size)[world.rank :: world.size * parts], world.device)
-        some = imaging.normalise(images, mean, std)
+        some = imaging.normalise(images, train.info["mean"], train.info["std"])
         chosen = speed.choose(model, some, hyperparameters, total_steps * parts, world, lambda: cast)
     model.to(memory_format=torch.channels_last if chosen["channels_last"] else torch.contiguous_format)
     average = WeightAverage(model, hyperparameters.ema_decay)
@@ -124,13 +124,11 @@ def fit(
         started = reported = time.perf_counter()
         begun = progress.position
         steps = [order[first : first + batch_size] for first in range(0, steps_per_epoch * batch_size, batch_size)]
-        steps = steps[progress.position :]
         shares = [step[world.rank :: world.size][part::parts] for step in steps for part in range(parts)]
-        batches = zip(shares, feed.batches(shares), strict=True)
-        for batch in steps:
+        batches = feed.batches(shares, augmentation, begun * parts)
+        for batch in steps[begun:]:
             for part in range(parts):
-                own, (images, labels) = next(batches)
-                images = imaging.normalise(augmentation.apply(images, own), mean, std)
+                images, labels = next(batches)  # augmented, normalised, on the device
                 place = progress.epoch, progress.step * parts + part, world.rank
                 images, labels = augment.mix(images, labels, classes, hyperparameters, *place)
                 last = part == parts - 1  # ranks average their gradients once a step, in the last backward pass
@@ -159,10 +157,11 @@ def fit(
             progress.position += 1
 
             if world.is_main and progress.step == first_step + 1:
-                logger.info("first step done")
+                compiling = f" after {time.perf_counter() - started:.1f} s, compiling" if chosen["compile"] else ""
+                logger.info("first step done%s", compiling)
             if watch.due() or progress.position == steps_per_epoch:
                 if (good := guard.skipped()) is not None:
-                    skipped = steps[good - (progress.step - (progress.position - begun) - first_step)]
+                    skipped = steps[good - (progress.step - progress.position - first_step)]
                     raise _not_finite(train, skipped, first_step + good)
                 watch.meet(loss_sum)
                 if world.is_main and time.perf_counter() - reported > PROGRESS_SECONDS:

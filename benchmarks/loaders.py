@@ -1,0 +1,246 @@
+"""The generated project's loop against ImageFolder with workers, Lightning and timm's loader, in one run.
+
+    python benchmarks/loaders.py --runs 5
+
+Bakes the default project into a temporary folder, adds Lightning and timm to its environment, and there runs itself
+again (`--inside`) and `make bench`. Needs the network for the packages only. Each contender trains the same network
+with the same optimizer, precision and batch from the same JPEG files; ours packs them once, before, in the time shown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from page import bake, keep, spread
+
+# Model, pixels a side of the files and of the training images, batch, steps an epoch.
+CASES = (("cnn", 32, 32, 128, 30), ("resnet18", 256, 64, 32, 20))
+CLASSES = 10
+MEAN = STD = (0.5, 0.5, 0.5)
+
+
+def write_jpegs(folder: Path, size: int, images: int) -> None:
+    """Random low-frequency patterns of `size` pixels as JPEG files of quality 90, a folder a class."""
+    import numpy as np
+    from PIL import Image
+
+    random = np.random.default_rng(size)
+    for split, count in {"train": images, "val": 50, "test": CLASSES}.items():
+        for number in range(count):
+            label = number % CLASSES
+            (folder / split / f"class{label}").mkdir(parents=True, exist_ok=True)
+            grid = random.integers(0, 156, size=(9, 9, 3)) + np.array([label, 5, CLASSES - label]) * 9
+            picture = Image.fromarray(grid.astype(np.uint8)).resize((size, size), Image.Resampling.BICUBIC)
+            picture.save(folder / split / f"class{label}" / f"{number:06d}.jpg", quality=90)
+
+
+class Step:
+    """One optimizer step of a network, as all contenders but ours do it: no EMA, no checks."""
+
+    def __init__(self, hyperparameters: Any, size: int) -> None:
+        import torch
+        from training.loop import autocast
+        from training.model import build_model
+        from training.optim import build_optimizer
+
+        torch.manual_seed(0)
+        self.model = build_model(hyperparameters.model, CLASSES, size).to(memory_format=torch.channels_last).train()
+        self.optimizer = build_optimizer(self.model, hyperparameters)
+        self.cast = autocast("auto", torch.device("cpu"))
+
+    def loss(self, images: Any, labels: Any) -> Any:
+        """Mean cross-entropy of a batch."""
+        import torch
+
+        with self.cast:
+            logits = self.model(images.to(memory_format=torch.channels_last))
+        return torch.nn.functional.cross_entropy(logits.float(), labels, label_smoothing=0.1)
+
+    def __call__(self, images: Any, labels: Any) -> None:
+        """Forward, backward, step."""
+        self.loss(images, labels).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+
+def image_folder(raw: Path, size: int, batch: int) -> Any:
+    """Torchvision's ImageFolder behind PyTorch's DataLoader, a worker a core, kept from epoch to epoch."""
+    from torch.utils.data import DataLoader
+    from torchvision import transforms
+    from torchvision.datasets import ImageFolder
+
+    steps = [transforms.Resize(size), transforms.RandomCrop(size, padding=size // 8), transforms.ToTensor(),
+             transforms.Normalize(MEAN, STD)]  # fmt: skip
+    return DataLoader(
+        ImageFolder(raw / "train", transforms.Compose(steps)), batch_size=batch, shuffle=True, drop_last=True,
+        num_workers=os.cpu_count() or 1, persistent_workers=True,
+    )  # fmt: skip
+
+
+def timm_loader(raw: Path, size: int, batch: int) -> Any:
+    """The loader that timm's training script makes, with its prefetcher and no augmentation but a padded crop."""
+    import torch
+    from timm.data import create_dataset, create_loader
+
+    return create_loader(
+        create_dataset("folder", root=raw / "train", split="train"), input_size=(3, size, size), batch_size=batch,
+        is_training=True, no_aug=False, hflip=0.0, color_jitter=None, train_crop_mode="rkrc", mean=MEAN, std=STD,
+        num_workers=os.cpu_count() or 1, device=torch.device("cpu"),
+    )  # fmt: skip
+
+
+def seconds_of(batches: Any, step: Step) -> float:
+    """Seconds of one epoch."""
+    started = time.perf_counter()
+    for images, labels in batches:
+        step(images, labels)
+    return time.perf_counter() - started
+
+
+def lightning_seconds(batches: Any, step: Step) -> Callable[[], float]:
+    """The same in Lightning's Trainer: seconds of its second epoch, so that its start does not count."""
+    import lightning
+
+    class Module(lightning.LightningModule):  # type: ignore[misc]
+        """The step of `Step`, cast by itself."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = step.model
+            self.times: list[float] = []
+
+        def training_step(self, batch: Any, _: int) -> Any:
+            """The loss; Lightning does the rest."""
+            return step.loss(*batch)
+
+        def configure_optimizers(self) -> Any:
+            """The same optimizer."""
+            return step.optimizer
+
+        def on_train_epoch_start(self) -> None:
+            """Start the watch."""
+            self.times.append(time.perf_counter())
+
+        def on_train_epoch_end(self) -> None:
+            """Stop it."""
+            self.times.append(time.perf_counter())
+
+    def epoch() -> float:
+        module = Module()
+        trainer = lightning.Trainer(
+            max_epochs=2, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+            enable_model_summary=False,
+        )  # fmt: skip
+        trainer.fit(module, batches)
+        return module.times[3] - module.times[2]
+
+    return epoch
+
+
+def compete(case: tuple[str, int, int, int, int], folder: Path, rounds: int) -> Iterator[tuple[str, list[float]]]:
+    """Images a second of each contender, a value a round; the contenders take turns in every round."""
+    from processing.preprocess import pack
+    from training.config import Hyperparameters, resolve
+    from training.data import load_channels
+    from training.distributed import World
+    from training.loop import fit
+    from training.model import best_device, build_model
+
+    name, stored, size, batch, steps = case
+    write_jpegs(folder / "raw", stored, batch * steps)
+    started = time.perf_counter()
+    pack(folder / "raw", folder / "packed", size)
+    packing = time.perf_counter() - started
+    splits = load_channels(folder / "packed" / "train", folder / "packed" / "validation")
+    options = Hyperparameters(model=name, batch_size=batch, epochs=rounds + 1, ema_decay=0.0, learning_rate=1e-3)
+    settled = resolve(options, size, len(splits[0]))
+    loaders = {"ImageFolder, workers": image_folder(folder / "raw", size, batch),
+               "timm's loader": timm_loader(folder / "raw", size, batch)}  # fmt: skip
+    others: dict[str, Callable[[], float]] = {}
+    for contender, loader in loaders.items():
+        step = Step(settled, size)
+        others[contender] = functools.partial(seconds_of, loader, step)
+    others["Lightning, ImageFolder"] = lightning_seconds(image_folder(folder / "raw", size, batch), Step(settled, size))
+    speeds: dict[str, list[float]] = {contender: [] for contender in ("this template", *others)}
+
+    def between_epochs(history: list[dict[str, Any]]) -> None:
+        counts = len(history) > 1  # everybody's first epoch warms up
+        for contender, epoch in others.items():
+            seconds = epoch()
+            if counts:
+                speeds[contender].append(batch * steps / seconds)
+        if counts:
+            speeds["this template"].append(history[-1]["images_per_second"])
+
+    world = World(rank=0, size=1, device=best_device())
+    fit(build_model(name, CLASSES, size).to(world.device), *splits, settled, world, on_epoch=between_epochs)
+    yield from speeds.items()
+    yield "packing", [packing]
+
+
+def inside(project: Path, rounds: int) -> None:
+    """Run all cases with the packages and the code of a baked project; the last line printed is JSON."""
+    sys.path[:0] = [str(project / "src")]
+    results = {}
+    for case in CASES:
+        with tempfile.TemporaryDirectory() as folder:
+            results["/".join(map(str, case))] = dict(compete(case, Path(folder), rounds))
+    print(json.dumps(results))
+
+
+def table(results: dict[str, dict[str, list[float]]]) -> str:
+    """A Markdown table: images a second, and what this template does for each image of the others."""
+    text = ""
+    for case, speeds in results.items():
+        name, stored, size, batch, steps = case.split("/")
+        packing = speeds.pop("packing")[0]
+        text += (
+            f"\n{name} at {size} pixels, batch {batch}, from {int(batch) * int(steps):,} JPEG files of {stored} pixels "
+            f"(packing them once: {packing:.1f} s):\n\n"
+            "| | images/s, median (range) | this template is faster by, median (range) |\n|---|---:|---:|\n"
+        )
+        for contender, values in speeds.items():
+            ratios = [own / other for own, other in zip(speeds["this template"], values, strict=True)]
+            text += f"| {contender} | {spread(values, 0)} | {spread(ratios, 2)} |\n"
+    return text
+
+
+def main() -> None:
+    """Measure and keep two sections of docs/benchmarks.md."""
+    parser = argparse.ArgumentParser(description="The generated project's loop against others.")
+    parser.add_argument("--runs", type=int, default=5, help="rounds; in each, all contenders train one epoch")
+    parser.add_argument("--inside", type=Path, metavar="PROJECT", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.inside:
+        inside(options.inside, options.runs)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        project, python = bake(folder)
+        command = [python, "-m", "benchmarks.train", "--rounds", str(options.runs)]
+        bench = subprocess.run(command, cwd=project, check=True, stdout=subprocess.PIPE, text=True).stdout
+        facts, _, rest = bench[bench.index("\ndate: ") :].partition("\n\n|")
+        rows = rest.partition("\n\n")[0]
+        conditions = "".join(f"- {line}\n" for line in facts.strip().splitlines())
+        keep("The generated project's `make bench`", f"{conditions}\n|{rows}")
+        uv = str(Path(sys.executable).with_name("uv"))
+        subprocess.run([uv, "pip", "install", "--quiet", "--python", python, "lightning", "timm"], check=True)
+        command = [python, __file__, "--inside", str(project), "--runs", str(options.runs)]
+        text = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+        names = "import importlib.metadata as m; print(', '.join(f'{n} {m.version(n)}' for n in "
+        names += "('torch', 'torchvision', 'lightning', 'timm')))"
+        versions = subprocess.run([python, "-c", names], check=True, stdout=subprocess.PIPE, text=True).stdout
+        keep("Against other loaders and loops", f"{versions}{table(json.loads(text.splitlines()[-1]))}")
+
+
+if __name__ == "__main__":
+    main()
