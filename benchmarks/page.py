@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import statistics
 import subprocess
@@ -11,13 +12,18 @@ TEMPLATE = Path(__file__).resolve().parent.parent
 PAGE = TEMPLATE / "docs" / "benchmarks.md"
 
 
+def own_environment() -> dict[str, str]:
+    """The environment without what the `make` that started a benchmark hands down: its ARGS are not the project's."""
+    return {name: value for name, value in os.environ.items() if name not in ("ARGS", "MAKEFLAGS", "MAKEOVERRIDES")}
+
+
 def bake(folder: str) -> tuple[Path, str]:
     """Bake the default project into a folder and prepare its environment; gives the project and its Python."""
     from cookiecutter.main import cookiecutter  # not where a benchmark runs inside the project
 
     options = {"project_slug": "benchmarked"}
     project = Path(cookiecutter(str(TEMPLATE), no_input=True, extra_context=options, output_dir=folder))
-    subprocess.run(["make", "setup"], cwd=project, check=True)
+    subprocess.run(["make", "setup"], cwd=project, env=own_environment(), check=True)
     return project, str(project / ".venv" / "bin" / "python")
 
 

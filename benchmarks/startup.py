@@ -21,7 +21,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from cookiecutter.main import cookiecutter
-from page import TEMPLATE, keep, spread
+from page import TEMPLATE, keep, own_environment, spread
 
 SLUG = "startup_benchmark"
 
@@ -74,7 +74,7 @@ def main() -> None:
     modes = ["container", "process"] if engine else ["process"]
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        environment = os.environ | {"UV_CACHE_DIR": f"{folder}/uv"}
+        environment = own_environment() | {"UV_CACHE_DIR": f"{folder}/uv"}
         project = Path(cookiecutter(str(TEMPLATE), True, True, {"project_slug": SLUG}, output_dir=folder))
         remove_images()
         try:
