@@ -9,7 +9,6 @@ with the same optimizer, precision and batch from the same JPEG files; ours pack
 
 from __future__ import annotations
 
-import argparse
 import functools
 import json
 import os
@@ -21,7 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from page import bake, keep, spread
+from page import arguments, bake, keep, run_inside, spread
 
 # Model, pixels a side of the files and of the training images, batch, steps an epoch.
 CASES = (("cnn", 32, 32, 128, 30), ("resnet18", 256, 64, 32, 20))
@@ -217,10 +216,7 @@ def table(results: dict[str, dict[str, list[float]]]) -> str:
 
 def main() -> None:
     """Measure and keep two sections of docs/benchmarks.md."""
-    parser = argparse.ArgumentParser(description="The generated project's loop against others.")
-    parser.add_argument("--runs", type=int, default=5, help="rounds; in each, all contenders train one epoch")
-    parser.add_argument("--inside", type=Path, metavar="PROJECT", help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = arguments("The generated project's loop against others.")
     if options.inside:
         inside(options.inside, options.runs)
         return
@@ -234,12 +230,11 @@ def main() -> None:
         keep("The generated project's `make bench`", f"{conditions}\n|{rows}")
         uv = str(Path(sys.executable).with_name("uv"))
         subprocess.run([uv, "pip", "install", "--quiet", "--python", python, "lightning", "timm"], check=True)
-        command = [python, __file__, "--inside", str(project), "--runs", str(options.runs)]
-        text = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+        results = run_inside(python, __file__, project, options.runs)
         names = "import importlib.metadata as m; print(', '.join(f'{n} {m.version(n)}' for n in "
         names += "('torch', 'torchvision', 'lightning', 'timm')))"
         versions = subprocess.run([python, "-c", names], check=True, stdout=subprocess.PIPE, text=True).stdout
-        keep("Against other loaders and loops", f"{versions}{table(json.loads(text.splitlines()[-1]))}")
+        keep("Against other loaders and loops", f"{versions}{table(results)}")
 
 
 if __name__ == "__main__":

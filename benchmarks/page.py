@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 import os
 import re
 import statistics
 import subprocess
 from pathlib import Path
+from typing import Any
 
 TEMPLATE = Path(__file__).resolve().parent.parent
 PAGE = TEMPLATE / "docs" / "benchmarks.md"
@@ -25,6 +28,21 @@ def bake(folder: str) -> tuple[Path, str]:
     project = Path(cookiecutter(str(TEMPLATE), no_input=True, extra_context=options, output_dir=folder))
     subprocess.run(["make", "setup"], cwd=project, env=own_environment(), check=True)
     return project, str(project / ".venv" / "bin" / "python")
+
+
+def arguments(description: str) -> argparse.Namespace:
+    """The command line of a benchmark that bakes a project and runs itself inside."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--runs", type=int, default=5, help="rounds of each measurement")
+    parser.add_argument("--inside", type=Path, metavar="PROJECT", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def run_inside(python: str, script: str, project: Path, runs: int) -> Any:
+    """Run a benchmark's script with the project's Python and `--inside`; gives its last line, which is JSON."""
+    command = [python, script, "--inside", str(project), "--runs", str(runs)]
+    text = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    return json.loads(text.splitlines()[-1])
 
 
 def spread(values: list[float], digits: int | None = None) -> str:

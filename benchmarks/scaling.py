@@ -8,7 +8,6 @@ numbers say what this code costs, not what a GPU reaches. `docs/scaling.md` of t
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import socket
@@ -19,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from page import bake, keep, spread
+from page import arguments, bake, keep, run_inside, spread
 
 SIZE, BATCH, IMAGES = 224, 16, 4096
 Measured = dict[str, list[float]]
@@ -125,18 +124,14 @@ def inside(project: Path, rounds: int) -> None:
 
 def main() -> None:
     """Measure and keep a section of docs/benchmarks.md."""
-    parser = argparse.ArgumentParser(description="What a step of ResNet-50 costs and its gradients send.")
-    parser.add_argument("--runs", type=int, default=5, help="rounds of each measurement")
-    parser.add_argument("--inside", type=Path, metavar="PROJECT", help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = arguments("What a step of ResNet-50 costs and its gradients send.")
     if options.inside:
         inside(options.inside, options.runs)
         return
     with tempfile.TemporaryDirectory() as folder:
         project, python = bake(folder)
-        command = [python, __file__, "--inside", str(project), "--runs", str(options.runs)]
-        text = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-    rows = "".join(f"| {name} | {spread(values)} |\n" for name, values in json.loads(text.splitlines()[-1]).items())
+        measured = run_inside(python, __file__, project, options.runs)
+    rows = "".join(f"| {name} | {spread(values)} |\n" for name, values in measured.items())
     keep("What scaling is counted from", f"| | median (range) |\n|---|---:|\n{rows}")
 
 

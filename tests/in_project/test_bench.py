@@ -21,6 +21,8 @@ WANTED = {
     "train.images_per_second",
     "train.limit_images_per_second",
     "train.cnn.32.fed_over_limit",
+    "train.cnn.32.fp32.fed_over_limit",
+    "train.cnn.32.augmented.fed_over_limit",
     "train.resnet18.64.fed_over_limit",
     "train.overhead_us_per_step",
     "hardware.cpu",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -137,19 +138,25 @@ def test_a_run_starts_from_a_file(verb: Verb, project: Path) -> None:
 
 
 def choose(
-    seconds: dict[bool, float], monkeypatch: pytest.MonkeyPatch, steps: int = 10, **options: Any
+    seconds: dict[bool, float], monkeypatch: pytest.MonkeyPatch, steps: int = 10, compiled: float = 0.5, **options: Any
 ) -> dict[str, bool]:
-    monkeypatch.setattr(speed, "_step_seconds", lambda _model, _images, channels_last, *_: seconds[channels_last])
+    def measured(_model: Any, _images: Any, channels_last: bool, compiled_too: bool, *_: Any) -> float:
+        return compiled if compiled_too else seconds[channels_last]
+
+    monkeypatch.setattr(speed, "_step_seconds", measured)
     model, images = build_model("cnn", 3, 12), torch.zeros(8, 3, 12, 12)
     return speed.choose(model, images, Hyperparameters(**options), steps, ALONE, contextlib.nullcontext)
 
 
-def test_the_faster_memory_order_is_chosen_and_a_long_run_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_faster_memory_order_is_chosen_and_a_long_run_is_compiled_when_that_is_faster(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
     assert choose({True: 1.0, False: 0.9}, monkeypatch) == {"channels_last": False, "compile": False}
     assert choose({True: 1.0, False: 0.99}, monkeypatch)["channels_last"]
-    assert choose({True: 1.0, False: 2.0}, monkeypatch, steps=301)["compile"]
-    assert not choose({True: 1.0, False: 2.0}, monkeypatch, steps=299)["compile"]
+    assert choose({True: 1.0, False: 2.0}, monkeypatch, steps=601)["compile"]
+    assert not choose({True: 1.0, False: 2.0}, monkeypatch, steps=601, compiled=0.98)["compile"]
+    assert not choose({True: 1.0, False: 2.0}, monkeypatch, steps=599)["compile"]
     assert choose({True: 1.0, False: 2.0}, monkeypatch, compile=True)["compile"]
     assert not choose({True: 1.0, False: 2.0}, monkeypatch, steps=10**6, compile=False)["compile"]
     assert choose({True: 9.0, False: 1.0}, monkeypatch, deterministic=True) == {"channels_last": True, "compile": False}
@@ -157,7 +164,10 @@ def test_the_faster_memory_order_is_chosen_and_a_long_run_is_compiled(monkeypatc
     assert not choose({True: 1.0, False: 2.0}, monkeypatch, steps=10**6)["compile"]
 
 
-def test_measuring_leaves_the_model_as_it_was() -> None:
+@pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="no C++ compiler")
+@pytest.mark.parametrize("compile_seconds", [speed.COMPILE_SECONDS, 0.0])  # 0: a compiled step is timed too
+def test_measuring_leaves_the_model_as_it_was(compile_seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speed, "COMPILE_SECONDS", compile_seconds)
     model = build_model("cnn", 3, 12)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     speed.choose(model, torch.randn(8, 3, 12, 12), Hyperparameters(), 10, ALONE, contextlib.nullcontext)

@@ -22,8 +22,8 @@ from training.distributed import World
 logger = logging.getLogger("training")
 STEPS = 3  # timed, after one that warms up
 IMAGES = 32  # at most, in a timed step
-MARGIN = 0.97  # channels_last stays unless the other order is clearly faster
-COMPILE_SECONDS = 300.0  # of expected training, from which on compiling (tens of seconds) pays
+MARGIN = 0.97  # the usual way stays unless the other one is clearly faster
+COMPILE_SECONDS = 600.0  # of expected training, from which on it pays to try (tens of seconds) whether compiling does
 
 
 def choose(
@@ -52,24 +52,31 @@ def choose(
     if not measure:
         return {"channels_last": True, "compile": hyperparameters.compile is True}
     part = images[:IMAGES]
-    seconds = {True: _step_seconds(model, part, True, world.device, cast)}
+    seconds = {True: _step_seconds(model, part, True, False, world.device, cast)}
     if world.device.type == "cpu":
-        seconds[False] = _step_seconds(model, part, False, world.device, cast)
+        seconds[False] = _step_seconds(model, part, False, False, world.device, cast)
     channels_last = MARGIN * seconds[True] <= seconds.get(False, seconds[True])
-    expected = min(seconds.values()) * len(images) / max(len(part), 1) * steps
+    compiled = hyperparameters.compile is True
+    expected = seconds[channels_last] * len(images) / len(part) * steps
     able = world.device.type == "cuda" or any(map(shutil.which, ("c++", "g++", "clang++")))
-    compiled = expected > COMPILE_SECONDS and able if hyperparameters.compile == "auto" else hyperparameters.compile
-    choices = {"channels_last": channels_last, "compile": bool(compiled)}
+    if hyperparameters.compile == "auto" and expected > COMPILE_SECONDS and able:
+        if world.is_main:
+            logger.info("timing a compiled step, as training may take %.0f minutes", expected / 60)
+        trial = _step_seconds(model, part, channels_last, True, world.device, cast)
+        compiled = trial < MARGIN * seconds[channels_last]
+    choices = {"channels_last": channels_last, "compile": compiled}
     return dict(world.send(choices))
 
 
 def _step_seconds(
-    model: nn.Module, images: torch.Tensor, channels_last: bool, device: torch.device,
+    model: nn.Module, images: torch.Tensor, channels_last: bool, compiled: bool, device: torch.device,
     cast: Callable[[], contextlib.AbstractContextManager[Any]],
 ) -> float:  # fmt: skip
     """Seconds of one forward and backward pass: the fastest of a few."""
     order = torch.channels_last if channels_last else torch.contiguous_format
     trial = copy.deepcopy(model).to(memory_format=order).train()
+    if compiled:
+        trial.compile()
     best = float("inf")
     for _ in range(STEPS + 1):
         started = time.perf_counter()
