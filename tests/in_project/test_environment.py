@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines import config, engine
+from pipelines import ROOT, config, engine
 from tests.helpers import Verb, verb_environment
 
 SHORT = ("--set", "training.epochs=2")
@@ -164,3 +164,31 @@ def test_a_nearly_full_disk(project: Path, mode: str, request: pytest.FixtureReq
             if subprocess.run(["umount", str(place)], capture_output=True).returncode == 0:
                 break
             time.sleep(0.5)
+
+
+TELEMETRY = """
+import os, sys, tempfile
+import pipelines
+if sys.argv[1] == "on":
+    os.environ["SAGEMAKER_USER_CONFIG_OVERRIDE"] = "/etc/xdg/sagemaker/config.yaml"
+from sagemaker.core.telemetry import telemetry_logging
+from sagemaker.core.training.configs import SourceCode
+from sagemaker.train.model_trainer import Mode, ModelTrainer
+sent = []
+telemetry_logging._send_telemetry_request = lambda *request: sent.append(request)
+with tempfile.TemporaryDirectory() as root:
+    source = SourceCode(source_dir=str(pipelines.SOURCE), entry_script="training/train.py")
+    trainer = ModelTrainer(
+        training_mode=Mode.LOCAL_CONTAINER, training_image="none", source_code=source, local_container_root=root
+    )
+    trainer.train(dry_run=True)
+print(len(sent))
+"""
+
+
+@pytest.mark.parametrize(("telemetry", "requests"), [("off", "0"), ("on", "1")])
+def test_the_sdk_sends_no_telemetry(telemetry: str, requests: str) -> None:
+    command = [sys.executable, "-c", TELEMETRY, telemetry]
+    answer = subprocess.run(command, cwd=ROOT, env=verb_environment(), capture_output=True, text=True)
+    assert answer.returncode == 0, answer.stderr
+    assert answer.stdout.strip() == requests

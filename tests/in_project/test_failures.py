@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from tests.helpers import Verb
-from tests.test_training_local import SHORT, children_in, read
+from tests.helpers import Verb, verb_environment
+from tests.test_training_local import SHORT, owners, read
 
 
 def test_evaluation_refuses_a_test_split_that_may_have_been_trained_on(verb: Verb, project: Path, raw: Path) -> None:
@@ -88,3 +92,57 @@ def test_resuming_ends_as_an_uninterrupted_run(verb: Verb, project: Path) -> Non
     assert (again.returncode, again.stderr) == (1, f"error: run {name} is finished; start a fresh one without RUN\n")
     unknown = verb("train_local", "--run", "nothing")
     assert unknown.stderr == "error: there is no interrupted run 'nothing'; there is none at all\n"
+
+
+def start_long_run(project: Path, *arguments: str) -> tuple[subprocess.Popen[str], str]:
+    """Start a run that would go on for hours and wait for its third epoch; gives the process and the run's name."""
+    command = [sys.executable, "-m", "pipelines.train_local", "--set", "training.epochs=100000"]
+    command += ["--set", "training.compile=false", *arguments]  # which such a long run would wait for first
+    started = subprocess.Popen(
+        command, cwd=project, env=verb_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    name, text = "", ""
+    assert started.stdout is not None
+    for line in started.stdout:
+        text += line
+        name = line.split()[1] if line.startswith("run ") else name
+        if line.startswith("epoch=3 "):
+            return started, name
+    raise AssertionError(f"the run ended by itself:\n{text}")
+
+
+@pytest.mark.parametrize("mode", ["container", "process"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_everything_and_the_run_can_be_resumed(
+    verb: Verb, project: Path, mode: str, number: signal.Signals, request: pytest.FixtureRequest
+) -> None:
+    if mode == "container":
+        request.getfixturevalue("nothing_left")
+    started, name = start_long_run(project, "--mode", mode)
+    if number == signal.SIGINT:  # a terminal sends it to the whole group, compose included
+        os.killpg(started.pid, number)
+    else:
+        started.send_signal(number)
+    text, _ = started.communicate(timeout=60)
+    assert started.returncode == 130
+    assert f"stopped by {number.name}; nothing was published. Resume with RUN={name}" in text
+    assert not (project / "artifacts").exists()
+    assert not children_in(project)
+    assert owners(project) == {os.getuid()}
+    assert list((project / ".cache" / "checkpoints" / name).glob("step-*"))
+    resumed = verb("train_local", "--mode", mode, "--run", name, "--set", "training.epochs=3")
+    assert resumed.returncode == 1  # what the run was started with counts: it would train for hours
+    assert f"run {name} resumes with what it was started with" in resumed.stderr
+
+
+def children_in(project: Path) -> list[str]:
+    """Processes that still work in the copy."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            if (entry / "cwd").resolve().is_relative_to(project):
+                found.append((entry / "cmdline").read_text())
+        except OSError:
+            continue
+    return found

@@ -7,6 +7,7 @@ Training data and requests take the same way, so a model never meets pixels that
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -30,12 +31,13 @@ class ImageError(ValueError):
     """The bytes are not an image that this project can read; the message says why."""
 
 
-def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
+def decode(data: bytes, max_pixels: int = MAX_PIXELS, max_aspect: float = math.inf) -> NDArray[np.uint8]:
     """Decode one encoded image to upright RGB.
 
     Args:
         data: the bytes of a JPEG, PNG, WebP, BMP or TIFF file. Of several frames the first counts.
         max_pixels: the largest accepted width times height.
+        max_aspect: the largest accepted ratio of the longer to the shorter side.
 
     Returns:
         uint8 array of shape (height, width, 3). EXIF orientation is applied, 16-bit grey is scaled to 8 bits,
@@ -49,6 +51,8 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
             width, height = image.size
             if width * height > max_pixels:
                 raise ImageError(f"the image has {width}x{height} pixels, more than the limit of {max_pixels}")
+            if max(width, height) > max_aspect * min(width, height):
+                raise ImageError(f"the image has {width}x{height} pixels, more than {max_aspect} times as long as wide")
             image.load()
             return np.ascontiguousarray(_to_rgb(ImageOps.exif_transpose(image)))
     except ImageError:

@@ -80,34 +80,6 @@ def test_training_yaml_holds_every_hyperparameter_with_its_type() -> None:
     assert list(document) == [option.name for option in fields(Hyperparameters)]
 
 
-TELEMETRY = """
-import os, sys, tempfile
-import pipelines
-if sys.argv[1] == "on":
-    os.environ["SAGEMAKER_USER_CONFIG_OVERRIDE"] = "/etc/xdg/sagemaker/config.yaml"
-from sagemaker.core.telemetry import telemetry_logging
-from sagemaker.core.training.configs import SourceCode
-from sagemaker.train.model_trainer import Mode, ModelTrainer
-sent = []
-telemetry_logging._send_telemetry_request = lambda *request: sent.append(request)
-with tempfile.TemporaryDirectory() as root:
-    source = SourceCode(source_dir=str(pipelines.SOURCE), entry_script="training/train.py")
-    trainer = ModelTrainer(
-        training_mode=Mode.LOCAL_CONTAINER, training_image="none", source_code=source, local_container_root=root
-    )
-    trainer.train(dry_run=True)
-print(len(sent))
-"""
-
-
-@pytest.mark.parametrize(("telemetry", "requests"), [("off", "0"), ("on", "1")])
-def test_the_sdk_sends_no_telemetry(telemetry: str, requests: str) -> None:
-    command = [sys.executable, "-c", TELEMETRY, telemetry]
-    answer = subprocess.run(command, cwd=ROOT, env=verb_environment(), capture_output=True, text=True)
-    assert answer.returncode == 0, answer.stderr
-    assert answer.stdout.strip() == requests
-
-
 def test_the_makefile_documents_every_verb_and_every_recipe_is_one_program() -> None:
     lines = (ROOT / "Makefile").read_text(encoding="utf-8").splitlines()
     phony = next(line for line in lines if line.startswith(".PHONY:")).split()[1:]

@@ -2,43 +2,33 @@
 
 This file is `code/inference.py` in the artifact. A host calls `model_fn` once and then, for every request,
 `output_fn(predict_fn(input_fn(body, content_type), model), accept)`. Each also takes the extra `context` argument of
-the PyTorch toolkit and ignores it.
+the PyTorch toolkit: where that can set the status of the response, a request that cannot be answered gets its 4xx
+through it; elsewhere `RequestError` is raised.
 """
 
 from __future__ import annotations
 
 import base64
-import binascii
+import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import nn
 
 import imaging
+import payload
+from payload import JSON_TYPE, Batch, RequestError
 from training.model import best_device, build_model
 
 SCHEMA_VERSION = 1
-IMAGE_TYPES = ("application/x-image", "image/jpeg", "image/png", "image/webp", "image/bmp", "image/tiff")
-JSON_TYPE = "application/json"
-Batch = list[NDArray[np.uint8]] | NDArray[np.float32]
-
-
-class RequestError(ValueError):
-    """The request cannot be answered.
-
-    Attributes:
-        status: the HTTP status that says so: 400 content, 406 accept, 413 size, 415 type.
-    """
-
-    def __init__(self, status: int, message: str) -> None:
-        super().__init__(message)
-        self.status = status
+GOLDEN_TOLERANCE = 0.02  # of a probability: bf16 and other hardware stay within it
 
 
 @dataclass(frozen=True)
@@ -53,24 +43,53 @@ class Classifier:
     std: list[float]
 
 
+@dataclass(frozen=True)
+class Refusal:
+    """Takes the place of a request that cannot be answered, where its status is set already."""
+
+    message: str
+
+
 def model_fn(model_dir: str, context: Any = None) -> Classifier:
-    """Load the artifact that was unpacked in `model_dir`.
+    """Load the artifact that was unpacked in `model_dir`, after checking it.
 
     Raises:
-        ValueError: when the artifact's schema is newer than this code, or weights and classes do not fit.
+        ValueError: when a file is missing or does not match its checksum, the artifact's schema is another one,
+            weights and classes do not fit, or the golden samples get other answers than when they were made.
     """
     folder = Path(model_dir)
-    facts = json.loads((folder / "model.json").read_text(encoding="utf-8"))
-    if facts["schema_version"] != SCHEMA_VERSION:
-        raise ValueError(
-            f"{folder / 'model.json'} has schema version {facts['schema_version']}; this code reads {SCHEMA_VERSION}"
-        )
+    classifier = load(folder, verify(folder))
+    _check_golden(folder, classifier)
+    return classifier
+
+
+def verify(folder: Path) -> dict[str, Any]:
+    """Compare every file with the checksums in `model.json` and return its content."""
+    try:
+        facts: dict[str, Any] = json.loads((folder / "model.json").read_text(encoding="utf-8"))
+        version, expected = facts["schema_version"], facts["files"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError("model.json is missing or broken") from error
+    if version != SCHEMA_VERSION:
+        raise ValueError(f"model.json has schema version {version}; this code reads {SCHEMA_VERSION}")
+    for name, digest in expected.items():
+        file = folder / name
+        if not file.is_file() or hashlib.sha256(file.read_bytes()).hexdigest() != digest:
+            raise ValueError(f"{name} is missing or does not match its checksum")
+    return facts
+
+
+def load(folder: Path, facts: Mapping[str, Any]) -> Classifier:
+    """Build the model that `facts`, the content of `model.json`, describe, and load its weights."""
     device = best_device()
     model = build_model(facts["architecture"], len(facts["classes"]), facts["image_size"])
     try:
         model.load_state_dict(load_file(folder / "model.safetensors"))
     except RuntimeError as error:
-        raise ValueError(f"{folder / 'model.safetensors'} does not fit model.json: {error}") from error
+        raise ValueError(
+            f"model.safetensors does not fit model.json, which names {facts['architecture']} for "
+            f"{len(facts['classes'])} classes: {error}"
+        ) from error
     model.to(device).to(memory_format=torch.channels_last)
     return Classifier(
         model=model.eval(),
@@ -82,54 +101,46 @@ def model_fn(model_dir: str, context: Any = None) -> Classifier:
     )
 
 
-def input_fn(body: bytes | bytearray | str, content_type: str | None = JSON_TYPE, context: Any = None) -> Batch:
+def _check_golden(folder: Path, classifier: Classifier) -> None:
+    samples = json.loads((folder / "golden.json").read_text(encoding="utf-8"))["samples"]
+    for number, sample in enumerate(samples):
+        answer = classify([imaging.decode(base64.b64decode(sample["body"]))], classifier)
+        expected, found = sample["probabilities"], answer["probabilities"][0]
+        difference = max(abs(a - b) for a, b in zip(expected, found, strict=True))
+        if answer["labels"] != [sample["label"]] or difference > GOLDEN_TOLERANCE:
+            raise ValueError(
+                f"golden sample {number} was {sample['label']!r} and is {answer['labels'][0]!r} here, with a "
+                f"probability {difference:.3f} apart (allowed: {GOLDEN_TOLERANCE}); weights or libraries are not those "
+                "that the artifact was made with"
+            )
+
+
+def input_fn(body: bytes | bytearray | str, content_type: str | None = JSON_TYPE, context: Any = None) -> Any:
     """Turn a request body into decoded images, or into a batch that is normalised already.
 
     Args:
-        body: one encoded image, or JSON `{"instances": [...]}` with either a list of `{"b64": "..."}` or numbers
-            of shape (N, 3, size, size).
-        content_type: of the body.
+        body: one encoded image; or JSON `{"instances": [...]}` with either a list of `{"b64": "..."}` or numbers
+            of shape (N, 3, size, size); or such numbers as a .npy file.
+        content_type: of the body, compared as RFC 9110 says: in any case, parameters aside; None is JSON.
 
     Raises:
-        RequestError: for a type that is not supported (415) or content that cannot be read (400).
+        RequestError: for a type that is not supported (415), too much (413), or content that cannot be read (400).
     """
-    kind = (content_type or JSON_TYPE).split(";")[0].strip().lower()
     try:
-        if kind in IMAGE_TYPES:
-            if isinstance(body, str):
-                raise RequestError(400, f"the body is text; {kind} needs the bytes of an image")
-            return [imaging.decode(bytes(body))]
-        if kind != JSON_TYPE:
-            known = ", ".join((JSON_TYPE, *IMAGE_TYPES))
-            raise RequestError(415, f"content type {content_type!r} is not supported; use one of {known}")
-        return _from_json(body)
-    except imaging.ImageError as error:
-        raise RequestError(400, str(error)) from error
+        return payload.read(body, content_type)
+    except RequestError as error:
+        return _refuse(error, context)
 
 
-def _from_json(body: bytes | bytearray | str) -> Batch:
-    try:
-        document = json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise RequestError(400, f"the body is not valid JSON: {error}") from error
-    instances = document.get("instances") if isinstance(document, dict) else None
-    if not isinstance(instances, list) or not instances:
-        raise RequestError(400, 'the JSON body must be {"instances": [...]} with at least one instance')
-    if all(isinstance(instance, dict) and isinstance(instance.get("b64"), str) for instance in instances):
-        try:
-            return [imaging.decode(base64.b64decode(instance["b64"], validate=True)) for instance in instances]
-        except binascii.Error as error:
-            raise RequestError(400, f"an instance's b64 is not base64: {error}") from error
-    try:
-        batch = np.asarray(instances, dtype=np.float32)
-    except (ValueError, TypeError, OverflowError) as error:
-        raise RequestError(400, 'instances must all be {"b64": "..."} or numbers of one shape') from error
-    if not np.isfinite(batch).all():
-        raise RequestError(400, "instances hold a number that is not finite in float32")
-    return batch
+def _refuse(error: RequestError, context: Any) -> Refusal:
+    """Set the status where the host lets a handler do so; elsewhere raise."""
+    if not hasattr(context, "set_response_status"):
+        raise error
+    context.set_response_status(code=error.status, phrase=HTTPStatus(error.status).phrase, idx=0)
+    return Refusal(str(error))
 
 
-def predict_fn(batch: Batch, classifier: Classifier, context: Any = None) -> dict[str, Any]:
+def predict_fn(batch: Batch | Refusal, classifier: Classifier, context: Any = None) -> Any:
     """Classify a batch.
 
     Args:
@@ -139,18 +150,30 @@ def predict_fn(batch: Batch, classifier: Classifier, context: Any = None) -> dic
         `predictions` (N class indices), `labels` (N names), `probabilities` (N rows, one number a class).
 
     Raises:
-        RequestError: 400 when a normalised batch has another shape.
+        RequestError: 400 when a normalised batch has another shape, or numbers that the model has no answer to.
     """
+    if isinstance(batch, Refusal):
+        return batch
+    try:
+        return classify(batch, classifier)
+    except RequestError as error:
+        return _refuse(error, context)
+
+
+def classify(batch: Batch, classifier: Classifier) -> dict[str, Any]:
+    """What `predict_fn` does, without a context."""
     size = classifier.image_size
     if isinstance(batch, list):
         pixels = np.stack([imaging.fit(image, size) for image in batch])
         inputs = imaging.normalise(torch.from_numpy(pixels).to(classifier.device), classifier.mean, classifier.std)
     else:
-        if batch.ndim != 4 or batch.shape[1:] != (3, size, size):
+        if batch.shape[1:] != (3, size, size):
             raise RequestError(400, f"instances have shape {batch.shape}; the model takes (N, 3, {size}, {size})")
-        inputs = torch.from_numpy(batch).to(classifier.device)
+        inputs = torch.from_numpy(batch).to(classifier.device, memory_format=torch.channels_last)
     with torch.inference_mode():
         probabilities = classifier.model(inputs).float().softmax(1).cpu()
+    if not bool(probabilities.isfinite().all()):
+        raise RequestError(400, "the model has no finite answer to these instances; are they normalised?")
     indices = probabilities.argmax(1).tolist()
     return {
         "predictions": indices,
@@ -159,8 +182,14 @@ def predict_fn(batch: Batch, classifier: Classifier, context: Any = None) -> dic
     }
 
 
-def output_fn(prediction: dict[str, Any], accept: str | None = JSON_TYPE, context: Any = None) -> tuple[str, str]:
+def output_fn(
+    prediction: dict[str, Any] | Refusal, accept: str | None = JSON_TYPE, context: Any = None
+) -> tuple[str, str]:
     """Render a prediction.
+
+    Args:
+        prediction: of `predict_fn`.
+        accept: the media ranges that the client accepts, by RFC 9110 (12.5.1); None or empty: any.
 
     Returns:
         The body, strict JSON, and its content type.
@@ -168,7 +197,10 @@ def output_fn(prediction: dict[str, Any], accept: str | None = JSON_TYPE, contex
     Raises:
         RequestError: 406 when the client does not accept JSON.
     """
-    ranges = [part.split(";")[0].strip().lower() for part in (accept or "*/*").split(",")]
-    if not {JSON_TYPE, "application/*", "*/*"} & set(ranges):
-        raise RequestError(406, f"the answer can only be {JSON_TYPE}, which Accept {accept!r} does not name")
+    if not isinstance(prediction, Refusal) and not payload.accepts(accept):
+        known = (accept or "")[:80]
+        refusal = RequestError(406, f"the answer can only be {JSON_TYPE}, which Accept {known!r} does not allow")
+        prediction = _refuse(refusal, context)
+    if isinstance(prediction, Refusal):
+        return json.dumps({"error": prediction.message}), JSON_TYPE
     return json.dumps(prediction, allow_nan=False), JSON_TYPE

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print the answer as a server would send it")
     parser.add_argument("images", type=Path, nargs="+", help="image files")
     options = parser.parse_args(arguments)
+    os.environ.setdefault("INFERENCE_MAX_BYTES", str(2**30))  # a file here may be larger than what an endpoint takes
     failed = 0
     try:
         with open_artifact(options.artifact) as artifact:

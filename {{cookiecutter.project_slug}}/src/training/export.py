@@ -29,6 +29,7 @@ CODE = {
     "inference/inference.py": "inference.py",
     "inference/requirements.txt": "requirements.txt",
     "imaging.py": "imaging.py",
+    "payload.py": "payload.py",
     "training/model.py": "training/model.py",
 }
 
@@ -72,11 +73,11 @@ def write_artifact(
         "git_commit": git_commit,
         "dataset_fingerprint": validation.info["fingerprint"],
     }
-    _write_json(folder / "model.json", facts)
-    classifier = inference.model_fn(str(folder))
+    classifier = inference.load(folder, facts)
     _write_json(folder / "golden.json", golden(classifier, validation))
     _write_json(folder / "baseline.json", baseline(classifier, validation))
     _write_json(folder / "model.json", facts | {"files": checksums(folder)})
+    inference.model_fn(str(folder))
 
 
 def golden(classifier: inference.Classifier, split: Split) -> dict[str, Any]:
@@ -86,7 +87,7 @@ def golden(classifier: inference.Classifier, split: Split) -> dict[str, Any]:
     samples = []
     for image in split.pixels(rows):
         body = imaging.encode_png(image)
-        prediction = inference.predict_fn(inference.input_fn(body, "image/png"), classifier)
+        prediction = inference.classify([imaging.decode(body)], classifier)
         samples.append(
             {
                 "content_type": "image/png",
@@ -107,7 +108,7 @@ def baseline(classifier: inference.Classifier, split: Split) -> dict[str, Any]:
     contrast: list[float] = []
     for first in range(0, len(rows), 64):
         images = split.pixels(rows[first : first + 64])
-        prediction = inference.predict_fn(list(images), classifier)
+        prediction = inference.classify(list(images), classifier)
         labels.update(prediction["labels"])
         confidence += [max(row) for row in prediction["probabilities"]]
         brightness += (images.mean(axis=(1, 2, 3)) / 255).tolist()

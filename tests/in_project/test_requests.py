@@ -1,0 +1,321 @@
+"""Requests: content types, limits and everything that a client may get wrong, at the handlers."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import payload
+from inference import inference
+from payload import JSON_TYPE, Limits, RequestError
+from tests.helpers import CLASSES, draw
+from tests.test_inference import artifact, classifier, photo
+from training.export import checksums
+
+__all__ = ["artifact", "classifier"]  # fixtures
+NPY = "application/x-npy"
+
+
+def npy(array: Any, allow_pickle: bool = False) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=allow_pickle)
+    return buffer.getvalue()
+
+
+def header(text: str, version: tuple[int, int] = (1, 0)) -> bytes:
+    padded = text.encode().ljust(118) + b"\n"
+    return b"\x93NUMPY" + bytes(version) + len(padded).to_bytes(2, "little") + padded
+
+
+def deep(levels: int) -> bytes:
+    return b'{"instances": ' + b"[" * (levels - 1) + b"1" + b"]" * (levels - 1) + b"}"
+
+
+BAD: list[tuple[bytes | str, str | None, int]] = [
+    (b"x", "text/csv", 415),
+    (b"x", "image/gif", 415),
+    (b"x", "", 400),
+    (b"", "image/png", 400),
+    ("text", "image/png", 400),
+    ("text", NPY, 400),
+    (b"{", JSON_TYPE, 400),
+    (b"", None, 400),
+    (b"\xff", JSON_TYPE, 400),
+    (b"[" * 100_000, JSON_TYPE, 400),
+    (b"[" * 100_000 + b"]" * 100_000, JSON_TYPE, 400),
+    (b'{"a":' * 5_000 + b"1" + b"}" * 5_000, JSON_TYPE, 400),
+    (deep(9), JSON_TYPE, 400),
+    (b"[]", JSON_TYPE, 400),
+    (b'{"instances": []}', JSON_TYPE, 400),
+    (b'{"instances": {"b64": "aGk="}}', JSON_TYPE, 400),
+    (b'{"instances": [[1], [1, 2]]}', JSON_TYPE, 400),
+    (b'{"instances": ["a"]}', JSON_TYPE, 400),
+    (b'{"instances": [["a"]]}', JSON_TYPE, 400),
+    (b'{"instances": [[null]]}', JSON_TYPE, 400),
+    (b'{"instances": [[true]]}', JSON_TYPE, 400),
+    (b'{"instances": [[1], {"b64": "aGk="}]}', JSON_TYPE, 400),
+    (b'{"instances": [[NaN]]}', JSON_TYPE, 400),
+    (b'{"instances": [[1e999]]}', JSON_TYPE, 400),
+    (b'{"instances": [[1e300]]}', JSON_TYPE, 400),
+    (b'{"instances": [[' + b"9" * 4000 + b"]]}", JSON_TYPE, 400),
+    (b'{"instances": [[' + b"9" * 5000 + b"]]}", JSON_TYPE, 400),
+    (b'{"instances": [{"b64": "%"}]}', JSON_TYPE, 400),
+    ('{"instances": [{"b64": "\u00e9"}]}', JSON_TYPE, 400),
+    (b'{"instances": [{"b64": "aGk="}]}', JSON_TYPE, 400),
+    (b'{"instances": [{"url": "http://127.0.0.1/"}]}', JSON_TYPE, 400),
+    (b'{"instances": [{"path": "/etc/passwd"}]}', JSON_TYPE, 400),
+    (b'{"instances": [[[[1]]]]}', JSON_TYPE, 400),
+    (json.dumps({"instances": np.full((1, 3, 12, 12), 3e38).tolist()}), JSON_TYPE, 400),
+    (json.dumps({"instances": [[1]] * 257}), JSON_TYPE, 413),
+    (b" " * (6 * 2**20 + 1), JSON_TYPE, 413),
+    (b"x", NPY, 400),
+    (b"\x93NUMPY", NPY, 400),
+    (npy(np.zeros((1, 3, 12, 12)))[:-1], NPY, 400),
+    (npy(np.zeros((1, 3, 12, 12))) + b"x", NPY, 400),
+    (npy(np.zeros((0, 3, 12, 12))), NPY, 400),
+    (npy(np.zeros((257, 1), np.uint8)), NPY, 413),
+    (npy(np.float32(1)), NPY, 400),
+    (npy(np.zeros((1, 3, 12, 12), complex)), NPY, 400),
+    (npy(np.zeros(2, "U3")), NPY, 400),
+    (npy(np.zeros(2, [("a", "f4")])), NPY, 400),
+    (npy(np.full((1, 3, 12, 12), np.inf)), NPY, 400),
+    (npy(np.array([{"a": 1}], dtype=object), allow_pickle=True), NPY, 400),
+    (header("{'descr': '<f4', 'fortran_order': False, 'shape': (30000000000,)}") + b"1234", NPY, 400),
+    (header("{'descr': '<f4', 'fortran_order': False, 'shape': (-1, -1)}") + b"1234", NPY, 400),
+    (header("{'descr': '<f4', 'fortran_order': False, 'shape': (1.5,)}") + b"123456", NPY, 400),
+    (header("{'descr': '|O', 'fortran_order': False, 'shape': (1,)}") + b"12345678", NPY, 400),
+    (header("[" * 100), NPY, 400),
+    (header("", (9, 9)), NPY, 400),
+]
+
+
+@pytest.mark.parametrize(("body", "kind", "status"), BAD)
+def test_bad_requests_have_a_status_and_a_sentence(
+    classifier: inference.Classifier, body: bytes | str, kind: str | None, status: int
+) -> None:
+    with pytest.raises(RequestError) as error:
+        inference.predict_fn(inference.input_fn(body, kind), classifier)
+    assert error.value.status == status
+    assert len(str(error.value)) < 300
+    assert "Error" not in str(error.value)
+    assert str(error.value).isprintable()
+    if isinstance(body, bytes):  # as the PyTorch toolkit hands it over
+        with pytest.raises(RequestError) as again:
+            inference.predict_fn(inference.input_fn(bytearray(body), kind), classifier)
+        assert again.value.status == status
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (b'{"instances": [[NaN]]}', "not finite in float32"),
+        (b'{"instances": [[1e300]]}', "not finite in float32"),
+        (b'{"instances": [[null]]}', "lists of numbers of one shape"),
+        (b'{"instances": [[1], {"b64": "aGk="}]}', "lists of numbers of one shape"),
+        (b'{"instances": [{"b64": "a%Gk="}]}', "instance 0: b64 is not base64"),
+        (b'{"instances": [{"b64": "aGk="}]}', "instance 0: 2 bytes that are not a readable image"),
+        (deep(9), "nested deeper than the limit of 8"),
+        (b"{", "not valid JSON: Expecting property name"),
+    ],
+)
+def test_the_sentence_says_what_is_wrong(body: bytes, message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        inference.input_fn(body, JSON_TYPE)
+
+
+def whole_requests() -> list[tuple[bytes, str]]:
+    """One of each kind, all of which are answered."""
+    requests = []
+    picture = Image.open(io.BytesIO(photo()))
+    for kind, mode in (
+        ("JPEG", "RGB"),
+        ("PNG", "LA"),
+        ("WEBP", "RGBA"),
+        ("BMP", "P"),
+        ("TIFF", "I;16"),
+        ("JPEG", "CMYK"),
+    ):
+        buffer = io.BytesIO()
+        picture.convert("L" if mode == "I;16" else mode).convert(mode).save(buffer, kind)
+        requests.append((buffer.getvalue(), f"image/{kind.lower()}"))
+    numbers = np.random.default_rng(0).normal(size=(2, 3, 12, 12)).astype(np.float32)
+    encoded = [{"b64": base64.b64encode(body).decode()} for body, _ in requests]
+    requests += [(npy(numbers), NPY), (json.dumps({"instances": numbers.tolist()}).encode(), JSON_TYPE)]
+    return [*requests, (json.dumps({"instances": encoded}).encode(), JSON_TYPE)]
+
+
+@pytest.mark.parametrize("index", range(9))
+def test_a_damaged_request_is_answered_or_refused(classifier: inference.Classifier, index: int) -> None:
+    """Bytes flipped, cut, repeated and inserted at random: a 4xx or finite numbers, and nothing else."""
+    body, kind = whole_requests()[index]
+    assert inference.predict_fn(inference.input_fn(body, kind), classifier)["labels"]
+    random = np.random.default_rng(index)
+    statuses = []
+    for _ in range(300):
+        data = bytearray(body)
+        for _ in range(random.integers(1, 4)):
+            start, length = int(random.integers(len(data))), int(random.integers(1, 12))
+            noise = random.bytes(length)
+            change = random.integers(4)
+            data[start : start + length] = (noise, b"", noise + data[start : start + length], noise[:1] * 40)[change]
+        try:
+            prediction = inference.predict_fn(inference.input_fn(bytes(data), kind), classifier)
+            assert inference.output_fn(prediction, "*/*")
+        except RequestError as error:
+            statuses.append(error.status)
+    assert set(statuses) <= {400, 413}
+    assert len(statuses) > 10
+
+
+def test_an_image_gets_the_same_answer_alone_and_in_a_batch(classifier: inference.Classifier) -> None:
+    images = [np.asarray(draw(CLASSES[number % 3], number)) for number in range(20)]
+    together = inference.predict_fn(images, classifier)
+    for index, image in enumerate(images):
+        alone = inference.predict_fn([image], classifier)
+        assert alone["labels"][0] == together["labels"][index]
+        assert np.allclose(alone["probabilities"][0], together["probabilities"][index], atol=1e-5)
+
+
+def test_nothing_in_a_request_is_unpickled(tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return Path.touch, (tmp_path / "executed",)
+
+    with pytest.raises(RequestError):
+        inference.input_fn(npy(np.array([Evil()], dtype=object), allow_pickle=True), NPY)
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("dtype", ["<f4", ">f8", "<f2", "<i8", "|u1"])
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_npy_and_json_numbers_get_the_same_answer(classifier: inference.Classifier, dtype: str, order: Any) -> None:
+    numbers = np.random.default_rng(0).integers(0, 3, (2, 3, 12, 12)).astype(dtype)
+    from_json = inference.input_fn(json.dumps({"instances": numbers.tolist()}), JSON_TYPE)
+    from_npy = inference.input_fn(npy(np.asarray(numbers, order=order)), "Application/X-NPY; q=1")
+    assert inference.predict_fn(from_npy, classifier) == inference.predict_fn(from_json, classifier)
+
+
+def test_nesting_is_counted_outside_strings_only() -> None:
+    payload._check_depth(json.dumps({"instances": [{"b64": "[[[[[[[[[[[[\\" + '"{{{{{{{{{{{{{'}]}))
+    payload._check_depth(deep(8).decode())
+    payload._check_depth("[" + ",".join(["[{}]"] * 1000) + "]")
+    for text in (deep(9).decode(), "[{" * 5 + "}]" * 5, "{[" * 5 + "]}" * 5):
+        with pytest.raises(RequestError, match="nested deeper than the limit of 8"):
+            payload._check_depth(text)
+
+
+def test_limits_of_one_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    def picture(width: int, height: int) -> bytes:
+        buffer = io.BytesIO()
+        Image.new("RGB", (width, height)).save(buffer, "PNG")
+        return buffer.getvalue()
+
+    monkeypatch.setattr(payload, "LIMITS", Limits(max_pixels=5000, max_aspect=10))
+    for width, height in ((50, 100), (100, 50), (10, 100)):
+        assert inference.input_fn(picture(width, height), "image/png")[0].shape == (height, width, 3)
+    several = {
+        "instances": [{"b64": base64.b64encode(picture(*size)).decode()} for size in ((50, 50), (50, 49), (1, 51))]
+    }
+    with pytest.raises(RequestError, match="instance 2: the image has 1x51 pixels, more than the limit of 50"):
+        inference.input_fn(json.dumps(several))
+    for width, height, words in ((51, 100, "51x100 pixels, more than the limit of 5000"), (10, 101, "10 times as long"),
+                                 (101, 10, "10 times as long"), (3000, 3000, "more than the limit")):  # fmt: skip
+        with pytest.raises(RequestError, match=words) as error:
+            inference.input_fn(picture(width, height), "image/png")
+        assert error.value.status == 400
+
+
+def test_limits_come_from_the_environment() -> None:
+    assert Limits.read({}) == Limits()
+    assert Limits.read({"INFERENCE_MAX_BATCH": "3"}) == Limits(max_batch=3)
+    for text in ("0", "-1", "x", "1.5", "", " 1", "1e3", "9" * 19, "\u0663"):
+        with pytest.raises(ValueError, match=r"INFERENCE_MAX_BYTES .* set it to a whole number from 1"):
+            Limits.read({"INFERENCE_MAX_BYTES": text})
+
+
+@pytest.mark.parametrize(
+    ("accept", "allowed"),
+    [
+        (None, True),
+        ("", True),
+        ("*/*", True),
+        ("application/json", True),
+        ("Application/JSON; charset=utf-8", True),
+        ("text/html, application/json;q=0.5", True),
+        ("APPLICATION/*;Q=0.001", True),
+        ("application/json;q=0, */*", False),
+        ("application/*;q=0, application/json;q=1.000", True),
+        ("*/*;q=0", False),
+        ("application/json;q=nan", False),
+        ("application/json;q=2", False),
+        ("application/json;q=0.5x", False),
+        ("application/json;q=0.1234", False),
+        ("text/csv", False),
+        ("application/jsonx", False),
+        (", ,", False),
+        ("text/html;level=\u00e9", False),
+    ],
+)
+def test_accept(accept: str | None, allowed: bool) -> None:
+    prediction = {"predictions": [0], "labels": ["a"], "probabilities": [[1.0]]}
+    if allowed:
+        assert inference.output_fn(prediction, accept) == (json.dumps(prediction), JSON_TYPE)
+    else:
+        with pytest.raises(RequestError, match="the answer can only be application/json") as error:
+            inference.output_fn(prediction, accept)
+        assert error.value.status == 406
+
+
+class Context:
+    """What the PyTorch toolkit gives to handlers."""
+
+    def __init__(self) -> None:
+        self.statuses: list[dict[str, Any]] = []
+
+    def set_response_status(self, **status: Any) -> None:
+        self.statuses.append(status)
+
+
+def test_a_context_that_can_set_the_status_gets_it(classifier: inference.Classifier) -> None:
+    def answer(body: bytes, kind: str, accept: str) -> tuple[str, list[dict[str, Any]]]:
+        context = Context()
+        batch = inference.input_fn(body, kind, context)
+        text, answered = inference.output_fn(inference.predict_fn(batch, classifier, context), accept, context)
+        assert answered == JSON_TYPE
+        return text, context.statuses
+
+    text, statuses = answer(photo(), "image/png", "*/*")
+    assert (json.loads(text)["labels"], statuses) == (["up"], [])
+    text, statuses = answer(b"x", "text/csv", "text/csv")
+    assert "content type 'text/csv' is not supported" in json.loads(text)["error"]
+    assert statuses == [{"code": 415, "phrase": "Unsupported Media Type", "idx": 0}]
+    text, statuses = answer(b'{"instances": [[1]]}', JSON_TYPE, "*/*")
+    assert "instances have shape (1, 1)" in json.loads(text)["error"]
+    assert [status["code"] for status in statuses] == [400]
+    text, statuses = answer(photo(), "image/png", "text/html")
+    assert "the answer can only be" in json.loads(text)["error"]
+    assert [status["code"] for status in statuses] == [406]
+    with pytest.raises(RequestError):  # a context that cannot
+        inference.input_fn(b"x", "text/csv", object())
+
+
+def test_golden_samples_must_get_the_answers_that_they_had(artifact: Path, tmp_path: Path) -> None:
+    inference.model_fn(str(artifact), None)
+    shutil.copytree(artifact, tmp_path / "other")
+    golden = json.loads((artifact / "golden.json").read_text())
+    golden["samples"][0]["probabilities"] = golden["samples"][0]["probabilities"][::-1]
+    (tmp_path / "other" / "golden.json").write_text(json.dumps(golden))
+    with pytest.raises(ValueError, match=r"golden\.json is missing or does not match its checksum"):
+        inference.model_fn(str(tmp_path / "other"))
+    facts = json.loads((artifact / "model.json").read_text())
+    (tmp_path / "other" / "model.json").write_text(json.dumps(facts | {"files": checksums(tmp_path / "other")}))
+    with pytest.raises(ValueError, match=r"golden sample 0 was .* weights or libraries are not those"):
+        inference.model_fn(str(tmp_path / "other"))
