@@ -182,10 +182,13 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 if __name__ == "__main__":
     exit_code = main(sys.argv[1:])
-    if exit_code:  # at once, but for a checkpoint: leaving a process group whose other ranks are gone can hang
+    # At once, but for a checkpoint: leaving a process group whose other ranks are gone can hang, and what is left of it
+    # can abort when the interpreter ends (gloo, after a success: "terminate called without an active exception").
+    if exit_code or "WORLD_SIZE" in os.environ:
         for thread in threading.enumerate():
             if thread is not threading.main_thread() and not thread.daemon:
                 thread.join()
         logging.shutdown()
         sys.stdout.flush()
+        sys.stderr.flush()
         os._exit(exit_code)
