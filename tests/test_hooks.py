@@ -106,6 +106,11 @@ def test_a_good_slug_is_accepted_unless_python_or_a_dependency_has_it(slug: str)
     assert (problem(project_slug=slug) is None) == (slug not in known)
 
 
+@given(slug=st.from_regex(r"[a-z][a-z0-9]{20,39}", fullmatch=True))
+def test_a_slug_has_at_most_30_characters(slug: str) -> None:
+    assert (problem(project_slug=slug) is None) == (len(slug) <= 30)
+
+
 @pytest.mark.parametrize("slug", TAKEN)
 def test_a_name_in_use_is_refused(slug: str) -> None:
     assert "a name that Python or a dependency uses" in str(problem(project_slug=slug))
@@ -210,6 +215,11 @@ def test_without_git_and_inside_a_repository(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "plain" / "image_classifier" / "Makefile").exists()
     assert not (tmp_path / "plain" / "image_classifier" / ".git").exists()
+    (programs / "git").write_text("no program")  # one that cannot be started
+    (programs / "git").chmod(0o755)
+    done = bake(tmp_path / "broken", PATH=str(programs))
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "broken" / "image_classifier" / "Makefile").exists()
     git = shutil.which("git")
     assert git
     subprocess.run([git, "init", "--quiet", str(tmp_path / "repository")], check=True)
