@@ -102,11 +102,16 @@ def test_both_modes_keep_the_same_contract(tmp_path: Path, packed: Path, nothing
     assert files[0] == files[1]
 
 
-def test_stale_images_have_another_name(project: Path) -> None:
+def test_stale_images_have_another_name(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = config.load((), {})
-    name = engine.image_name(settings)
-    assert name == engine.image_name(config.load((), {}))
-    assert name.startswith(f"{engine.project_name()}:")
     changed = [config.load([override], {}) for override in ("images.base=other", "images.packages=[torch]")]
-    assert len({name, *map(engine.image_name, changed)}) == 3
+    names = [engine.image_name(each, target) for each in (settings, *changed) for target in ("training", "serving")]
+    assert len({*names}) == 6
+    assert all(name.startswith(f"{engine.project_name()}:") for name in names)
+    assert engine.image_name(config.load((), {}), "serving") == names[1]
+    other = tmp_path / "serve.py"
+    other.write_text(engine.SERVER[0].read_text(encoding="utf-8") + "# changed\n", encoding="utf-8")
+    monkeypatch.setattr(engine, "SERVER", [other, *engine.SERVER[1:]])
+    assert engine.image_name(settings, "serving") != names[1]
+    assert engine.image_name(settings, "training") == names[0]
     assert project

@@ -30,7 +30,7 @@ def test_the_proxys_certificates_reach_the_image_build(
     bundle.write_text("-----BEGIN CERTIFICATE-----\n")
     if variable:
         monkeypatch.setenv(variable, str(bundle))
-    name = engine.build(config.load(QUICK))
+    name = engine.build(config.load(QUICK), "training")
     try:
         shown = subprocess.run(
             ["docker", "run", "--rm", name, "sh", "-c", "cat /opt/build/ca.crt"], capture_output=True, text=True
@@ -43,15 +43,15 @@ def test_the_proxys_certificates_reach_the_image_build(
 
 def test_proxies_are_handed_to_the_build(image: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HTTPS_PROXY", "http://proxy.invalid:3128")
-    name = engine.build(config.load(QUICK), ["--no-cache"])
+    name = engine.build(config.load(QUICK), "training", ["--no-cache"])
     subprocess.run(["docker", "image", "rm", name], capture_output=True, check=True)
     history = subprocess.run(["docker", "history", "--no-trunc", image], capture_output=True, text=True).stdout
     assert "proxy.invalid" not in history  # not kept in an image
     monkeypatch.setattr(engine, "DOCKERFILE", engine.BUILD_LOG.parent / "Dockerfile")
-    engine.DOCKERFILE.write_text("ARG BASE_IMAGE\nFROM ${BASE_IMAGE}\nRUN echo proxy=$HTTPS_PROXY; false\n")
+    engine.DOCKERFILE.write_text("ARG BASE_IMAGE\nFROM ${BASE_IMAGE} AS training\nRUN echo proxy=$HTTPS_PROXY; false\n")
     try:
         with pytest.raises(engine.EngineError, match="could not be built"):
-            engine.build(config.load(QUICK))
+            engine.build(config.load(QUICK), "training")
     finally:
         engine.DOCKERFILE.unlink()
     assert "proxy=http://proxy.invalid:3128" in engine.BUILD_LOG.read_text()

@@ -49,6 +49,7 @@ class Images(Section):
     """Which image trains and serves, and how it is built."""
 
     training: str = Field(pattern=IMAGE)
+    serving: str = Field(pattern=IMAGE)
     base: str = Field(pattern=IMAGE)
     packages: Literal["auto"] | list[str]
     build_options: list[str]

@@ -12,14 +12,17 @@ import tempfile
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from pipelines import ROOT
-from pipelines.config import Settings
+from pipelines import ROOT, SOURCE
+from pipelines.config import LocalMode, Settings
+from pipelines.console import UserError
 from pipelines.environment import certificates
 from pipelines.jobs import GRACE
 
+Target = Literal["training", "serving"]
 DOCKERFILE = ROOT / "docker" / "Dockerfile"
+SERVER = [SOURCE / "inference" / name for name in ("serve.py", "batcher.py")]
 BUILD_LOG = ROOT / ".cache" / "image-build.log"
 NETWORK = "sagemaker-local"  # SDK V3's local mode puts every container of every run on it
 OLDEST_COMPOSE = (1, 27)  # the first docker-compose that reads files without a version
@@ -72,6 +75,26 @@ def check_alone(instances: int) -> None:
         )
 
 
+def choose(settings: Settings, target: Target, mode: LocalMode, instances: int = 1) -> str | None:
+    """The image to run in, or None to run as processes on this machine, after one line that says why.
+
+    Raises:
+        UserError: when a container was asked for and cannot be had.
+    """
+    if mode == "process":
+        return None
+    try:
+        check()
+        if target == "training":
+            check_alone(instances)
+        return image(settings, target)
+    except EngineError as error:
+        if mode == "container":
+            raise UserError(f"{error}; or go without containers: LOCAL_MODE=process") from error
+        print(f"{target} as a process on this machine: {error}", flush=True)
+        return None
+
+
 def compose() -> list[str] | None:
     """The compose command, chosen as the SDK chooses: the plugin from version 2 on, else `docker-compose`."""
     plugin = _docker("compose", "version")
@@ -93,36 +116,41 @@ def container_gpus() -> int:
     return gpus() if "nvidia" in _docker("info").stdout.lower() else 0
 
 
-def training_image(settings: Settings) -> str:
-    """The image to train in: built when it is the project's own and missing or stale, pulled when it is another one.
+def image(settings: Settings, target: Target) -> str:
+    """The image for a target: built when it is the project's own and missing or stale, pulled when it is another one.
 
     Raises:
         EngineError: when it can be neither found nor made.
     """
-    name = settings.images.training
+    name: str = getattr(settings.images, target)
     if name == "project":
-        name = image_name(settings)
+        name = image_name(settings, target)
         if not _exists(name):
-            build(settings)
+            build(settings, target)
     elif not _exists(name):
         print(f"pulling {name}", flush=True)
         if subprocess.run(["docker", "pull", name]).returncode:
-            raise EngineError(f"image {name} is not here and cannot be pulled (see above); check images.training")
+            raise EngineError(f"image {name} is not here and cannot be pulled (see above); check images.{target}")
     return name
 
 
-def image_name(settings: Settings) -> str:
-    """`<project>:<hash>`: the hash covers the Dockerfile and what goes into it, so a stale image has another name."""
+def image_name(settings: Settings, target: Target) -> str:
+    """`<project>:<target>-<hash>`: the hash covers all that goes into it, so a stale image has another name."""
     recipe = [DOCKERFILE.read_text(encoding="utf-8"), settings.images.base, *packages(settings)]
-    return f"{project_name()}:{hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:12]}"
+    if target == "serving":
+        recipe += [*group("serving"), *(file.read_text(encoding="utf-8") for file in SERVER)]
+    return f"{project_name()}:{target}-{hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:12]}"
 
 
 def packages(settings: Settings) -> list[str]:
-    """What pip installs into the image: the group `container` of pyproject.toml unless the settings say otherwise."""
-    if settings.images.packages != "auto":
-        return settings.images.packages
-    group: list[str] = _pyproject()["dependency-groups"]["container"]
-    return group
+    """What pip installs to train: the group `container` of pyproject.toml unless the settings say otherwise."""
+    return group("container") if settings.images.packages == "auto" else settings.images.packages
+
+
+def group(name: str) -> list[str]:
+    """A group of dependencies in pyproject.toml."""
+    found: list[str] = _pyproject()["dependency-groups"][name]
+    return found
 
 
 def project_name() -> str:
@@ -130,11 +158,12 @@ def project_name() -> str:
     return str(_pyproject()["project"]["name"])
 
 
-def build(settings: Settings, options: Sequence[str] = ()) -> str:
-    """Build the project's image.
+def build(settings: Settings, target: Target, options: Sequence[str] = ()) -> str:
+    """Build an image of the project.
 
     Args:
         settings: base image, packages and options.
+        target: the stage of the Dockerfile.
         options: more options of `docker build`.
 
     Returns:
@@ -143,18 +172,22 @@ def build(settings: Settings, options: Sequence[str] = ()) -> str:
     Raises:
         EngineError: with the last line of the build's log.
     """
-    name = image_name(settings)
+    name = image_name(settings, target)
     print(
         f"building the image {name} from {settings.images.base} (some minutes; log: {_relative(BUILD_LOG)})", flush=True
     )
     BUILD_LOG.parent.mkdir(parents=True, exist_ok=True)
-    command = ["docker", "build", "--force-rm", "--tag", name]
+    command = ["docker", "build", "--force-rm", "--tag", name, "--target", target]
     command += ["--build-arg", f"BASE_IMAGE={settings.images.base}"]
     command += ["--build-arg", f"PACKAGES={' '.join(packages(settings))}"]
+    command += ["--build-arg", f"SERVING={' '.join(group('serving'))}"]
     command += [word for proxy in PROXIES if os.environ.get(proxy) for word in ("--build-arg", proxy)]
     command += [*settings.images.build_options, *options]
     with BUILD_LOG.open("w", encoding="utf-8") as log, tempfile.TemporaryDirectory(prefix="image-") as context:
         shutil.copyfile(DOCKERFILE, Path(context, "Dockerfile"))
+        Path(context, "inference").mkdir()
+        for file in SERVER:
+            shutil.copyfile(file, Path(context, "inference", file.name))
         bundle = certificates()
         if bundle:
             shutil.copyfile(bundle, Path(context, "ca.crt"))

@@ -13,7 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-GROUPS = ("container", "laptop", "dev")
+GROUPS = ("container", "serving", "laptop", "dev")
 MINIMUM = (3, 11)
 
 

@@ -1,4 +1,4 @@
-"""Build the project's image: `make image`.
+"""Build the project's images, to train in and to serve from: `make image`.
 
 python -m pipelines.image --pull --no-cache        # other options are handed to `docker build`
 """
@@ -12,11 +12,14 @@ from pipelines.console import UserError
 
 def main() -> int:
     """Command line; see the module's docstring."""
-    parser = console.parser("Build the project's image; other options are handed to `docker build`.", settings=True)
+    parser = console.parser("Build the project's images; other options are handed to `docker build`.", settings=True)
     options, more = parser.parse_known_args()
     try:
         engine.check()
-        print(engine.build(load(options.set), more))
+        settings = load(options.set)
+        print(engine.build(settings, "training", more))
+        more = [word for word in more if word != "--no-cache"]  # it rests on the one that was just built
+        print(engine.build(settings, "serving", more))
     except engine.EngineError as error:
         raise UserError(str(error)) from error
     return 0

@@ -28,25 +28,6 @@ from training.config import Hyperparameters
 STARTED = time.monotonic()
 
 
-def choose_mode(settings: Settings, mode: LocalMode, instances: int) -> str | None:
-    """The image to train in, or None to train as processes.
-
-    Raises:
-        UserError: when a container was asked for and cannot be had.
-    """
-    if mode == "process":
-        return None
-    try:
-        engine.check()
-        engine.check_alone(instances)
-        return engine.training_image(settings)
-    except engine.EngineError as error:
-        if mode == "container":
-            raise UserError(f"{error}; or train without containers: LOCAL_MODE=process") from error
-        print(f"training as a process on this machine: {error}", flush=True)
-        return None
-
-
 def train(
     settings: Settings, source: str | None, run: str | None, mode: LocalMode, instances: int, verbose: bool
 ) -> Path:
@@ -73,7 +54,7 @@ def train(
         settings = settings.model_copy(update={"training": Hyperparameters(**request["hyperparameters"])})
     hyperparameters = settings.training.as_dict()
     dataset = data.prepare(settings, source)
-    image = choose_mode(settings, mode, instances)
+    image = engine.choose(settings, "training", mode, instances)
     name = run or runs.new_name()
     checkpoints = runs.CHECKPOINTS / name
     checkpoints.mkdir(parents=True, exist_ok=True)

@@ -62,7 +62,7 @@ def image() -> str:
     """The project's image. The test is skipped without an engine, or fails where REQUIRE_CONTAINERS is set."""
     try:
         engine.check()
-        return engine.training_image(config.load())
+        return engine.image(config.load(), "training")
     except engine.EngineError as error:
         if os.environ.get("REQUIRE_CONTAINERS"):
             pytest.fail(f"REQUIRE_CONTAINERS is set, but no container can run: {error}")

@@ -11,8 +11,9 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ class Classifier:
     image_size: int
     mean: list[float]
     std: list[float]
+    bf16: bool = False
 
 
 @dataclass(frozen=True)
@@ -53,14 +55,27 @@ class Refusal:
 def model_fn(model_dir: str, context: Any = None) -> Classifier:
     """Load the artifact that was unpacked in `model_dir`, after checking it.
 
+    The environment variables INFERENCE_PRECISION (fp32, bf16) and INFERENCE_COMPILE (no, yes: by torch.compile, which
+    needs a C++ compiler and makes the start longer) say how it computes.
+
     Raises:
         ValueError: when a file is missing or does not match its checksum, the artifact's schema is another one,
             weights and classes do not fit, or the golden samples get other answers than when they were made.
     """
     folder = Path(model_dir)
-    classifier = load(folder, verify(folder))
+    classifier = replace(load(folder, verify(folder)), bf16=_setting("INFERENCE_PRECISION", "fp32", "bf16"))
+    if _setting("INFERENCE_COMPILE", "no", "yes"):
+        classifier.model.compile()
     _check_golden(folder, classifier)
     return classifier
+
+
+def _setting(name: str, default: str, other: str) -> bool:
+    """Whether an environment variable has the other of its two values."""
+    value = os.environ.get(name, default)
+    if value not in (default, other):
+        raise ValueError(f"the environment variable {name} is {value!r}; set it to {default} or {other}")
+    return value == other
 
 
 def verify(folder: Path) -> dict[str, Any]:
@@ -102,17 +117,21 @@ def load(folder: Path, facts: Mapping[str, Any]) -> Classifier:
 
 
 def _check_golden(folder: Path, classifier: Classifier) -> None:
+    """Ask the golden samples, each alone and then all at once, which also warms the model up for both."""
     samples = json.loads((folder / "golden.json").read_text(encoding="utf-8"))["samples"]
+    images = [imaging.decode(base64.b64decode(sample["body"])) for sample in samples]
+    alone = [classify([image], classifier) for image in images]
+    together = classify(images, classifier)
     for number, sample in enumerate(samples):
-        answer = classify([imaging.decode(base64.b64decode(sample["body"]))], classifier)
-        expected, found = sample["probabilities"], answer["probabilities"][0]
-        difference = max(abs(a - b) for a, b in zip(expected, found, strict=True))
-        if answer["labels"] != [sample["label"]] or difference > GOLDEN_TOLERANCE:
-            raise ValueError(
-                f"golden sample {number} was {sample['label']!r} and is {answer['labels'][0]!r} here, with a "
-                f"probability {difference:.3f} apart (allowed: {GOLDEN_TOLERANCE}); weights or libraries are not those "
-                "that the artifact was made with"
-            )
+        for answer, place in ((alone[number], 0), (together, number)):
+            label, found = answer["labels"][place], answer["probabilities"][place]
+            difference = max(abs(a - b) for a, b in zip(sample["probabilities"], found, strict=True))
+            if label != sample["label"] or difference > GOLDEN_TOLERANCE:
+                raise ValueError(
+                    f"golden sample {number} was {sample['label']!r} and is {label!r} here, with a probability "
+                    f"{difference:.3f} apart (allowed: {GOLDEN_TOLERANCE}); weights or libraries are not those that "
+                    "the artifact was made with"
+                )
 
 
 def input_fn(body: bytes | bytearray | str, content_type: str | None = JSON_TYPE, context: Any = None) -> Any:
@@ -170,7 +189,7 @@ def classify(batch: Batch, classifier: Classifier) -> dict[str, Any]:
         if batch.shape[1:] != (3, size, size):
             raise RequestError(400, f"instances have shape {batch.shape}; the model takes (N, 3, {size}, {size})")
         inputs = torch.from_numpy(batch).to(classifier.device, memory_format=torch.channels_last)
-    with torch.inference_mode():
+    with torch.inference_mode(), torch.autocast(classifier.device.type, torch.bfloat16, enabled=classifier.bf16):
         probabilities = classifier.model(inputs).float().softmax(1).cpu()
     if not bool(probabilities.isfinite().all()):
         raise RequestError(400, "the model has no finite answer to these instances; are they normalised?")

@@ -1,0 +1,151 @@
+"""Serve a finished run on this machine: `make serve-local`, `make serve-local IMAGE=photo.jpg` asks once and stops.
+
+    python -m pipelines.serve_local --port 8081 --run 20261121-093000-a1b2
+
+The server is the one that SageMaker will run, in the same image, with its files read-only; where no Docker engine
+answers it is a process. It listens on 127.0.0.1 only. INFERENCE_... variables (see src/inference/serve.py) are handed
+on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from inference.artifact import ArtifactError, unpack
+from pipelines import SOURCE, console, engine, runs
+from pipelines.config import load
+from pipelines.console import UserError
+
+PATIENCE = 120  # seconds until the model must be loaded
+
+
+def command(image: str | None, model: Path, port: int) -> list[str]:
+    """The command line of the server, in a container or as a process.
+
+    Args:
+        image: to run it in; None for a process.
+        model: folder of the unpacked artifact.
+        port: on 127.0.0.1.
+    """
+    if image is None:
+        script = SOURCE / "inference" / "serve.py"
+        return [sys.executable, str(script), "--model-dir", str(model), "--host", "127.0.0.1", "--port", str(port)]
+    words = ["docker", "run", "--rm", "--init", "--name", f"{engine.project_name()}-serve-{os.getpid()}"]
+    words += ["--publish", f"127.0.0.1:{port}:8080", "--volume", f"{model}:/opt/ml/model:ro"]
+    words += ["--read-only", "--cap-drop", "ALL", "--security-opt", "no-new-privileges"]
+    words += ["--user", f"{os.getuid()}:{os.getgid()}"]
+    words += ["--gpus", "all"] if engine.container_gpus() else []
+    words += [word for name in sorted(os.environ) if name.startswith("INFERENCE_") for word in ("--env", name)]
+    return [*words, image, "serve"]
+
+
+@contextlib.contextmanager
+def server(archive: Path, image: str | None, port: int) -> Iterator[subprocess.Popen[bytes]]:
+    """The running server, ready to answer; it is stopped at the end, after it answered what was inside.
+
+    Raises:
+        UserError: when the port is taken, the artifact cannot be unpacked, or the server does not get ready.
+    """
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except (OSError, OverflowError) as error:
+            raise UserError(f'port {port} cannot be had ({error}); choose another one: ARGS="--port 8081"') from error
+    runs.WORK.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="serve-", dir=runs.WORK) as folder:
+        try:
+            unpack(archive, Path(folder))
+        except ArtifactError as error:
+            raise UserError(str(error)) from error
+        Path(folder).chmod(0o755)
+        process = subprocess.Popen(command(image, Path(folder), port), start_new_session=True)
+        try:
+            _wait(process, port)
+            yield process
+        finally:
+            process.terminate()
+            process.wait()
+
+
+def _wait(process: subprocess.Popen[bytes], port: int) -> None:
+    end = time.monotonic() + PATIENCE
+    while process.poll() is None and time.monotonic() < end:
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            if ask(port, "GET", "/ping")[0] == 200:
+                return
+        time.sleep(0.1)
+    if process.poll() is None:
+        raise UserError(f"the server was not ready within {PATIENCE} s; its messages are above")
+    raise UserError(f"the server ended with exit code {process.returncode}; its messages above say why")
+
+
+def ask(port: int, method: str, path: str, body: bytes | None = None) -> tuple[int, bytes]:
+    """Status and body of the server's answer; a body is sent as an image."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    try:
+        connection.request(method, path, body, {"Content-Type": "application/x-image"})
+        response = connection.getresponse()
+        return response.status, response.read()
+    finally:
+        connection.close()
+
+
+def ask_about(file: Path, port: int) -> int:
+    """Send an image file, print what came back; gives the exit code."""
+    try:
+        body = file.read_bytes()
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}") from error
+    status, answer = ask(port, "POST", "/invocations", body)
+    if status != 200:
+        raise UserError(f"{file}: the server answered {status}: {answer.decode(errors='replace')}")
+    found = json.loads(answer)
+    print(f"{file}: {found['labels'][0]}, probability {max(found['probabilities'][0]):.3f}", flush=True)
+    return 0
+
+
+def main() -> int:
+    """Command line; see the module's docstring."""
+    parser = console.parser("Serve a finished run on 127.0.0.1.", settings=True)
+    parser.add_argument("--run", help="name of a run (default: the newest)")
+    parser.add_argument("--image", type=Path, help="an image file: ask once, print the answer and stop")
+    parser.add_argument("--mode", choices=["auto", "container", "process"], help="default: compute.local_mode")
+    parser.add_argument("--port", type=int, default=8080, help="default: 8080")
+    options = parser.parse_args()
+    settings = load([*options.set, *([f"compute.local_mode={options.mode}"] if options.mode else [])])
+    folder = runs.find(options.run)
+    image = engine.choose(settings, "serving", settings.compute.local_mode)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with server(folder / "model.tar.gz", image, options.port) as process:
+            if options.image:
+                return ask_about(options.image, options.port)
+            url = f"http://127.0.0.1:{options.port}/invocations"
+            print(
+                f"serving run {folder.name} {f'in image {image}' if image else 'as a process'}; Ctrl-C stops it. Try:"
+            )
+            print(
+                f'  curl --data-binary @"{runs.example_image(folder)}" -H "Content-Type: application/x-image" {url}',
+                flush=True,
+            )
+            if process.wait():
+                raise UserError(f"the server ended with exit code {process.returncode}; its messages above say why")
+    except KeyboardInterrupt:
+        print("stopped", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    console.run_verb(main)

@@ -1,0 +1,256 @@
+"""The artifact behind HTTP, as SageMaker hosts it: `/ping`, `/invocations` and `/execution-parameters` on port 8080.
+
+    serve                                                                  # in the image: /opt/ml/model is served
+    python src/inference/serve.py --model-dir folder-of-an-unpacked-artifact --host 127.0.0.1
+
+One process and one event loop; `batcher.py` has what happens off it. Settings are environment variables, whole numbers
+from 1: INFERENCE_QUEUE (requests inside; more get 503), INFERENCE_MERGED (images of one merged batch),
+INFERENCE_THREADS (of torch, and for decoding), INFERENCE_TIMEOUT (seconds for a request, its body included); and the
+limits of `payload.py`. A model that does not load ends the server with code 3; SIGTERM lets it answer what is inside.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import re
+import resource
+import signal
+import sys
+import time
+import traceback
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the source root, instead of this script's folder
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from inference.batcher import Batcher
+
+MODEL_DIR = Path("/opt/ml/model")
+DRAIN_SECONDS = 20  # after SIGTERM; the platform kills after 30
+LOAD_FAILED = 3
+FORWARDED = "x-amzn-sagemaker-"  # what the platform passes between client and container
+
+logger = logging.getLogger("serving")
+
+
+def number(name: str, default: int) -> int:
+    """A setting from the environment.
+
+    Raises:
+        SystemExit: when it is no whole number from 1.
+    """
+    text = os.environ.get(name, str(default))
+    if not re.fullmatch(r"[0-9]{1,18}", text) or int(text) < 1:
+        sys.exit(f"error: the environment variable {name} is {text!r}; set it to a whole number from 1")
+    return int(text)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What can be set; see the module's docstring. Two vCPUs are one core, which one torch thread fills."""
+
+    queue: int = field(default_factory=lambda: number("INFERENCE_QUEUE", 64))
+    merged: int = field(default_factory=lambda: number("INFERENCE_MERGED", 32))
+    threads: int = field(default_factory=lambda: number("INFERENCE_THREADS", max((os.cpu_count() or 1) // 2, 1)))
+    timeout: int = field(default_factory=lambda: number("INFERENCE_TIMEOUT", 50))
+    max_bytes: int = field(default_factory=lambda: number("INFERENCE_MAX_BYTES", 6 * 2**20))
+
+
+class Refused(Exception):
+    """The server itself refuses a request; with the status and a sentence."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class Context:
+    """What handlers get as `context`: headers of request and response, by the names of the PyTorch toolkit."""
+
+    def __init__(self, request: Request) -> None:
+        given = request.headers.get("x-amzn-sagemaker-inference-id", "")
+        self.request_id = given if re.fullmatch(r"[\w.-]{1,64}", given, re.ASCII) else uuid.uuid4().hex
+        self.response_headers = {"X-Request-Id": self.request_id}
+        self._headers = request.headers
+
+    def get_request_header(self, index: int, name: str) -> str | None:
+        """A header of the request; a server that merges asks for each on its own, so the index is always 0."""
+        return self._headers.get(name) if index == 0 else None
+
+    def set_response_header(self, index: int, name: str, value: str) -> None:
+        """Set a header of the response; only `X-Amzn-SageMaker-...` reaches a client of SageMaker.
+
+        Raises:
+            ValueError: for another name, or a value that is no plain text of one line.
+        """
+        if index or not name.lower().startswith(FORWARDED) or not re.fullmatch(r"[ -~]{0,1024}", value):
+            raise ValueError(f"header {name!r} cannot be set to {value!r}")
+        self.response_headers[name] = value
+
+
+def application(batcher: Batcher, settings: Settings) -> Starlette:
+    """The routes. Whatever else is asked for is 404, or 405 for another method."""
+    inside = 0  # requests
+
+    async def ping(_: Request) -> Response:
+        return Response(status_code=200 if batcher.healthy else 503)
+
+    async def execution_parameters(_: Request) -> Response:
+        megabytes = max(settings.max_bytes // 2**20, 1)
+        concurrent = max(min(settings.queue, 100 // megabytes), 1)  # the platform's rule: at most 100 MB on the way
+        return JSONResponse(
+            {"MaxConcurrentTransforms": concurrent, "BatchStrategy": "SINGLE_RECORD", "MaxPayloadInMB": megabytes}
+        )
+
+    async def invocations(request: Request) -> Response:
+        nonlocal inside
+        started, context, body = time.perf_counter(), Context(request), b""
+        kind, content = "application/json", ""
+        inside += 1
+        try:
+            if not batcher.healthy:
+                raise Refused(503, "the model is not ready")
+            if inside > settings.queue:
+                raise Refused(503, f"{settings.queue} requests are being answered, which is the limit; try again")
+            async with asyncio.timeout(settings.timeout):
+                body = await read_body(request, settings.max_bytes)
+                types = request.headers.get("content-type"), request.headers.get("accept")
+                content, kind = await batcher.answer(body, *types, context)
+            status = 200
+        except TimeoutError:
+            status, content = 504, sentence(f"no answer within {settings.timeout} s")
+        except ClientDisconnect:
+            status = 499
+        except Exception as error:
+            given = getattr(error, "status", None)
+            expected = isinstance(error, Refused) or (isinstance(given, int) and 400 <= given < 500)
+            status = int(given or 500) if expected else 500
+            content = sentence(str(error) if expected else f"the server failed; its log has why ({context.request_id})")
+            if not expected:
+                log("error", request_id=context.request_id, message="".join(traceback.format_exception(error)))
+        finally:
+            inside -= 1
+        if status == 503:
+            context.response_headers["Retry-After"] = "1"
+        milliseconds = round(1000 * (time.perf_counter() - started), 1)
+        log("info", request_id=context.request_id, status=status, bytes=len(body), milliseconds=milliseconds)
+        return Response(content, status, context.response_headers, kind)
+
+    async def refused(_: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        return Response(sentence(error.detail), error.status_code, error.headers, "application/json")
+
+    routes = [
+        Route("/ping", ping),
+        Route("/invocations", invocations, methods=["POST"]),
+        Route("/execution-parameters", execution_parameters),
+    ]
+    return Starlette(routes=routes, exception_handlers={HTTPException: refused})
+
+
+def sentence(message: str) -> str:
+    """The body of an answer that is none."""
+    return json.dumps({"error": message})
+
+
+async def read_body(request: Request, limit: int) -> bytes:
+    """The whole body, unless it is longer than `limit` bytes: then it is not even read."""
+    too_long = Refused(413, f"the body has more bytes than the limit of {limit}")
+    length = request.headers.get("content-length", "0")
+    if length.isdecimal() and int(length) > limit:
+        raise too_long
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > limit:
+            raise too_long
+    return bytes(body)
+
+
+def log(level: str, **facts: Any) -> None:
+    """One line of JSON; never a payload."""
+    logger.info(json.dumps({"time": round(time.time(), 3), "level": level} | facts))
+
+
+class Server(uvicorn.Server):
+    """uvicorn's server, which exits with 0 after SIGTERM instead of dying of the signal."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Take no more requests, answer those that are inside, leave."""
+        loop = asyncio.get_running_loop()
+        for each in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(each, self.handle_exit, each, None)
+        yield
+
+
+async def serve(model_dir: Path, host: str, port: int, settings: Settings) -> int:
+    """Serve until SIGTERM.
+
+    Returns:
+        The exit code: 0, or 3 when the artifact does not load.
+
+    Raises:
+        SystemExit: when the port cannot be had; the log says why.
+    """
+    batcher = Batcher(model_dir, settings.merged, settings.threads, 2 * settings.timeout)
+    config = uvicorn.Config(
+        application(batcher, settings), host=host, port=port, log_config=None, access_log=False, lifespan="off",
+        timeout_graceful_shutdown=DRAIN_SECONDS, server_header=False,
+    )  # fmt: skip
+    server, code = Server(config), 0
+
+    async def load() -> None:
+        nonlocal code
+        try:
+            await batcher.load()
+            log("info", message=f"ready on http://{host}:{port}")
+        except Exception as error:
+            log("error", message="".join(traceback.format_exception(error)))
+            log("error", message=f"{model_dir} cannot be served: {error}")
+            code, server.should_exit = LOAD_FAILED, True
+
+    loading = asyncio.create_task(load())
+    await server.serve()
+    loading.cancel()
+    return code
+
+
+def main() -> int:
+    """Command line; see the module's docstring."""
+    parser = argparse.ArgumentParser(description="Serve an unpacked artifact over HTTP.")
+    parser.add_argument("--model-dir", type=Path, default=MODEL_DIR, help=f"default: {MODEL_DIR}")
+    parser.add_argument("--host", default="0.0.0.0", help="address to listen on")  # noqa: S104  (hosting's rule)
+    parser.add_argument("--port", type=int, default=number("SAGEMAKER_BIND_TO_PORT", 8080))
+    options, settings = parser.parse_args(), Settings()
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    logging.getLogger("uvicorn").setLevel(logging.ERROR)
+    logging.raiseExceptions = False  # a log that cannot be written, on a full disk, fails no request
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))  # a connection is an open file
+    try:
+        return asyncio.run(serve(options.model_dir, options.host, options.port, settings))
+    except SystemExit:  # uvicorn's, after it said why
+        return 1
+
+
+if __name__ == "__main__":
+    exit_code = main()
+    sys.stdout.flush()
+    os._exit(exit_code)  # a thread that still loads or computes would hold the process
