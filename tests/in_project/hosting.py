@@ -10,6 +10,7 @@ import base64
 import http.client
 import io
 import json
+import shutil
 import socket
 import subprocess
 import time
@@ -24,6 +25,7 @@ from PIL import Image
 
 from pipelines.serve_local import command
 from tests.helpers import verb_environment
+from training.export import checksums
 
 JSON, NPY, ANY_IMAGE = "application/json", "application/x-npy", "application/x-image"
 READY_SECONDS = 120
@@ -327,3 +329,96 @@ def serving(model_dir: Path, log: Path, port: int = 0, **environment: str) -> It
     with started(model_dir, log, port, **environment) as running:
         running.wait_until(200)
         yield running
+
+
+PROBE = '''
+
+import sys
+import time
+
+_model, _input, _predict, _output = model_fn, input_fn, predict_fn, output_fn
+_folder = Path(os.environ["PROBE"])
+_errors = {"memory": MemoryError("secret"), "stop": StopIteration("secret"), "exit": SystemExit(7),
+           "time": TimeoutError("secret"), "value": ValueError("secret"), "forbidden": RequestError(403, "not you"),
+           "strange": RequestError(200, "secret"), "modules": RequestError(400, "")}
+_codes = dict(enumerate(_errors))
+
+
+def _note(name, text):
+    with (_folder / name).open("a") as file:
+        file.write(text + "\\n")
+
+
+def _hold(name):
+    while (_folder / name).exists():
+        time.sleep(0.01)
+
+
+class Frame:
+    shape = (3, 4)
+
+
+def model_fn(model_dir):
+    _note("loads", "once")
+    _hold("loading")
+    return _model(model_dir)
+
+
+def input_fn(body, content_type, context):
+    verb, _, wish = (context.get_request_header(0, "X-Amzn-SageMaker-Custom-Attributes") or "").partition(":")
+    if verb == "input":
+        if wish == "modules":
+            raise RequestError(400, " ".join(sys.modules))
+        raise _errors[wish]
+    if verb == "set":
+        context.set_response_header(0, *json.loads(wish))
+    if verb == "return":
+        return {"scalar": np.float32(1), "frame": Frame(), "text": ["a", "b"]}[wish]
+    batch = _input(body, content_type, context)
+    _note("inputs", "one")
+    return batch
+
+
+def predict_fn(batch, model):
+    if not isinstance(batch, (list, np.ndarray)) or isinstance(batch[0], str):
+        _hold("gate")
+        return {"type": type(batch).__name__}
+    _note("sizes", str(len(batch)))
+    _hold("gate")
+    if isinstance(batch, list):
+        for image in batch:
+            if tuple(image[0, 0, :2]) == (255, 0):
+                raise _errors[_codes[int(image[0, 0, 2])]]
+    if (_folder / "whole").exists():
+        return {"probabilities": _predict(batch, model)["probabilities"], "images": len(batch)}
+    return _predict(batch, model)
+
+
+def output_fn(prediction, accept, context):
+    verb, _, wish = (context.get_request_header(0, "X-Amzn-SageMaker-Custom-Attributes") or "").partition(":")
+    if verb == "output":
+        if wish in _errors:
+            raise _errors[wish]
+        return {"object": {"secret": 1}, "bytes": b"{}", "type": ("{}", "text/plain\\r\\nEvil: \u20ac")}[wish]
+    return _output(prediction, accept, context)
+'''
+
+
+def edited(artifact: Path, folder: Path, change: Callable[[Path], object]) -> Path:
+    """A copy of an artifact after a change, with right checksums."""
+    shutil.copytree(artifact, folder)
+    change(folder)
+    facts = json.loads((folder / "model.json").read_text())
+    (folder / "model.json").write_text(json.dumps(facts | {"files": checksums(folder)}))
+    return folder
+
+
+def probed(artifact: Path, folder: Path) -> Path:
+    """A copy whose handlers fail, wait and tell as a test wishes; files of the folder PROBE are its signals."""
+
+    def change(copy: Path) -> None:
+        with (copy / "code" / "inference.py").open("a", encoding="utf-8") as file:
+            file.write(PROBE)
+        (copy / "code" / "requirements.txt").write_text("a-package-that-does-not-exist==1\n")
+
+    return edited(artifact, folder, change)

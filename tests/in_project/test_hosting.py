@@ -77,6 +77,7 @@ def url(request: pytest.FixtureRequest, facts: Facts) -> Iterator[str]:
     ("url", "number"),
     [(host, number) for host in HOSTS for number in sorted(CASES) if number not in EXCLUDED.get(host, {})],
     indirect=["url"],
+    scope="module",  # one server for all cases
 )
 def test_case(url: str, facts: Facts, number: int) -> None:
     CASES[number](url, facts)
