@@ -75,7 +75,7 @@ def pytest_fail(message: str) -> Any:
     raise AssertionError(message)
 
 
-def ask(url: str, body: bytes | str | None = None, /, kind: str | None = None, path: str = "/invocations",
+def ask(url: str, body: bytes | str | Iterator[bytes] | None = None, /, kind: str | None = None, path: str = "/invocations",
         method: str = "POST", timeout: float = 60, **headers: str) -> Reply:  # fmt: skip
     """One request on a connection of its own; `Some_Header="x"` becomes `Some-Header: x`."""
     connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=timeout)

@@ -244,7 +244,7 @@ def test_bodies_beyond_the_limit_are_not_read(small: Probe) -> None:
     with small.running.connect(b"POST /invocations HTTP/1.1\r\nHost: x\r\nContent-Length: 200001\r\n\r\n") as connection:
         assert connection.recv(100).startswith(b"HTTP/1.1 413 ")
     chunks = iter([b" " * 50_000] * 5)
-    answer = ask(small.url, chunks, JSON, Transfer_Encoding="chunked")  # type: ignore[arg-type]
+    answer = ask(small.url, chunks, JSON)
     assert answer.refused(413) == "the body has more bytes than the limit of 200000"
     ask(small.url, b" " * 200_000, JSON).refused(400)
     answer = ask(small.url, method="GET", path="/execution-parameters")
@@ -359,14 +359,9 @@ def test_what_cannot_be_served_ends_the_server_with_a_sentence(artifact: Path, t
         "stop": (rewrite(handlers, "import base64", "raise StopIteration"), "a handler raised StopIteration()"),
         "missing": (rewrite(handlers, "def output_fn", "def other"), "has no function output_fn; it needs model_fn,"),
         "golden": (lambda folder: (folder / "golden.json").write_text(json.dumps(golden)), "golden sample 0 was"),
-        "empty": (shutil.rmtree, "there is no "),
     }
-    folders = {}
-    for name, (change, message) in changes.items():
-        if name == "empty":
-            folders[tmp_path / name] = message
-        else:
-            folders[edited(artifact, tmp_path / name, change)] = message
+    folders = {edited(artifact, tmp_path / name, change): message for name, (change, message) in changes.items()}
+    folders[tmp_path / "nowhere"] = "there is no "
     shutil.copytree(artifact, tmp_path / "weights")
     damage(tmp_path / "weights")
     folders[tmp_path / "weights"] = "model.safetensors is missing or does not match its checksum"
