@@ -24,6 +24,7 @@ import sys
 import time
 import traceback
 import uuid
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -161,7 +162,9 @@ def application(batcher: Batcher, settings: Settings) -> Starlette:
         Route("/invocations", invocations, methods=["POST"]),
         Route("/execution-parameters", execution_parameters),
     ]
-    return Starlette(routes=routes, exception_handlers={HTTPException: refused})
+    served = Starlette(routes=routes, exception_handlers={HTTPException: refused})
+    served.router.redirect_slashes = False  # to wherever the client's Host says
+    return served
 
 
 def sentence(message: str) -> str:
@@ -243,6 +246,7 @@ def main() -> int:
         parser.error(f"port {options.port} is not between 0 and 65535")
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     logging.getLogger("uvicorn").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="PIL")  # of damaged images: lines, and memory for each that is another one
     logging.raiseExceptions = False  # a log that cannot be written, on a full disk, fails no request
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))  # a connection is an open file
