@@ -110,7 +110,7 @@ def test_paths_and_methods(probe: Probe) -> None:
     answer = ask(probe.url, method="GET", path="/execution-parameters")
     assert answer.json() == {"MaxConcurrentTransforms": 16, "BatchStrategy": "SINGLE_RECORD", "MaxPayloadInMB": 6}
     assert "server" not in answer.headers
-    for method, path, status in (("GET", "/models", 404), ("POST", "/", 404), ("GET", "/invocations", 405),
+    for method, path, status in (("GET", "/models", 404), ("POST", "/invocations/", 404), ("GET", "/invocations", 405),
                                  ("PUT", "/invocations", 405), ("POST", "/ping", 405),
                                  ("POST", "/execution-parameters", 405)):  # fmt: skip
         ask(probe.url, method=method, path=path).refused(status)
