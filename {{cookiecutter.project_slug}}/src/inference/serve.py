@@ -45,7 +45,7 @@ from inference.batcher import Batcher
 MODEL_DIR = Path("/opt/ml/model")
 DRAIN_SECONDS = 20  # after SIGTERM; the platform kills after 30
 LOAD_FAILED = 3
-FORWARDED = re.compile(r"X-Amzn-SageMaker-[A-Za-z0-9-]{1,64}", re.IGNORECASE)  # what the platform passes between client and container
+FORWARDED = re.compile(r"X-Amzn-SageMaker-[A-Za-z0-9-]{1,64}", re.IGNORECASE)  # what the platform lets through
 
 logger = logging.getLogger("serving")
 
