@@ -56,7 +56,7 @@ class Reply:
     def json(self) -> Any:
         """Strict JSON, and called so."""
         assert self.headers["content-type"] == JSON, self.headers
-        return json.loads(self.body, parse_constant=lambda word: pytest_fail(f"{word} is no JSON"))
+        return json.loads(self.body, parse_constant=no_json)
 
     def refused(self, *statuses: int) -> str:
         """The sentence of a refusal, which tells nothing about the inside."""
@@ -71,12 +71,14 @@ class Reply:
         return list(self.json()["labels"])
 
 
-def pytest_fail(message: str) -> Any:
-    raise AssertionError(message)
+def no_json(word: str) -> Any:
+    raise AssertionError(f"{word} is no JSON")
 
 
-def ask(url: str, body: bytes | str | Iterator[bytes] | None = None, /, kind: str | None = None, path: str = "/invocations",
-        method: str = "POST", timeout: float = 60, **headers: str) -> Reply:  # fmt: skip
+def ask(
+    url: str, body: bytes | str | Iterator[bytes] | None = None, /, kind: str | None = None,
+    path: str = "/invocations", method: str = "POST", timeout: float = 60, **headers: str,
+) -> Reply:  # fmt: skip
     """One request on a connection of its own; `Some_Header="x"` becomes `Some-Header: x`."""
     connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=timeout)
     named = {name.replace("_", "-"): value for name, value in headers.items()}
@@ -164,14 +166,15 @@ def what_is_not_json_is_not_acceptable(url: str, facts: Facts) -> None:
 def accepted_types(url: str, facts: Facts) -> None:
     for accept in ("application/unsupported, application/json, text/csv", "text/csv, application/json", "*/*",
                    "application/json;q=0.9,*/*;q=0.8", "APPLICATION/JSON", None):  # fmt: skip
-        headers = {} if accept is None else {"Accept": accept}
+        headers: dict[str, Any] = {} if accept is None else {"Accept": accept}
         assert ask(url, facts.images[0][1], ANY_IMAGE, **headers).labels() == [facts.images[0][0]]
 
 
 @case(14)
 def names_of_headers_in_any_case(url: str, facts: Facts) -> None:
     for name in ("Content-Type", "content-type", "CONTENT-TYPE"):
-        assert ask(url, facts.images[0][1], **{name: "image/png"}).labels() == [facts.images[0][0]]
+        header: dict[str, Any] = {name: "image/png"}
+        assert ask(url, facts.images[0][1], **header).labels() == [facts.images[0][0]]
 
 
 @case(15)
@@ -331,7 +334,7 @@ def serving(model_dir: Path, log: Path, port: int = 0, **environment: str) -> It
         yield running
 
 
-PROBE = '''
+PROBE = """
 
 import sys
 import time
@@ -401,7 +404,7 @@ def output_fn(prediction, accept, context):
             raise _errors[wish]
         return {"object": {"secret": 1}, "bytes": b"{}", "type": ("{}", "text/plain\\r\\nEvil: \u20ac")}[wish]
     return _output(prediction, accept, context)
-'''
+"""
 
 
 def edited(artifact: Path, folder: Path, change: Callable[[Path], object]) -> Path:

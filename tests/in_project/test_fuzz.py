@@ -24,15 +24,15 @@ from tests.hosting import Reply, Running, ask, npy, serving
 from tests.test_inference import artifact, photo
 
 __all__ = ["artifact"]  # a fixture
-ROUNDS, CLIENTS, EACH = 16, 2, 250
-GROWTH = 40_000  # kB, of the second half; a forgotten body of 30 kB a request would be 60,000
+ROUNDS, CLIENTS, EACH = 12, 2, 250
+GROWTH = 8_000  # kB, of the second half; with every body kept it would be more
 TYPES = ("application/json", "application/x-npy", "application/x-image", "image/png", "image/jpeg", "image/webp",
-         "image/tiff", "Application/JSON; charset=latin-1", "text/csv", "", "application/json, text/html", "*/*")  # fmt: skip
+         "image/tiff", "Application/JSON; charset=latin-1", "text/csv", "", "application/json, text/html")  # fmt: skip
 NAMES = ("Accept", "Content-Type", "X-Amzn-SageMaker-Custom-Attributes", "X-Amzn-SageMaker-Inference-Id", "Expect",
          "X-Amzn-SageMaker-Target-Model", "Accept-Encoding", "Content-Encoding", "Connection", "Cookie", "Host",
          "Upgrade", "Range", "X-Forwarded-For", "If-None-Match")  # fmt: skip
-VALUES = ("*/*", "application/json;q=0.5", "text/html", "q=;;,,", "close", "gzip", "100-continue", "a" * 3000, "websocket",
-          "\xff\xfe", "../../etc/passwd", "${jndi:x}", "%00", "0", "-1", "{}")  # fmt: skip
+VALUES = ("*/*", "application/json;q=0.5", "text/html", "q=;;,,", "close", "gzip", "100-continue", "a" * 3000,
+          "websocket", "\xff\xfe", "../../etc/passwd", "${jndi:x}", "%00", "0", "-1", "{}")  # fmt: skip
 PATHS = ("/invocations",) * 30 + ("/ping", "/execution-parameters", "/", "/models", "/%00", "/invocations/", "//")
 SCALARS = (0, -1, 1.5, 1e308, 10**400, float("nan"), float("-inf"), True, None, "", "\ud800", "\u0000", "é" * 99, "1")
 
@@ -109,7 +109,7 @@ def client(port: int, seed: list[int]) -> list[int]:
         for _ in range(EACH):
             body, headers = request(random)
             path = PATHS[int(random.integers(len(PATHS)))]
-            method = ("POST", "POST", "POST", "POST", "GET", "DELETE")[int(random.integers(6))]
+            method = (*["POST"] * 18, "GET", "DELETE")[int(random.integers(20))]
             try:
                 connection.request(method, path, body, headers)
                 response = connection.getresponse()
@@ -138,17 +138,18 @@ def test_random_requests(server: Running) -> None:
             memory.append(server.stat("VmRSS"))
     assert len(statuses) > 0.95 * ROUNDS * CLIENTS * EACH
     assert {200, 400, 404, 405, 406, 415} <= set(statuses)
-    assert 0.1 < statuses.count(200) / len(statuses) < 0.6
+    assert 0.05 < statuses.count(200) / len(statuses) < 0.6
     assert memory[-1] - memory[ROUNDS // 2 - 1] < GROWTH, memory
     assert not [line for line in server.lines() if line["level"] != "info"]
     assert ask(server.url, photo("left"), "image/png").labels() == ["left"]
 
 
-PIECES = (b"POST /invocations HTTP/1.1\r\n", b"GET /ping HTTP/1.1\r\n", b"Host: x\r\n", b"\r\n", b"Content-Length: 5\r\n",
+PIECES = (b"POST /invocations HTTP/1.1\r\n", b"GET /ping HTTP/1.1\r\n", b"Host: x\r\n", b"\r\n", b"\n", b":\r\n",
           b"Content-Length: -1\r\n", b"Content-Length: " + b"9" * 5000 + b"\r\n", b"Transfer-Encoding: chunked\r\n",
-          b"Content-Length: 1_0\r\n", b"5\r\nhello\r\n", b"0\r\n\r\n", b"ffffffffffffffff\r\n", b"\0" * 50, b"A: " + b"b" * 70_000,
-          b"Transfer-Encoding: gzip, chunked\r\n", b" folded: x\r\n", b"HTTP/9.9\r\n", b"\xff\xfe: \xff\r\n", b"hello",
-          b"Content-Type: image/png\r\n", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", b"Upgrade: h2c\r\n", b"\n", b":\r\n")  # fmt: skip
+          b"Content-Length: 1_0\r\n", b"5\r\nhello\r\n", b"0\r\n\r\n", b"ffffffffffffffff\r\n", b"\0" * 50,
+          b"A: " + b"b" * 70_000, b"Transfer-Encoding: gzip, chunked\r\n", b" folded: x\r\n", b"HTTP/9.9\r\n",
+          b"\xff\xfe: \xff\r\n", b"hello", b"Content-Type: image/png\r\n", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+          b"Content-Length: 5\r\n", b"Upgrade: h2c\r\n")  # fmt: skip
 
 
 def test_what_is_no_http(server: Running) -> None:

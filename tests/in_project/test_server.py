@@ -88,7 +88,7 @@ def small(handlers: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     folder = tmp_path_factory.mktemp("small")
     settings = {"QUEUE": "3", "TIMEOUT": "2", "MAX_BYTES": "200000", "PRECISION": "bf16"}
     named = {f"INFERENCE_{name}": value for name, value in settings.items()}
-    with serving(handlers, folder / "log", PROBE=str(folder), **named) as running:
+    with serving(handlers, folder / "log", 0, PROBE=str(folder), **named) as running:
         yield Probe(running, folder)
 
 
@@ -96,12 +96,16 @@ def small(handlers: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 def leaving(handlers: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """A server that got SIGTERM with half a body sent to it: it takes a while, so it does so beside the tests."""
     folder = tmp_path_factory.mktemp("leaving")
-    with serving(handlers, folder / "log", PROBE=str(folder)) as running, ThreadPoolExecutor(1) as pool:
-        with running.connect(b"POST /invocations HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\nhalf"):
-            time.sleep(0.2)
-            running.process.terminate()
-            begun = time.monotonic()
-            yield pool.submit(lambda: (running.process.wait(60), time.monotonic() - begun))
+    half = b"POST /invocations HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\nhalf"
+    with (
+        serving(handlers, folder / "log", PROBE=str(folder)) as running,
+        ThreadPoolExecutor(1) as pool,
+        running.connect(half),
+    ):
+        time.sleep(0.2)
+        running.process.terminate()
+        begun = time.monotonic()
+        yield pool.submit(lambda: (running.process.wait(60), time.monotonic() - begun))
 
 
 def test_paths_and_methods(probe: Probe) -> None:
@@ -165,9 +169,12 @@ def test_kinds_and_sizes_of_batches_are_kept_apart(probe: Probe, classifier: inf
 
 
 def test_a_request_that_fails_in_a_merged_batch_fails_alone(probe: Probe) -> None:
-    calls = [lambda label=label: ask(probe.url, photo(label), ANY_IMAGE) for label in ("up", "left", "down")]
+    def call(body: bytes) -> Callable[[], Any]:
+        return lambda: ask(probe.url, body, ANY_IMAGE)
+
+    calls = [call(photo(label)) for label in ("up", "left", "down")]
     for name, status in (("memory", 500), ("stop", 500), ("exit", 500), ("time", 500), ("forbidden", 403)):
-        bad, *good = probe.together(lambda name=name: ask(probe.url, coded(name), ANY_IMAGE), *calls)
+        bad, *good = probe.together(call(coded(name)), *calls)
         assert "secret" not in bad.refused(status)
         assert [answer.labels() for answer in good] == [["up"], ["left"], ["down"]]
     assert probe.running.ping() == 200
@@ -179,7 +186,9 @@ def test_handlers_that_fail_cost_only_their_request(probe: Probe) -> None:
             answer = ask(probe.url, photo(), ANY_IMAGE, X_Amzn_SageMaker_Custom_Attributes=f"{place}:{name}")
             message = answer.refused(403 if name == "forbidden" else 500)
             assert message == "not you" if name == "forbidden" else f"({answer.headers['x-request-id']})" in message
-            logged = [line for line in probe.running.lines() if line.get("request_id") == answer.headers["x-request-id"]]
+            logged = [
+                line for line in probe.running.lines() if line.get("request_id") == answer.headers["x-request-id"]
+            ]
             assert [line["level"] for line in logged] == (["info"] if name == "forbidden" else ["error", "info"])
             assert name == "forbidden" or "Traceback" in logged[0]["message"]
     for wish in ("object", "type"):  # neither can be sent
@@ -241,7 +250,9 @@ def test_the_log_is_json_without_payloads(probe: Probe) -> None:
 
 
 def test_bodies_beyond_the_limit_are_not_read(small: Probe) -> None:
-    with small.running.connect(b"POST /invocations HTTP/1.1\r\nHost: x\r\nContent-Length: 200001\r\n\r\n") as connection:
+    with small.running.connect(
+        b"POST /invocations HTTP/1.1\r\nHost: x\r\nContent-Length: 200001\r\n\r\n"
+    ) as connection:
         assert connection.recv(100).startswith(b"HTTP/1.1 413 ")
     chunks = iter([b" " * 50_000] * 5)
     answer = ask(small.url, chunks, JSON)
@@ -331,7 +342,7 @@ def test_leaving_does_not_wait_for_a_model_that_loads(handlers: Path, tmp_path: 
 
 def ended(model_dir: Path, log: Path, **environment: str) -> tuple[int, str]:
     """Exit code and output of a server that cannot start."""
-    with started(model_dir, log, **environment) as running:
+    with started(model_dir, log, 0, **environment) as running:
         return running.process.wait(60), running.text()
 
 
@@ -386,14 +397,18 @@ def test_settings_that_are_no_numbers_end_the_server(artifact: Path, tmp_path: P
     for name, value in (("INFERENCE_MAX_BATCH", "0"), ("INFERENCE_PRECISION", "fp64")):  # of the handlers
         code, text = ended(artifact, tmp_path / name, **{name: value})
         assert code == 3
-        assert f"the environment variable {name} is {value!r}; set it to " in json.loads(text.splitlines()[-1])["message"]
+        assert (
+            f"the environment variable {name} is {value!r}; set it to " in json.loads(text.splitlines()[-1])["message"]
+        )
 
 
 def test_ports_that_cannot_be_had_end_the_server(artifact: Path, tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        with started(artifact, tmp_path / "taken", taken.getsockname()[1]) as running:
-            assert running.process.wait(30) == 1
-            assert "address already in use" in running.text()
+    with (
+        socket.create_server(("127.0.0.1", 0)) as taken,
+        started(artifact, tmp_path / "taken", taken.getsockname()[1]) as running,
+    ):
+        assert running.process.wait(30) == 1
+        assert "address already in use" in running.text()
     with started(artifact, tmp_path / "wrong", 65536) as running:
         assert running.process.wait(30) == 2
         assert "port 65536 is not between 0 and 65535" in running.text()
