@@ -13,13 +13,14 @@ help: ## this list
 $(READY): pyproject.toml
 	@$(PYTHON) "{{cookiecutter.project_slug}}/pipelines/environment.py" --group dev
 
-demo: $(READY) ## bake the template into build/ and there: data, train-local, evaluate, predict (ARGS go to train-local)
+demo: $(READY) ## bake the template into build/ and there: data, train-local, evaluate, predict, serve-local (ARGS go to train-local)
 	@$(PYTHON) -c "import shutil; shutil.rmtree('$(PROJECT)', ignore_errors=True)"
 	@.venv/bin/cookiecutter . --no-input --output-dir build
 	@$(IN_PROJECT) data ARGS=
 	@$(IN_PROJECT) train-local
 	@$(IN_PROJECT) evaluate ARGS=
 	@$(IN_PROJECT) predict IMAGE=data/raw/digits/4/0780.png ARGS=
+	@$(IN_PROJECT) serve-local IMAGE=data/raw/digits/4/0780.png ARGS=
 	@echo "in $(PROJECT):"
 	@cd $(PROJECT) && .venv/bin/python -m pipelines.runs
 

@@ -89,7 +89,7 @@ def test_make_prints_every_verb_and_every_verb_expands(bake: Bake) -> None:
         printed = project.make()
         assert printed.stdout == project.make("help").stdout
         verbs = re.findall(r"^  make ([a-z-]+) ", printed.stdout, re.MULTILINE)
-        wanted = {"help", "setup", "data", "train-local", "evaluate", "predict", "image"}
+        wanted = {"help", "setup", "data", "train-local", "evaluate", "predict", "serve-local", "image"}
         wanted |= {"test", "bench", "lint", "format", "clean"}
         assert set(verbs) == wanted | ({"track"} if "track.py" in str(project.files()) else set())
         for verb in verbs:
@@ -121,7 +121,9 @@ def engine_state() -> set[str]:
 def test_verbs_from_a_fresh_clone_leave_nothing(ready: Project, mode: str) -> None:
     before = engine_state()
     for words in (["data"], ["train-local", f"LOCAL_MODE={mode}", "ARGS=--set training.epochs=3"], ["evaluate"],
-                  ["predict", "IMAGE=data/raw/digits/4/0780.png"], ["lint"], ["clean"]):  # fmt: skip
+                  ["predict", "IMAGE=data/raw/digits/4/0780.png"],
+                  ["serve-local", f"LOCAL_MODE={mode}", "IMAGE=data/raw/digits/4/0780.png", "ARGS=--port 8089"],
+                  ["lint"], ["clean"]):  # fmt: skip
         ready.make(*words)
         assert engine_state() == before, f"make {words[0]} left containers or networks"
         changed = ready.run("git", "status", "--porcelain").stdout
@@ -208,7 +210,8 @@ def test_a_laptop_without_torch_reaches_the_job(bake: Bake) -> None:
     """Everything that `pipelines` imports is in the group `laptop`."""
     project = bake()
     project.make("setup", "ARGS=--group laptop")
-    code = "import pipelines.train_local, pipelines.evaluate, pipelines.predict, pipelines.image, pipelines.data"
+    verbs = ("train_local", "evaluate", "predict", "serve_local", "image", "data")
+    code = "import " + ", ".join(f"pipelines.{verb}" for verb in verbs)
     done = project.run(project.program("python"), "-c", code)
     assert done.returncode == 0, done.stderr
 
