@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import TEMPLATE, Bake, Project, fresh_shell
+from tests.conftest import TEMPLATE, Bake, Project, fresh_shell, host_environment
 
 HOSTILE = {
     "project_name": 'Löwen & "Tiger" {{ 7 * 7 }}',
@@ -50,14 +50,15 @@ def test_its_own_tests_pass_with_every_other_answer(bake: Bake, ready: Project) 
 
 
 FAULTS = "tests/test_faults.py"
+OTHER_HOSTS = {"RAY_PYTHON": "ray", "TORCHSERVE_PYTHON": "torchserve"}  # variable of the tests, name of the host
 
 
 def add_tests(project: Project) -> list[str]:
     """Put the tests of `tests/in_project` among the project's own; gives their names."""
     names = []
     for path in sorted((TEMPLATE / "tests" / "in_project").glob("*.py")):
-        names.append(f"tests/{path.name}")
-        shutil.copy(path, project.path / names[-1])
+        shutil.copy(path, project.path / "tests" / path.name)
+        names += [f"tests/{path.name}"] if path.name.startswith("test_") else []
     return names
 
 
@@ -72,7 +73,21 @@ def test_hostile_data_settings_and_machines(bake: Bake, ready: Project, tmp_path
         done = project.run(ready.program(words[0]), *words[1:], **caches)
         assert done.returncode == 0, done.stdout + done.stderr
     assert len(names) >= 8
-    run_tests(project, *(name for name in names if name != FAULTS))
+    elsewhere = {FAULTS, *(f"tests/test_{name}.py" for name in OTHER_HOSTS.values())}
+    run_tests(project, *(name for name in names if name not in elsewhere))
+
+
+@pytest.mark.hosts
+def test_other_hosts(bake: Bake, ready: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same handlers under Ray Serve, and under TorchServe with the PyTorch toolkit, each in its own environment."""
+    project = bake()
+    (project.path / ".venv").symlink_to(ready.path / ".venv")
+    names = add_tests(project)
+    for variable, host in OTHER_HOSTS.items():
+        monkeypatch.setenv(variable, str(host_environment(host)))
+    wanted = [f"tests/test_{name}.py" for name in (*OTHER_HOSTS.values(), "hosting")]
+    assert {*wanted} <= {*names}
+    run_tests(project, *wanted)
 
 
 @pytest.mark.faults
