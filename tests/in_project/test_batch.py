@@ -163,9 +163,7 @@ def test_answers_are_those_of_the_handlers_in_the_order_of_paths(
     assert printed.err == ""
 
 
-def test_bad_images_and_odd_names_are_lines_like_others(
-    slow: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bad_images_and_odd_names_are_lines_like_others(slow: Path, tmp_path: Path) -> None:
     folder = tmp_path / "-- odd"
     names = ["a b/ünï 🐈.PNG", "new\nline\u2028.png", "\u0001.png", os.fsdecode(b"\xff.png"), "z" * 200 + ".jpeg"]
     for number, name in enumerate(names):
@@ -381,7 +379,7 @@ def test_what_cannot_be_done_is_one_sentence(
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "notes.txt").write_text("hello")
     output = tmp_path / "out.jsonl"
-    for artifact, folder, target, words in (
+    for model, folder, target, words in (
         (archive, tmp_path / "empty", output, "holds no image; name a folder that does, with .jpg"),
         (archive, tmp_path / "nothing", output, "nothing: No such file or directory"),
         (archive, archive, output, "model.tar.gz cannot be listed: Not a directory"),
@@ -390,7 +388,7 @@ def test_what_cannot_be_done_is_one_sentence(
         (archive, photos, tmp_path / "empty" / "notes.txt" / "out.jsonl", "notes.txt: "),
         (tmp_path / "model.tar.gz", photos, output, "there is no artifact at"),
     ):
-        assert ask(artifact, folder, target) == 2
+        assert ask(model, folder, target) == 2
         errors = capsys.readouterr().err
         assert errors.startswith("error: ")
         assert words in errors
@@ -402,7 +400,7 @@ def test_what_cannot_be_done_is_one_sentence(
     assert f"error: another process writes {partial(output)}; wait for it" in capsys.readouterr().err
 
 
-def test_few_images_are_in_memory_whatever_their_number(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_few_images_are_in_memory_whatever_their_number() -> None:
     loaded, lock, most = 0, threading.Lock(), 0
 
     def load(name: str) -> int:

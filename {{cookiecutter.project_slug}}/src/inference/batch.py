@@ -2,9 +2,9 @@
 
     python src/inference/batch.py --artifact artifacts/latest/model.tar.gz --output photos.jsonl photos
 
-A line holds `file`, `label`, `prediction` and `probabilities`; that of a bad image `file` and `error`. Stopped or killed,
-the same command goes on after the last whole batch of `<output>.partial` (`<output>.partial.json` says what that belongs
-to) and ends with the same bytes. Exit codes: 0, 1: images were bad, 2: it cannot be done, 130 and 143: stopped.
+A line holds `file`, `label`, `prediction` and `probabilities`; that of a bad image `file` and `error`. Stopped or
+killed, the same command goes on after the last whole batch of `<output>.partial` (`<output>.partial.json` says of what)
+and ends with the same bytes. Exit codes: 0, 1: images were bad, 2: it cannot be done, 130 and 143: stopped.
 """
 
 from __future__ import annotations
