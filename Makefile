@@ -1,6 +1,6 @@
 # The template's own verbs. The generated project has a Makefile of its own.
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-faults lint bench
+.PHONY: help demo test test-faults test-hosts lint bench
 
 PYTHON ?= python3
 READY := .venv/.ready
@@ -13,21 +13,25 @@ help: ## this list
 $(READY): pyproject.toml
 	@$(PYTHON) "{{cookiecutter.project_slug}}/pipelines/environment.py" --group dev
 
-demo: $(READY) ## bake the template into build/ and there: data, train-local, evaluate, predict (ARGS go to train-local)
+demo: $(READY) ## bake the template into build/ and there: data, train-local, evaluate, predict, serve-local (ARGS go to train-local)
 	@$(PYTHON) -c "import shutil; shutil.rmtree('$(PROJECT)', ignore_errors=True)"
 	@.venv/bin/cookiecutter . --no-input --output-dir build
 	@$(IN_PROJECT) data ARGS=
 	@$(IN_PROJECT) train-local
 	@$(IN_PROJECT) evaluate ARGS=
 	@$(IN_PROJECT) predict IMAGE=data/raw/digits/4/0780.png ARGS=
+	@$(IN_PROJECT) serve-local IMAGE=data/raw/digits/4/0780.png ARGS=
 	@echo "in $(PROJECT):"
 	@cd $(PROJECT) && .venv/bin/python -m pipelines.runs
 
 test: $(READY) ## tests of the template, and those of the project that it generates
-	@.venv/bin/python -m pytest -m "not faults" $(ARGS)
+	@.venv/bin/python -m pytest -m "not faults and not hosts" $(ARGS)
 
 test-faults: $(READY) ## kills, truncated checkpoints, full disks and hung peers, injected into real training jobs
 	@.venv/bin/python -m pytest -m faults $(ARGS)
+
+test-hosts: $(READY) ## the handlers under Ray Serve, and under TorchServe with the PyTorch toolkit, which needs Java 17
+	@.venv/bin/python -m pytest -m hosts $(ARGS)
 
 bench: $(READY) ## start-up, the loop, other loaders and loops, the price of ranks: keeps docs/benchmarks.md (ARGS="--runs 5")
 	@.venv/bin/python benchmarks/startup.py $(ARGS)

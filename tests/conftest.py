@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import subprocess
 from collections.abc import Callable
@@ -109,3 +110,25 @@ def engine() -> str:
     if reason:
         pytest.skip(f"no Docker engine answers: {reason}")
     return "running"
+
+
+def host_environment(name: str) -> Path:
+    """The interpreter of an environment with `PACKAGES` of `tests/in_project/host_<name>.py`, made when it is missing.
+
+    `.cache/hosts/<name>` keeps it: another server's packages do not belong into the project's environment.
+    """
+    tree = ast.parse((TEMPLATE / "tests" / "in_project" / f"host_{name}.py").read_text(encoding="utf-8"))
+    packages = next(
+        ast.literal_eval(node.value)
+        for node in tree.body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "PACKAGES"
+    )
+    folder = TEMPLATE / ".cache" / "hosts" / name
+    stamp = folder / "packages.txt"
+    if not stamp.is_file() or stamp.read_text() != "\n".join(packages):
+        uv = str(TEMPLATE / ".venv" / "bin" / "uv")
+        subprocess.run([uv, "venv", "--quiet", "--clear", str(folder)], check=True)
+        install = [uv, "pip", "install", "--quiet", "--python", str(folder / "bin" / "python")]
+        subprocess.run([*install, *packages], check=True)
+        stamp.write_text("\n".join(packages))
+    return folder / "bin" / "python"

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import TEMPLATE, Bake, Project, fresh_shell
+from tests.conftest import TEMPLATE, Bake, Project, fresh_shell, host_environment
 
 HOSTILE = {
     "project_name": 'Löwen & "Tiger" {{ 7 * 7 }}',
@@ -50,14 +50,15 @@ def test_its_own_tests_pass_with_every_other_answer(bake: Bake, ready: Project) 
 
 
 FAULTS = "tests/test_faults.py"
+OTHER_HOSTS = {"RAY_PYTHON": "ray", "TORCHSERVE_PYTHON": "torchserve"}  # variable of the tests, name of the host
 
 
 def add_tests(project: Project) -> list[str]:
     """Put the tests of `tests/in_project` among the project's own; gives their names."""
     names = []
     for path in sorted((TEMPLATE / "tests" / "in_project").glob("*.py")):
-        names.append(f"tests/{path.name}")
-        shutil.copy(path, project.path / names[-1])
+        shutil.copy(path, project.path / "tests" / path.name)
+        names += [f"tests/{path.name}"] if path.name.startswith("test_") else []
     return names
 
 
@@ -72,7 +73,21 @@ def test_hostile_data_settings_and_machines(bake: Bake, ready: Project, tmp_path
         done = project.run(ready.program(words[0]), *words[1:], **caches)
         assert done.returncode == 0, done.stdout + done.stderr
     assert len(names) >= 8
-    run_tests(project, *(name for name in names if name != FAULTS))
+    elsewhere = {FAULTS, *(f"tests/test_{name}.py" for name in OTHER_HOSTS.values())}
+    run_tests(project, *(name for name in names if name not in elsewhere))
+
+
+@pytest.mark.hosts
+def test_other_hosts(bake: Bake, ready: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same handlers under Ray Serve, and under TorchServe with the PyTorch toolkit, each in its own environment."""
+    project = bake()
+    (project.path / ".venv").symlink_to(ready.path / ".venv")
+    names = add_tests(project)
+    for variable, host in OTHER_HOSTS.items():
+        monkeypatch.setenv(variable, str(host_environment(host)))
+    wanted = [f"tests/test_{name}.py" for name in (*OTHER_HOSTS.values(), "hosting")]
+    assert {*wanted} <= {*names}
+    run_tests(project, *wanted)
 
 
 @pytest.mark.faults
@@ -89,7 +104,7 @@ def test_make_prints_every_verb_and_every_verb_expands(bake: Bake) -> None:
         printed = project.make()
         assert printed.stdout == project.make("help").stdout
         verbs = re.findall(r"^  make ([a-z-]+) ", printed.stdout, re.MULTILINE)
-        wanted = {"help", "setup", "data", "train-local", "evaluate", "predict", "image"}
+        wanted = {"help", "setup", "data", "train-local", "evaluate", "predict", "serve-local", "batch-local", "image"}
         wanted |= {"test", "bench", "lint", "format", "clean"}
         assert set(verbs) == wanted | ({"track"} if "track.py" in str(project.files()) else set())
         for verb in verbs:
@@ -121,7 +136,9 @@ def engine_state() -> set[str]:
 def test_verbs_from_a_fresh_clone_leave_nothing(ready: Project, mode: str) -> None:
     before = engine_state()
     for words in (["data"], ["train-local", f"LOCAL_MODE={mode}", "ARGS=--set training.epochs=3"], ["evaluate"],
-                  ["predict", "IMAGE=data/raw/digits/4/0780.png"], ["lint"], ["clean"]):  # fmt: skip
+                  ["predict", "IMAGE=data/raw/digits/4/0780.png"],
+                  ["serve-local", f"LOCAL_MODE={mode}", "IMAGE=data/raw/digits/4/0780.png", "ARGS=--port 8089"],
+                  ["lint"], ["clean"]):  # fmt: skip
         ready.make(*words)
         assert engine_state() == before, f"make {words[0]} left containers or networks"
         changed = ready.run("git", "status", "--porcelain").stdout
@@ -208,7 +225,8 @@ def test_a_laptop_without_torch_reaches_the_job(bake: Bake) -> None:
     """Everything that `pipelines` imports is in the group `laptop`."""
     project = bake()
     project.make("setup", "ARGS=--group laptop")
-    code = "import pipelines.train_local, pipelines.evaluate, pipelines.predict, pipelines.image, pipelines.data"
+    verbs = ("train_local", "evaluate", "predict", "serve_local", "image", "data")
+    code = "import " + ", ".join(f"pipelines.{verb}" for verb in verbs)
     done = project.run(project.program("python"), "-c", code)
     assert done.returncode == 0, done.stderr
 

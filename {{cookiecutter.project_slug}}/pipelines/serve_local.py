@@ -91,11 +91,13 @@ def _wait(process: subprocess.Popen[bytes], port: int) -> None:
     raise UserError(f"the server ended with exit code {process.returncode}; its messages above say why")
 
 
-def ask(port: int, method: str, path: str, body: bytes | None = None) -> tuple[int, bytes]:
-    """Status and body of the server's answer; a body is sent as an image."""
+def ask(
+    port: int, method: str, path: str, body: bytes | None = None, content_type: str = "application/x-image"
+) -> tuple[int, bytes]:
+    """Status and body of the server's answer."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     try:
-        connection.request(method, path, body, {"Content-Type": "application/x-image"})
+        connection.request(method, path, body, {"Content-Type": content_type})
         response = connection.getresponse()
         return response.status, response.read()
     finally:

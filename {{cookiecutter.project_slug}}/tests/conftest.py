@@ -57,16 +57,27 @@ def verb(project: Path) -> Verb:
     return run
 
 
-@pytest.fixture(scope="session")
-def image() -> str:
-    """The project's image. The test is skipped without an engine, or fails where REQUIRE_CONTAINERS is set."""
+def project_image(target: engine.Target) -> str:
+    """The test is skipped without an engine, or fails where REQUIRE_CONTAINERS is set."""
     try:
         engine.check()
-        return engine.image(config.load(), "training")
+        return engine.image(config.load(), target)
     except engine.EngineError as error:
         if os.environ.get("REQUIRE_CONTAINERS"):
             pytest.fail(f"REQUIRE_CONTAINERS is set, but no container can run: {error}")
         pytest.skip(f"no container can run: {error}")
+
+
+@pytest.fixture(scope="session")
+def image() -> str:
+    """The project's image to train in."""
+    return project_image("training")
+
+
+@pytest.fixture(scope="session")
+def serving_image() -> str:
+    """The project's image to serve from."""
+    return project_image("serving")
 
 
 @pytest.fixture
