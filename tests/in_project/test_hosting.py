@@ -43,6 +43,7 @@ def other(name: str, variable: str) -> Callable[[Facts], AbstractContextManager[
     return host
 
 
+# One more host is one more line here, and a context manager that gives the URL.
 HOSTS: dict[str, Callable[[Facts], AbstractContextManager[str]]] = {"process": process}
 for name, variable in (("ray", "RAY_PYTHON"), ("torchserve", "TORCHSERVE_PYTHON")):
     if os.environ.get(variable):
@@ -78,7 +79,7 @@ def host(request: pytest.FixtureRequest, facts: Facts) -> Iterator[tuple[str, st
 @pytest.mark.parametrize("host", HOSTS, indirect=True)
 def test_case(host: tuple[str, str], facts: Facts, number: int) -> None:
     name, url = host
-    if number not in EXCLUDED[name]:
+    if number not in EXCLUDED.get(name, {}):
         CASES[number](url, facts)
         return
     with pytest.raises(AssertionError):  # an exclusion that is none any more is to go
