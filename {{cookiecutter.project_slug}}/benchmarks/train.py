@@ -190,6 +190,21 @@ def shown(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
+def publish(facts: dict[str, Any], measured: Measured, quick: bool, prefix: str = "") -> None:
+    """Print a Markdown table and write the results; those of the other benchmark, by their prefix, stay."""
+    print("\n" + "".join(f"{name}: {value}\n" for name, value in facts.items()))
+    print("| | median | lowest to highest |\n|---|---:|---:|")
+    results = {f"{prefix}{name}": value for name, value in facts.items()}
+    for key, values in measured.items():
+        median, lowest, highest = statistics.median(values), min(values), max(values)
+        results |= {key: median, f"{key}.lowest": lowest, f"{key}.highest": highest}
+        print(f"| {key} | {shown(median)} | {shown(lowest)} to {shown(highest)} |")
+    before = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+    kept = {key: value for key, value in before.items() if key.startswith("serve.") is not bool(prefix)}
+    RESULTS.write_text(json.dumps(kept | results, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    print(f"\n{'--quick: these numbers mean nothing; ' if quick else ''}written to {RESULTS.relative_to(ROOT)}")
+
+
 def main() -> None:
     """Measure, print a Markdown table, write the results."""
     parser = argparse.ArgumentParser(description="What training costs on this machine.")
@@ -207,15 +222,7 @@ def main() -> None:
     if options.cifar10:
         with tempfile.TemporaryDirectory() as folder:
             measured |= cifar10(options.cifar10, Path(folder), rounds, options.quick)
-    print("\n" + "".join(f"{name}: {value}\n" for name, value in facts.items()))
-    print("| | median | lowest to highest |\n|---|---:|---:|")
-    results = dict(facts)
-    for key, values in measured.items():
-        median, lowest, highest = statistics.median(values), min(values), max(values)
-        results |= {key: median, f"{key}.lowest": lowest, f"{key}.highest": highest}
-        print(f"| {key} | {shown(median)} | {shown(lowest)} to {shown(highest)} |")
-    RESULTS.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    print(f"\n{'--quick: these numbers mean nothing; ' if options.quick else ''}written to {RESULTS.relative_to(ROOT)}")
+    publish(facts, measured, options.quick)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,147 @@
+"""What the server costs on this machine: CPU a request over that of the bare handlers, throughput, latency, start.
+
+    make bench-serve                               # ARGS="--small" adds a network of 32 pixels, which has no limit
+    make bench-serve ARGS="--soak 10"              # instead: so many minutes of more clients than the server lets in
+
+CPU is user and system time of the server's whole process tree, from /proc (so Linux only); the clients' does not count.
+Bare handlers are called in a process of their own, with as many torch threads. Each round has a fresh server and fresh
+bare handlers; each load on the server lies between two loads on the handlers and is compared with their mean.
+Prints a table (median, lowest and highest of all rounds), keeps it in `benchmarks/results.json` beside what `make bench`
+wrote, and ends with exit code 1 where the median of a ratio is above its limit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import http.client
+import importlib.metadata
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from benchmarks.load import bare_handlers, fire, make_artifact, measure, usage
+from benchmarks.process import Measured
+from benchmarks.train import machine, publish
+from inference.serve import Settings
+from pipelines import serve_local
+
+CASES = {"serve": ("resnet18", 224), "serve.small": ("cnn", 32)}  # model, pixels a side
+LIMITS = {"serve.cpu_over_bare_c1": 1.20, "serve.cpu_over_bare_c8": 1.10}
+GROWTH = 1.05  # of memory, from the second quarter of a soak to its last
+
+
+def free_port() -> int:
+    """A port of 127.0.0.1 that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextlib.contextmanager
+def our_server(model: Path, port: int) -> Iterator[tuple[int, float]]:
+    """The server as `make serve-local LOCAL_MODE=process` starts it: its process, and its seconds to the first 200."""
+    log = model.with_name("server.log")
+    with log.open("wb") as file:
+        started = time.monotonic()
+        process = subprocess.Popen(serve_local.command(None, model, port), stdout=file, stderr=subprocess.STDOUT)
+    try:
+        while True:
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                if serve_local.ask(port, "GET", "/ping")[0] == 200:
+                    break
+            if process.poll() is not None or time.monotonic() > started + serve_local.PATIENCE:
+                sys.exit(f"error: the server did not get ready:\n{log.read_text(encoding='utf-8')}")
+            time.sleep(0.02)
+        yield process.pid, time.monotonic() - started
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def compare(model: Path, seconds: float) -> dict[str, float]:
+    """One round: the server between bare handlers, at one client and at eight."""
+    body, port = model.with_name("photo.jpg").read_bytes(), free_port()
+    with our_server(model, port) as (pid, start), bare_handlers(model, Settings().threads) as bare:
+        found = {"cold_start_seconds": start}
+        for clients in (8, 1):
+            fire(port, body, clients, min(seconds, 1))  # warms up
+        before = bare.cpu_ms(seconds)
+        for clients in (1, 8):
+            cost = measure([pid], port, body, clients, seconds)
+            after = bare.cpu_ms(seconds)
+            found[f"cpu_over_bare_c{clients}"] = cost["cpu_ms"] / ((before + after) / 2)
+            found |= {f"{name}_c{clients}": value for name, value in cost.items()}
+            before = after
+        return found | {"bare_cpu_ms": before, "memory_mb": usage([pid])[1]}
+
+
+def soak(model: Path, minutes: float) -> dict[str, float]:
+    """Twice as many clients as the server lets in: every answer must be 200 or 503, and its memory must not grow."""
+    body, port, clients = model.with_name("photo.jpg").read_bytes(), free_port(), 2 * Settings().queue
+    print(f"saturation: {clients} clients for {minutes:g} minutes", flush=True)
+    with our_server(model, port) as (pid, _), ThreadPoolExecutor(1) as pool:
+        fire(port, body, clients, min(6 * minutes, 10))  # warms up
+        firing, held, shown = pool.submit(fire, port, body, clients, 60 * minutes), list[float](), time.monotonic()
+        while not firing.done():
+            held.append(usage([pid])[1])
+            if time.monotonic() >= shown:
+                print(f"memory: {held[-1]:.0f} MB", flush=True)
+                shown += 60
+            time.sleep(min(minutes, 1))
+    statuses = Counter(status for status, _ in firing.result())
+    quarter = max(len(held) // 4, 1)
+    growth = statistics.median(held[-quarter:]) / statistics.median(held[quarter : 2 * quarter] or held)
+    print(f"answers: {dict(statuses)}; memory: {min(held):.0f} to {max(held):.0f} MB, x{growth:.3f}", flush=True)
+    if not {200} <= set(statuses) <= {200, 503}:
+        sys.exit("error: every answer must be 200 or 503")
+    if growth > GROWTH:
+        sys.exit(f"error: memory grew x{growth:.3f} from the second quarter to the last; the limit is x{GROWTH}")
+    return {"soak.minutes": minutes, "soak.answered": statuses[200], "soak.refused": statuses[503],
+            "soak.memory_growth": growth, "soak.memory_mb": max(held)}  # fmt: skip
+
+
+def main() -> int:
+    """Command line; see the module's docstring."""
+    parser = argparse.ArgumentParser(description="What the server costs on this machine.")
+    parser.add_argument("--rounds", type=int, default=5, help="of each measurement (default: 5)")
+    parser.add_argument("--seconds", type=float, default=4, help="of each load (default: 4)")
+    parser.add_argument("--small", action="store_true", help="also a network of 32 pixels: the overhead shows most")
+    parser.add_argument("--soak", type=float, metavar="MINUTES", help="instead: saturate the server for so long")
+    parser.add_argument("--quick", action="store_true", help="one round of almost nothing: shows only that it works")
+    options = parser.parse_args()
+    if not Path("/proc/self/stat").exists():
+        sys.exit("error: the CPU of a process tree is read from /proc, which this system does not have; run on Linux")
+    rounds, seconds = (1, 0.3) if options.quick else (max(options.rounds, 1), options.seconds)
+    facts: dict[str, Any] = {"date": f"{datetime.now(UTC):%Y-%m-%d}", "rounds": rounds} | machine()
+    facts["hardware.threads"] = Settings().threads
+    facts |= {f"versions.{name}": importlib.metadata.version(name) for name in ("starlette", "uvicorn")}
+    measured: Measured = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        for prefix, (name, size) in CASES.items() if options.small else [("serve", CASES["serve"])]:
+            model = make_artifact(Path(temporary) / prefix, name, size)
+            print(f"{name} at {size} pixels: {rounds} rounds of {seconds:g} s a load", flush=True)
+            for _ in range(1 if options.soak else rounds):
+                found = soak(model, options.soak) if options.soak else compare(model, seconds)
+                for key, value in found.items():
+                    measured.setdefault(f"{prefix}.{key}", []).append(value)
+    publish(facts, measured, options.quick, "serve.")
+    ratios = {key: statistics.median(measured[key]) for key in LIMITS.keys() & measured.keys()}
+    above = [key for key in sorted(ratios) if ratios[key] > LIMITS[key] and not options.quick]
+    for key in above:
+        print(f"error: {key} is {ratios[key]:.3f}; the limit is {LIMITS[key]:.2f}", file=sys.stderr)
+    return bool(above)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
