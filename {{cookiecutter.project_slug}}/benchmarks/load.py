@@ -1,4 +1,4 @@
-"""What the benchmarks of serving share: something to serve and to send, clients, a process tree's CPU, bare handlers."""
+"""What benchmarks of serving share: something to serve and to send, clients, a process tree's CPU, bare handlers."""
 
 from __future__ import annotations
 
@@ -19,11 +19,14 @@ import numpy as np
 import torch
 from PIL import Image
 
-from benchmarks.process import CLASSES, ROOT, write_patterns
-from training.config import Hyperparameters
-from training.data import load_split
-from training.export import write_artifact
-from training.model import build_model
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT / "src"), str(ROOT)]
+
+from benchmarks.process import CLASSES, write_patterns  # noqa: E402
+from training.config import Hyperparameters  # noqa: E402
+from training.data import load_split  # noqa: E402
+from training.export import write_artifact  # noqa: E402
+from training.model import build_model  # noqa: E402
 
 KIND = "application/x-image"
 BARE = """
@@ -94,17 +97,18 @@ def fire(port: int, body: bytes, clients: int, seconds: float) -> list[tuple[int
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
         while (begun := time.perf_counter()) < end:
             status: int | str
+            rest = 0.0
             try:
                 connection.request("POST", "/invocations", body, {"Content-Type": KIND})
                 response = connection.getresponse()
                 response.read()
-                status = response.status
+                status, rest = response.status, float(response.headers.get("Retry-After", 0))
             except (OSError, http.client.HTTPException) as error:
                 status = repr(error)
                 connection.close()
+                rest = 0.1
             answers.append((status, time.perf_counter() - begun))
-            if status != 200:
-                time.sleep(0.1)
+            time.sleep(rest)
         connection.close()
 
     with ThreadPoolExecutor(clients) as pool:

@@ -6,8 +6,8 @@
 CPU is user and system time of the server's whole process tree, from /proc (so Linux only); the clients' does not count.
 Bare handlers are called in a process of their own, with as many torch threads. Each round has a fresh server and fresh
 bare handlers; each load on the server lies between two loads on the handlers and is compared with their mean.
-Prints a table (median, lowest and highest of all rounds), keeps it in `benchmarks/results.json` beside what `make bench`
-wrote, and ends with exit code 1 where the median of a ratio is above its limit.
+Prints a table (median, lowest and highest of all rounds), puts it into `benchmarks/results.json` beside what others
+wrote there, and ends with exit code 1 where the median of a ratio is above its limit.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import argparse
 import contextlib
 import http.client
 import importlib.metadata
-import os
 import socket
 import statistics
 import subprocess
@@ -100,6 +99,13 @@ def soak(model: Path, minutes: float) -> dict[str, float]:
                 shown += 60
             time.sleep(min(minutes, 1))
     statuses = Counter(status for status, _ in firing.result())
+    growth = judge(statuses, held)
+    return {"minutes": minutes, "answered": statuses[200], "refused": statuses[503], "memory_growth": growth,
+            "memory_mb": max(held)}  # fmt: skip
+
+
+def judge(statuses: Counter[Any], held: list[float]) -> float:
+    """Growth of the memory from the second quarter of a soak to the last; ends the benchmark when a soak failed."""
     quarter = max(len(held) // 4, 1)
     growth = statistics.median(held[-quarter:]) / statistics.median(held[quarter : 2 * quarter] or held)
     print(f"answers: {dict(statuses)}; memory: {min(held):.0f} to {max(held):.0f} MB, x{growth:.3f}", flush=True)
@@ -107,8 +113,15 @@ def soak(model: Path, minutes: float) -> dict[str, float]:
         sys.exit("error: every answer must be 200 or 503")
     if growth > GROWTH:
         sys.exit(f"error: memory grew x{growth:.3f} from the second quarter to the last; the limit is x{GROWTH}")
-    return {"soak.minutes": minutes, "soak.answered": statuses[200], "soak.refused": statuses[503],
-            "soak.memory_growth": growth, "soak.memory_mb": max(held)}  # fmt: skip
+    return growth
+
+
+def above_limits(measured: Measured) -> list[str]:
+    """What is wrong with the medians of the ratios."""
+    medians = {key: statistics.median(measured[key]) for key in LIMITS}
+    return [
+        f"{key} is {medians[key]:.3f}; the limit is {LIMITS[key]:.2f}" for key in LIMITS if medians[key] > LIMITS[key]
+    ]
 
 
 def main() -> int:
@@ -123,24 +136,26 @@ def main() -> int:
     if not Path("/proc/self/stat").exists():
         sys.exit("error: the CPU of a process tree is read from /proc, which this system does not have; run on Linux")
     rounds, seconds = (1, 0.3) if options.quick else (max(options.rounds, 1), options.seconds)
-    facts: dict[str, Any] = {"date": f"{datetime.now(UTC):%Y-%m-%d}", "rounds": rounds} | machine()
-    facts["hardware.threads"] = Settings().threads
+    facts: dict[str, Any] = {"date": f"{datetime.now(UTC):%Y-%m-%d}"} | machine()
+    facts |= {"hardware.threads": Settings().threads}
     facts |= {f"versions.{name}": importlib.metadata.version(name) for name in ("starlette", "uvicorn")}
     measured: Measured = {}
     with tempfile.TemporaryDirectory() as temporary:
-        for prefix, (name, size) in CASES.items() if options.small else [("serve", CASES["serve"])]:
-            model = make_artifact(Path(temporary) / prefix, name, size)
-            print(f"{name} at {size} pixels: {rounds} rounds of {seconds:g} s a load", flush=True)
-            for _ in range(1 if options.soak else rounds):
-                found = soak(model, options.soak) if options.soak else compare(model, seconds)
+        if options.soak:
+            found = soak(make_artifact(Path(temporary), *CASES["serve"]), options.soak)
+            publish(facts, {f"serve.soak.{key}": [value] for key, value in found.items()}, options.quick, "serve.soak.")
+            return 0
+        for prefix in CASES if options.small else ["serve"]:
+            model = make_artifact(Path(temporary) / prefix, *CASES[prefix])
+            print("{} at {} pixels".format(*CASES[prefix]) + f": {rounds} rounds of {seconds:g} s a load", flush=True)
+            for found in (compare(model, seconds) for _ in range(rounds)):
                 for key, value in found.items():
                     measured.setdefault(f"{prefix}.{key}", []).append(value)
-    publish(facts, measured, options.quick, "serve.")
-    ratios = {key: statistics.median(measured[key]) for key in LIMITS.keys() & measured.keys()}
-    above = [key for key in sorted(ratios) if ratios[key] > LIMITS[key] and not options.quick]
-    for key in above:
-        print(f"error: {key} is {ratios[key]:.3f}; the limit is {LIMITS[key]:.2f}", file=sys.stderr)
-    return bool(above)
+    publish(facts | {"rounds": rounds}, measured, options.quick, "serve.")
+    wrong = [] if options.quick else above_limits(measured)
+    for each in wrong:
+        print(f"error: {each}", file=sys.stderr)
+    return bool(wrong)
 
 
 if __name__ == "__main__":
