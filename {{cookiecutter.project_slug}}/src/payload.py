@@ -13,7 +13,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -60,7 +60,7 @@ class Limits:
     max_depth: int = 8
 
     @classmethod
-    def read(cls, environment: Mapping[str, str]) -> Limits:
+    def read(cls, environment: Mapping[str, str]) -> Self:
         """Take them from the environment.
 
         Raises:

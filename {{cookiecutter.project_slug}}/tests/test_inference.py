@@ -64,6 +64,7 @@ def test_artifact_holds_what_the_design_says(artifact: Path) -> None:
         "code/imaging.py",
         "code/inference.py",
         "code/payload.py",
+        "code/ray_app.py",
         "code/requirements.txt",
         "code/training/model.py",
         "golden.json",

@@ -27,6 +27,7 @@ SOURCE = Path(__file__).resolve().parent.parent
 # From the source tree to `code/`. No folder there may be called `inference`: it would hide inference.py.
 CODE = {
     "inference/inference.py": "inference.py",
+    "inference/ray_app.py": "ray_app.py",
     "inference/requirements.txt": "requirements.txt",
     "imaging.py": "imaging.py",
     "payload.py": "payload.py",
