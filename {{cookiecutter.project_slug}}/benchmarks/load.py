@@ -68,8 +68,13 @@ def photo() -> bytes:
     return buffer.getvalue()
 
 
-def usage(roots: Iterable[int]) -> tuple[float, float]:
-    """CPU seconds that processes and all their descendants have used, and the megabytes that they hold now."""
+def children() -> set[int]:
+    """The processes that this one has started and that have not ended."""
+    return {int(pid) for path in Path("/proc/self/task").glob("*/children") for pid in path.read_text().split()}
+
+
+def family(roots: Iterable[int]) -> dict[int, list[str]]:
+    """Processes and all their descendants: what /proc/<pid>/stat says after the name, from the state on."""
     fields: dict[int, list[str]] = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):  # it has just ended
@@ -78,10 +83,22 @@ def usage(roots: Iterable[int]) -> tuple[float, float]:
     while size != len(tree):
         size = len(tree)
         tree |= {pid for pid, values in fields.items() if int(values[1]) in tree}
-    found = [fields[pid] for pid in tree & fields.keys()]
-    ticks = sum(int(value) for values in found for value in values[11:15])  # its own, and of children that ended
-    pages = sum(int(values[21]) for values in found)
-    return ticks / os.sysconf("SC_CLK_TCK"), pages * os.sysconf("SC_PAGE_SIZE") / 1e6
+    return {pid: fields[pid] for pid in tree & fields.keys()}
+
+
+def cpu_seconds(roots: Iterable[int]) -> float:
+    """User and system time that processes and all their descendants have used, those that have ended included."""
+    return sum(int(value) for values in family(roots).values() for value in values[11:15]) / os.sysconf("SC_CLK_TCK")
+
+
+def memory_mb(roots: Iterable[int]) -> float:
+    """Memory that processes and all their descendants hold; what n processes share counts as 1/n for each."""
+    kilobytes = 0
+    for pid in family(roots):
+        with contextlib.suppress(OSError):
+            text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+            kilobytes += sum(int(line.split()[1]) for line in text.splitlines() if line.startswith("Pss:"))
+    return kilobytes * 1024 / 1e6
 
 
 def fire(port: int, body: bytes, clients: int, seconds: float) -> list[tuple[int | str, float]]:
@@ -118,9 +135,9 @@ def fire(port: int, body: bytes, clients: int, seconds: float) -> list[tuple[int
 
 def measure(roots: Iterable[int], port: int, body: bytes, clients: int, seconds: float) -> dict[str, float]:
     """What so many clients cost the server and see; every answer must be 200."""
-    before, started = usage(roots)[0], time.perf_counter()
+    before, started = cpu_seconds(roots), time.perf_counter()
     answers = fire(port, body, clients, seconds)
-    passed, cpu = time.perf_counter() - started, usage(roots)[0] - before
+    passed, cpu = time.perf_counter() - started, cpu_seconds(roots) - before
     statuses = Counter(status for status, _ in answers)
     if set(statuses) != {200}:
         sys.exit(f"error: {clients} clients got {dict(statuses)}; every answer must be 200")
@@ -145,13 +162,13 @@ class Bare:
         """Milliseconds of CPU for a request, over so many seconds."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        before = usage([self.process.pid])[0]
+        before = cpu_seconds([self.process.pid])
         self.process.stdin.write(f"{seconds}\n")
         self.process.stdin.flush()
         requests = self.process.stdout.readline()
         if not requests:
             sys.exit("error: the bare handlers failed; their messages are above")
-        return 1000 * (usage([self.process.pid])[0] - before) / int(requests)
+        return 1000 * (cpu_seconds([self.process.pid]) - before) / int(requests)
 
 
 @contextlib.contextmanager

@@ -23,13 +23,13 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from benchmarks.load import bare_handlers, fire, make_artifact, measure, usage
+from benchmarks.load import bare_handlers, children, fire, make_artifact, measure, memory_mb
 from benchmarks.process import Measured
 from benchmarks.train import machine, publish
 from inference.serve import Settings
@@ -37,6 +37,7 @@ from pipelines import serve_local
 
 CASES = {"serve": ("resnet18", 224), "serve.small": ("cnn", 32)}  # model, pixels a side
 LIMITS = {"serve.cpu_over_bare_c1": 1.20, "serve.cpu_over_bare_c8": 1.10}
+Host = Callable[[Path, int], contextlib.AbstractContextManager[Any]]  # serves a folder's artifact on a port
 GROWTH = 1.05  # of memory, from the second quarter of a soak to its last
 
 
@@ -48,8 +49,8 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def our_server(model: Path, port: int) -> Iterator[tuple[int, float]]:
-    """The server as `make serve-local LOCAL_MODE=process` starts it: its process, and its seconds to the first 200."""
+def our_server(model: Path, port: int) -> Iterator[int]:
+    """The server as `make serve-local LOCAL_MODE=process` starts it, once it is ready; gives its process."""
     log = model.with_name("server.log")
     with log.open("wb") as file:
         started = time.monotonic()
@@ -62,38 +63,40 @@ def our_server(model: Path, port: int) -> Iterator[tuple[int, float]]:
             if process.poll() is not None or time.monotonic() > started + serve_local.PATIENCE:
                 sys.exit(f"error: the server did not get ready:\n{log.read_text(encoding='utf-8')}")
             time.sleep(0.02)
-        yield process.pid, time.monotonic() - started
+        yield process.pid
     finally:
         process.terminate()
         process.wait()
 
 
-def compare(model: Path, seconds: float) -> dict[str, float]:
-    """One round: the server between bare handlers, at one client and at eight."""
-    body, port = model.with_name("photo.jpg").read_bytes(), free_port()
-    with our_server(model, port) as (pid, start), bare_handlers(model, Settings().threads) as bare:
-        found = {"cold_start_seconds": start}
-        for clients in (8, 1):
-            fire(port, body, clients, min(seconds, 1))  # warms up
-        before = bare.cpu_ms(seconds)
-        for clients in (1, 8):
-            cost = measure([pid], port, body, clients, seconds)
-            after = bare.cpu_ms(seconds)
-            found[f"cpu_over_bare_c{clients}"] = cost["cpu_ms"] / ((before + after) / 2)
-            found |= {f"{name}_c{clients}": value for name, value in cost.items()}
-            before = after
-        return found | {"bare_cpu_ms": before, "memory_mb": usage([pid])[1]}
+def compare(model: Path, seconds: float, host: Host = our_server) -> dict[str, float]:
+    """One round: a server between bare handlers, at one client and at eight."""
+    body, port, others = model.with_name("photo.jpg").read_bytes(), free_port(), children()
+    started = time.monotonic()
+    with host(model, port):
+        found, roots = {"cold_start_seconds": time.monotonic() - started}, children() - others
+        with bare_handlers(model, Settings().threads) as bare:
+            for clients in (8, 1):
+                fire(port, body, clients, min(seconds, 2))  # warms up
+            before = bare.cpu_ms(seconds)
+            for clients in (1, 8):
+                cost = measure(roots, port, body, clients, seconds)
+                after = bare.cpu_ms(seconds)
+                found[f"cpu_over_bare_c{clients}"] = cost["cpu_ms"] / ((before + after) / 2)
+                found |= {f"{name}_c{clients}": value for name, value in cost.items()}
+                before = after
+        return found | {"bare_cpu_ms": before, "memory_mb": memory_mb(roots)}
 
 
 def soak(model: Path, minutes: float) -> dict[str, float]:
     """Twice as many clients as the server lets in: every answer must be 200 or 503, and its memory must not grow."""
     body, port, clients = model.with_name("photo.jpg").read_bytes(), free_port(), 2 * Settings().queue
     print(f"saturation: {clients} clients for {minutes:g} minutes", flush=True)
-    with our_server(model, port) as (pid, _), ThreadPoolExecutor(1) as pool:
+    with our_server(model, port) as pid, ThreadPoolExecutor(1) as pool:
         fire(port, body, clients, min(6 * minutes, 10))  # warms up
         firing, held, shown = pool.submit(fire, port, body, clients, 60 * minutes), list[float](), time.monotonic()
         while not firing.done():
-            held.append(usage([pid])[1])
+            held.append(memory_mb([pid]))
             if time.monotonic() >= shown:
                 print(f"memory: {held[-1]:.0f} MB", flush=True)
                 shown += 60

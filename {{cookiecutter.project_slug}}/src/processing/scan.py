@@ -59,7 +59,7 @@ def scan(folder: Path) -> tuple[list[Item], list[str]]:
         labels, files, others = _entries(folder / base)
         left_out += [f"{_join(base, name)}: lies outside of the class folders" for name in files + others]
         for name in labels:
-            found = list(_images(folder, _join(base, name), left_out))
+            found = list(images(folder, _join(base, name), left_out))
             items += [Item(path, _label(name), split) for path in found]
             if not found and split in (None, "train"):
                 empty.append(_join(base, name))
@@ -98,7 +98,7 @@ def _kind(entry: os.DirEntry[str]) -> int:
         return 1
 
 
-def _images(root: Path, start: str, left_out: list[str]) -> Iterator[str]:
+def images(root: Path, start: str, left_out: list[str]) -> Iterator[str]:
     """Paths of the images below a class folder. A folder that links lead to twice, or into itself, counts once."""
     waiting, seen = [start], set()
     while waiting:

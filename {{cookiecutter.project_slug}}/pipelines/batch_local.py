@@ -1,0 +1,40 @@
+"""Classify every image of a folder with a finished run: `make batch-local DATA=photos`, `... DATA=photos RUN=<name>`.
+
+    python -m pipelines.batch_local --data photos
+
+Writes `artifacts/<run>/batch/<folder>.jsonl` through src/inference/batch.py: the local twin of batch transform.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from pipelines import SOURCE, console, runs
+from pipelines.console import UserError
+from training.config import shown
+
+
+def main() -> int:
+    """Command line; see the module's docstring."""
+    parser = console.parser("Classify every image of a folder into a file of JSON lines.")
+    parser.add_argument("--run", help="name of a run (default: the newest)")
+    parser.add_argument("--data", help="folder of images, with folders in it or not")
+    parser.add_argument("--output", help="file that is written (default: artifacts/<run>/batch/<folder>.jsonl)")
+    options = parser.parse_args()
+    if not options.data:
+        raise UserError("DATA is missing; name a folder of images, such as make batch-local DATA=folder/of/images", 2)
+    run = runs.find(options.run)
+    try:
+        folder = Path(options.data).expanduser().resolve()
+    except (OSError, RuntimeError) as error:  # a loop of links, no home folder
+        raise UserError(f"DATA is {shown(options.data)}, which is no folder: {error}", 2) from error
+    output = options.output or os.path.relpath(run / "batch" / f"{folder.name or 'images'}.jsonl")
+    words = [sys.executable, str(SOURCE / "inference" / "batch.py"), "--artifact", str(run / "model.tar.gz")]
+    words += ["--output", output, "--", str(folder)]
+    os.execv(sys.executable, words)  # noqa: S606  it takes this process's place: signals reach it, its exit code counts
+
+
+if __name__ == "__main__":
+    console.run_verb(main)
