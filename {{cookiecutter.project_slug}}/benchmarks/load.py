@@ -92,13 +92,18 @@ def cpu_seconds(roots: Iterable[int]) -> float:
 
 
 def memory_mb(roots: Iterable[int]) -> float:
-    """Memory that processes and all their descendants hold; what n processes share counts as 1/n for each."""
-    kilobytes = 0
+    """What processes and all their descendants hold: all of their own memory, and the largest mapping of files.
+
+    Processes of one server map the same libraries, which the machine holds once.
+    """
+    held: dict[str, list[int]] = {"RssAnon": [0], "RssFile": [0], "RssShmem": [0]}  # in KiB
     for pid in family(roots):
         with contextlib.suppress(OSError):
-            text = Path(f"/proc/{pid}/smaps_rollup").read_text()
-            kilobytes += sum(int(line.split()[1]) for line in text.splitlines() if line.startswith("Pss:"))
-    return kilobytes * 1024 / 1e6
+            for line in Path(f"/proc/{pid}/status").read_text(errors="replace").splitlines():
+                name, _, value = line.partition(":")
+                if name in held:
+                    held[name].append(int(value.split()[0]))
+    return (sum(held["RssAnon"]) + max(held["RssFile"]) + max(held["RssShmem"])) * 1024 / 1e6
 
 
 def fire(port: int, body: bytes, clients: int, seconds: float) -> list[tuple[int | str, float]]:
