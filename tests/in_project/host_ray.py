@@ -20,12 +20,14 @@ from pathlib import Path
 PACKAGES = ("ray[serve]>=2.57,<3", "torch>=2.10,<3", "numpy>=2.0,<3", "pillow>=12.3,<14", "safetensors>=0.6,<1")
 READY_SECONDS = 240
 START = """
-import sys, ray
+import pathlib, signal, sys, ray
 from ray import serve
 from ray.serve.scripts import cli
 ray.init(include_dashboard=False, _temp_dir=sys.argv[1], object_store_memory=100 * 2**20, namespace="serve")
 serve.start(http_options={"host": "127.0.0.1", "port": int(sys.argv[2])})
-cli(["run", "ray_app:app"])
+cli(["run", "--non-blocking", "ray_app:app"], standalone_mode=False)
+pathlib.Path("ready").touch()  # /ping would answer as soon as the first replica does
+signal.pause()
 """
 
 
@@ -59,14 +61,14 @@ def ray_host(python: Path, model_dir: Path, port: int, **environment: str) -> It
         process = subprocess.Popen(command, env=variables, cwd=folder, stdout=log, stderr=subprocess.STDOUT)
     try:
         deadline = time.monotonic() + READY_SECONDS
-        while not _answers(port):
+        while not ((folder / "ready").exists() and _answers(port)):
             if process.poll() is not None or time.monotonic() > deadline:
                 text = (folder / "log").read_text(encoding="utf-8", errors="replace")
                 raise HostError(f"Ray Serve ended with {process.poll()} or was too slow; it printed:\n{text[-6000:]}")
             time.sleep(0.5)
         yield f"http://127.0.0.1:{port}"
     finally:
-        process.send_signal(signal.SIGINT)  # `serve run` then shuts Serve down, and its exit the cluster
+        process.send_signal(signal.SIGINT)  # at exit, Ray ends the cluster that it started
         with suppress(subprocess.TimeoutExpired):
             process.wait(60)
         for pid in processes(folder):

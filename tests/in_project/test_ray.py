@@ -30,7 +30,7 @@ from tests.test_requests import BAD, npy
 from training.export import checksums
 
 __all__ = ["artifact", "classifier"]  # fixtures
-# Appended to the handlers of the artifact that is served: notes who answers how many at once, and can fail.
+# Appended to the handlers of the artifact that is served: notes who answers how many at once, can fail and be slow.
 OBSERVED = """
 _predict_fn = predict_fn
 def predict_fn(batch, classifier, context=None):
@@ -39,6 +39,8 @@ def predict_fn(batch, classifier, context=None):
         file.write(f"{os.getpid()} {len(batch)}\\n")
     if isinstance(batch, list) and any(len(image) == 7 for image in batch):
         raise RuntimeError("the secret of " + __file__)
+    if isinstance(batch, list) and any(len(image) == 9 for image in batch):
+        __import__("time").sleep(2)
     return _predict_fn(batch, classifier, context)
 """
 PNG = {"Content-Type": "image/png"}
@@ -132,6 +134,8 @@ def test_requests_of_every_kind_wait_together_and_spoil_no_other(host: Host) -> 
         400: [(npy(array), {"Content-Type": "application/x-npy"}) for array in (numbers[..., 1:], numbers * 0 + 3e38)],
         500: [(imaging.encode_png(np.zeros((7, 7, 3), np.uint8)), PNG)],
     }
+    _, _, sizes = host.ask_together(kinds[200] * 6)
+    assert sum(sizes) == 6 * (1 + 3)  # each was asked once
     wanted = [(status, request) for _ in range(4) for status, requests in kinds.items() for request in requests]
     answers, _, sizes = host.ask_together([request for _, request in wanted])
     assert [status for status, _, _ in answers] == [status for status, _ in wanted]
@@ -153,6 +157,15 @@ def test_no_batch_outgrows_what_one_request_may_hold(host: Host) -> None:
     answers, _, sizes = host.ask_together([(body, {})] * 4)
     assert [json.loads(answer)["labels"] for _, _, answer in answers] == [list(CLASSES) * 50] * 4
     assert set(sizes) == {150}
+
+
+def test_more_requests_than_may_wait_are_refused(host: Host) -> None:
+    slow = imaging.encode_png(np.zeros((9, 9, 3), np.uint8))
+    answers, _, _ = host.ask_together([(slow, PNG)] * 150)
+    statuses = [status for status, _, _ in answers]
+    assert set(statuses) == {200, 503}
+    assert statuses.count(200) >= 64
+    assert host.ask(photo())[0] == 200
 
 
 def test_bad_requests(host: Host) -> None:
@@ -203,8 +216,12 @@ def test_what_is_broken_never_serves(
     shutil.copytree(artifact, tmp_path / "model")
     if not settings:
         (tmp_path / "model" / "golden.json").write_text("{}")
-    with pytest.raises(HostError, match=message), ray_host(python, tmp_path / "model", free_port(), **settings):
+    with (
+        pytest.raises(HostError, match=message) as error,
+        ray_host(python, tmp_path / "model", free_port(), **settings),
+    ):
         pass
+    assert "ServeReplica" not in str(error.value)  # none was started
 
 
 def test_nothing_is_left(python: Path, artifact: Path) -> None:

@@ -74,8 +74,7 @@ def test_the_server_in_its_container(archive: Path, classifier: inference.Classi
     with serve_local.server(archive, serving_image, port) as process:
         check(port, classifier)
     assert process.returncode == 0
-    names = subprocess.check_output(["docker", "ps", "--all", "--format", "{{.Names}}"], text=True)
-    assert "-serve-" not in names
+    assert not subprocess.check_output(["docker", "ps", "--all", "--quiet", "--filter", "name=-serve-"], text=True)
 
 
 @pytest.mark.container

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import importlib
-import itertools
 import logging
 import os
 from dataclasses import dataclass
@@ -94,9 +93,8 @@ class Server:
         try:
             if len(batches) > 1 and ends[-1] > SETTINGS.max_batch:
                 raise RequestError(413, "more together than one request may hold")
-            images = isinstance(batches[0], list)
-            merged = [*itertools.chain(*batches)] if images else np.concatenate(batches)
-            whole = handlers.predict_fn(merged, self.model)
+            merged = [image for batch in batches for image in batch]
+            whole = handlers.predict_fn(merged if isinstance(batches[0], list) else np.stack(merged), self.model)
         except Exception as error:
             return [error] if len(batches) == 1 else [self.predict_alike([batch])[0] for batch in batches]
         parts = [slice(end - len(batch), end) for end, batch in zip(ends, batches, strict=True)]
