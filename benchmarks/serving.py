@@ -39,8 +39,7 @@ ROWS = {
 def inside(project: Path, rounds: int) -> None:
     """Measure with the packages and the code of a baked project; the last line printed is JSON."""
     sys.path[:0] = [str(project), str(project / "src"), str(TEMPLATE / "tests" / "in_project")]
-    from benchmarks.load import make_artifact
-    from benchmarks.serve import CASES, Settings, compare, our_server
+    from benchmarks.serve import CASES, Settings, compare, make_artifact, our_server
     from host_ray import ray_host
     from host_torchserve import torchserve_host
 
