@@ -255,6 +255,7 @@ NOT_HTTP = {
 NOT_APPLICABLE = {27: "one process and no context with an id of a device: handlers ask torch for the device"}
 EXCLUDED: dict[str, dict[int, str]] = {
     "process": {},
+    "session": {},
     "ray": {},
     "torchserve": {
         14: "the toolkit does not find CONTENT-TYPE",
