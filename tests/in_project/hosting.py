@@ -351,6 +351,7 @@ _errors = {"memory": MemoryError("secret"), "stop": StopIteration("secret"), "ex
            "time": TimeoutError("secret"), "value": ValueError("secret"), "forbidden": RequestError(403, "not you"),
            "strange": RequestError(200, "secret"), "modules": RequestError(400, "")}
 _codes = dict(enumerate(_errors))
+fit = None  # some batches below are no images
 
 
 def _note(name, text):
