@@ -24,7 +24,7 @@ def draw(label: str, number: int, size: int = 12) -> Image.Image:
 
 def verb_environment() -> dict[str, str]:
     """The environment of a shell that has no AWS account and has never heard of this project."""
-    strange = ("AWS_", "SAGEMAKER_", "SM_", "PYTHONPATH")
+    strange = ("AWS_", "SAGEMAKER_", "SM_", "INFERENCE_", "PYTHONPATH")
     return {name: value for name, value in os.environ.items() if not name.startswith(strange)}
 
 
