@@ -139,8 +139,8 @@ def describe(folder: Path) -> str:
     commands = [
         *([] if evaluation.exists() else ["make evaluate"]),
         f"make predict IMAGE={shlex.quote(example_image(folder))}",
+        "make serve-local",
         "make train-local DATA=folder/of/images",
-        "make train-local INSTANCE_COUNT=2",
     ]
     return "\n".join([*lines, "next:", *(f"  {command}" for command in commands[:3])])
 
