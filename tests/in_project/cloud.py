@@ -1,7 +1,7 @@
-"""AWS for tests: moto in process, every request captured, validated by botocore's model and compared with a golden file.
+"""AWS for tests: moto in process, every request captured, validated by botocore and compared with a golden file.
 
 `golden/<name>.json` holds the requests of one flow. After a wanted change: UPDATE_GOLDEN=<folder> writes them there.
-Where moto has no such call, `answers` gives the reply; the request is validated all the same, and nothing more is claimed.
+Where moto has no such call, `answers` gives the reply; the request is validated all the same: no more is claimed.
 """
 
 from __future__ import annotations
@@ -92,9 +92,9 @@ def readable(value: Any) -> Any:
     return text
 
 
-def check_golden(name: str, calls: list[Call], ignore: Callable[[str], bool] = lambda operation: False) -> None:
+def check_golden(name: str, calls: list[Call], ignore: Callable[[str], bool] | None = None) -> None:
     """Compare requests with `golden/<name>.json`; reading calls can be left out with `ignore`."""
-    found = [[operation, readable(parameters)] for operation, parameters in calls if not ignore(operation)]
+    found = [[operation, readable(parameters)] for operation, parameters in calls if not ignore or not ignore(operation)]
     text = json.dumps(found, indent=2, sort_keys=True) + "\n"
     if os.environ.get("UPDATE_GOLDEN"):
         Path(os.environ["UPDATE_GOLDEN"], f"{name}.json").write_text(text, encoding="utf-8")
