@@ -11,16 +11,17 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from pipelines import ROOT
 from pipelines.console import UserError
 from training.config import ConfigurationError, Hyperparameters, nearest, parse, shown
 
 LocalMode = Literal["auto", "container", "process"]
+INSTANCE = r"^ml\.[a-z0-9-]+\.[a-z0-9]+$"
 IMAGE = r"^[A-Za-z0-9][A-Za-z0-9._/:@-]*$"
 
 
@@ -40,9 +41,20 @@ class Section(BaseModel):
 
 
 class Aws(Section):
-    """Where in AWS."""
+    """Where in AWS, and the account's own rules for everything that is created there."""
 
     region: str = Field(pattern=r"^[a-z]{2,3}(-[a-z]+)+-[0-9]$")
+    tags: dict[str, str]
+    kms_key: str
+    subnets: list[str]
+    security_groups: list[str]
+    budget_usd: float = Field(gt=0)
+
+    @model_validator(mode="after")
+    def _both_or_none(self) -> Self:
+        if bool(self.subnets) != bool(self.security_groups):
+            raise ValueError("subnets and security_groups belong together: give both, or none")
+        return self
 
 
 class Images(Section):
@@ -60,6 +72,23 @@ class Compute(Section):
 
     local_mode: LocalMode
     local_instances: int = Field(ge=1, le=8)
+    instance_type: str = Field(pattern=INSTANCE)
+    instances: int = Field(ge=1, le=64)
+    volume_gb: int = Field(ge=1, le=16384)
+    max_hours: float = Field(gt=0, le=672)
+    spot: bool
+    max_wait_hours: float = Field(gt=0, le=672)
+    keep_alive_minutes: int = Field(ge=0, le=60)
+    input_mode: Literal["File", "FastFile"]
+    isolation: bool
+    encrypt_traffic: bool
+    remote_debug: bool
+
+    @model_validator(mode="after")
+    def _waits_at_least_as_long_as_it_runs(self) -> Self:
+        if self.spot and self.max_wait_hours < self.max_hours:
+            raise ValueError("max_wait_hours includes the time that a job runs: make it at least max_hours")
+        return self
 
 
 class Data(Section):
@@ -72,6 +101,22 @@ class Data(Section):
     pretrained: str = Field(min_length=1)
 
 
+class EndpointSettings(Section):
+    """What `deploy` makes."""
+
+    name: str = Field(pattern=r"^(auto|[a-zA-Z0-9](-*[a-zA-Z0-9]){0,62})$")
+    type: Literal["realtime", "serverless", "async"]
+    instance_type: str = Field(pattern=INSTANCE)
+    instances: int = Field(ge=1, le=64)
+    max_instances: int = Field(ge=1, le=64)
+    memory_mb: Literal[1024, 2048, 3072, 4096, 5120, 6144]
+    max_concurrency: int = Field(ge=1, le=200)
+    ttl_hours: float = Field(ge=0, le=8760)
+    capture_percent: int = Field(ge=0, le=100)
+    rollout: Literal["all_at_once", "canary", "linear"]
+    alarms: list[str]
+
+
 class Settings(Section):
     """All of `configs/`: `training` is training.yaml, the other sections are those of infrastructure.yaml."""
 
@@ -80,6 +125,7 @@ class Settings(Section):
     images: Images
     compute: Compute
     data: Data
+    endpoint: EndpointSettings
 
 
 def load(
