@@ -59,6 +59,7 @@ def add_tests(project: Project) -> list[str]:
     for path in sorted((TEMPLATE / "tests" / "in_project").glob("*.py")):
         shutil.copy(path, project.path / "tests" / path.name)
         names += [f"tests/{path.name}"] if path.name.startswith("test_") else []
+    shutil.copytree(TEMPLATE / "tests" / "in_project" / "golden", project.path / "tests" / "golden")
     return names
 
 

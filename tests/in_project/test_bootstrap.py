@@ -465,6 +465,7 @@ EVENTS = [  # newest first
     event("ExecutionRole", "CREATE_FAILED", "Resource creation cancelled"),
     event("Later", "CREATE_FAILED", "another reason"),
     event("Bucket", "CREATE_FAILED", TAKEN),
+    event("Topic", "CREATE_FAILED", "Resource creation cancelled"),
     event(NAME, "CREATE_IN_PROGRESS", "User Initiated"),
     event("Old", "CREATE_FAILED", "of an attempt before"),
 ]
