@@ -33,10 +33,11 @@ test-faults: $(READY) ## kills, truncated checkpoints, full disks and hung peers
 test-hosts: $(READY) ## the handlers under Ray Serve, and under TorchServe with the PyTorch toolkit, which needs Java 17
 	@.venv/bin/python -m pytest -m hosts $(ARGS)
 
-bench: $(READY) ## start-up, the loop, other loaders and loops, the price of ranks: keeps docs/benchmarks.md (ARGS="--runs 5")
+bench: $(READY) ## start-up, the loop and the server, and others of their kind: keeps docs/benchmarks.md (ARGS="--runs 5")
 	@.venv/bin/python benchmarks/startup.py $(ARGS)
 	@.venv/bin/python benchmarks/loaders.py $(ARGS)
 	@.venv/bin/python benchmarks/scaling.py $(ARGS)
+	@.venv/bin/python benchmarks/serving.py $(ARGS)
 
 lint: $(READY) ## ruff and mypy on hooks, tests and benchmarks (the generated project is linted by the tests)
 	@.venv/bin/ruff check .

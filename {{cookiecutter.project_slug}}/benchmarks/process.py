@@ -1,7 +1,12 @@
-"""The training process as a whole: seconds to its first step and to its end, accuracy and peak memory."""
+"""The training process as a whole: seconds to its first step and to its end, accuracy and peak memory.
+
+And what the benchmark of serving needs: an artifact, a photo, CPU and memory of a process tree.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import math
 import os
@@ -10,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +23,10 @@ import torch
 from PIL import Image
 
 from processing.preprocess import pack
+from training.config import Hyperparameters
+from training.data import load_split
+from training.export import write_artifact
+from training.model import build_model
 
 ROOT = Path(__file__).resolve().parent.parent
 CLASSES = 10
@@ -135,3 +145,61 @@ def cifar10(raw: Path, folder: Path, rounds: int, quick: bool) -> Measured:
         print("left out: time to 94 %, as some round did not reach it", flush=True)
         del measured["cifar10.seconds_to_94_percent"]
     return measured
+
+
+def make_artifact(folder: Path, name: str, size: int) -> Path:
+    """An unpacked artifact with fixed random weights, written as training does it; beside it `photo.jpg`."""
+    write_patterns(folder / "data", size, CLASSES)
+    torch.manual_seed(0)
+    settings, validation = Hyperparameters(model=name), load_split(folder / "data" / "validation")
+    write_artifact(folder / "model", build_model(name, CLASSES, size), settings, validation, {}, None)
+    (folder / "photo.jpg").write_bytes(photo())
+    return folder / "model"
+
+
+def photo() -> bytes:
+    """A JPEG file of 640x480 pixels and about 99 kB, always the same: coarse colours under noise."""
+    random = np.random.default_rng(0)
+    coarse = Image.fromarray(random.integers(0, 256, (16, 21, 3), dtype=np.uint8)).resize((640, 480))
+    noisy = np.asarray(coarse) + random.normal(0, 9, (480, 640, 1))
+    buffer = io.BytesIO()
+    Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=85)
+    return buffer.getvalue()
+
+
+def children() -> set[int]:
+    """The processes that this one has started and that have not ended."""
+    return {int(pid) for path in Path("/proc/self/task").glob("*/children") for pid in path.read_text().split()}
+
+
+def family(roots: Iterable[int]) -> dict[int, list[str]]:
+    """Processes and all their descendants: what /proc/<pid>/stat says after the name, from the state on."""
+    fields: dict[int, list[str]] = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has just ended
+            fields[int(path.parent.name)] = path.read_text(errors="replace").rpartition(")")[2].split()
+    tree, size = set(roots), 0
+    while size != len(tree):
+        size = len(tree)
+        tree |= {pid for pid, values in fields.items() if int(values[1]) in tree}
+    return {pid: fields[pid] for pid in tree & fields.keys()}
+
+
+def cpu_seconds(roots: Iterable[int]) -> float:
+    """User and system time that processes and all their descendants have used, those that have ended included."""
+    return sum(int(value) for values in family(roots).values() for value in values[11:15]) / os.sysconf("SC_CLK_TCK")
+
+
+def memory_mb(roots: Iterable[int]) -> float:
+    """What processes and all their descendants hold: all of their own memory, and the largest mapping of files.
+
+    Processes of one server map the same libraries, which the machine holds once.
+    """
+    held: dict[str, list[int]] = {"RssAnon": [0], "RssFile": [0], "RssShmem": [0]}  # in KiB
+    for pid in family(roots):
+        with contextlib.suppress(OSError):
+            for line in Path(f"/proc/{pid}/status").read_text(errors="replace").splitlines():
+                name, _, value = line.partition(":")
+                if name in held:
+                    held[name].append(int(value.split()[0]))
+    return (sum(held["RssAnon"]) + max(held["RssFile"]) + max(held["RssShmem"])) * 1024 / 1e6

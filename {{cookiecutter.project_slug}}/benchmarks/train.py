@@ -47,6 +47,7 @@ from training.optim import WeightAverage, build_optimizer  # noqa: E402
 from training.watch import Guard  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results.json"
+OWNERS = ("serve.soak.", "serve.", "")  # of its keys, by how they begin: whoever writes anew replaces its own
 # Model, pixels a side, batch, steps a round on a CPU and on a GPU (0: not there): a second or a few.
 CASES = (("cnn", 32, 128, 30, 300), ("resnet18", 64, 32, 20, 300), ("resnet50", 224, 256, 0, 20))
 # Of the first case: what is otherwise chosen, spelled out, and what costs extra.
@@ -190,6 +191,21 @@ def shown(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
+def publish(facts: dict[str, Any], measured: Measured, quick: bool, owner: str = OWNERS[-1]) -> None:
+    """Print a Markdown table and write the results; those of other benchmarks stay."""
+    print("\n" + "".join(f"{name}: {value}\n" for name, value in facts.items()))
+    print("| | median | lowest to highest |\n|---|---:|---:|")
+    results = {f"{owner}{name}": value for name, value in facts.items()}
+    for key, values in measured.items():
+        median, lowest, highest = statistics.median(values), min(values), max(values)
+        results |= {key: median, f"{key}.lowest": lowest, f"{key}.highest": highest}
+        print(f"| {key} | {shown(median)} | {shown(lowest)} to {shown(highest)} |")
+    before = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+    kept = {key: value for key, value in before.items() if next(filter(key.startswith, OWNERS)) != owner}
+    RESULTS.write_text(json.dumps(kept | results, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    print(f"\n{'--quick: these numbers mean nothing; ' if quick else ''}written to {RESULTS.relative_to(ROOT)}")
+
+
 def main() -> None:
     """Measure, print a Markdown table, write the results."""
     parser = argparse.ArgumentParser(description="What training costs on this machine.")
@@ -207,15 +223,7 @@ def main() -> None:
     if options.cifar10:
         with tempfile.TemporaryDirectory() as folder:
             measured |= cifar10(options.cifar10, Path(folder), rounds, options.quick)
-    print("\n" + "".join(f"{name}: {value}\n" for name, value in facts.items()))
-    print("| | median | lowest to highest |\n|---|---:|---:|")
-    results = dict(facts)
-    for key, values in measured.items():
-        median, lowest, highest = statistics.median(values), min(values), max(values)
-        results |= {key: median, f"{key}.lowest": lowest, f"{key}.highest": highest}
-        print(f"| {key} | {shown(median)} | {shown(lowest)} to {shown(highest)} |")
-    RESULTS.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    print(f"\n{'--quick: these numbers mean nothing; ' if options.quick else ''}written to {RESULTS.relative_to(ROOT)}")
+    publish(facts, measured, options.quick)
 
 
 if __name__ == "__main__":

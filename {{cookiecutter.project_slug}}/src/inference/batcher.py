@@ -13,6 +13,7 @@ import os
 import sys
 import time
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,7 +70,7 @@ class Batcher:
         self._handlers = import_handlers(self._model_dir / "code")
         if "torch" in sys.modules:
             sys.modules["torch"].set_num_threads(self._threads)
-        self._model = self._handlers.model_fn(str(self._model_dir))
+        self._model = call(self._handlers.model_fn, str(self._model_dir))
 
     async def answer(self, body: bytes, content_type: str | None, accept: str | None, context: Any) -> tuple[Any, str]:
         """Body and content type of the response.
@@ -82,15 +83,15 @@ class Batcher:
         waiting = Waiting(batch, loop.create_future())
         self._waiting.append(waiting)
         self._wake.set()
-        rendered = self._handlers.output_fn(await waiting.answer, accept, context)
+        rendered = call(self._handlers.output_fn, await waiting.answer, accept, context)
         return rendered if isinstance(rendered, tuple) else (rendered, "application/json")
 
     def _decode(self, body: bytes, content_type: str | None, context: Any) -> Any:
         """Images are fitted to the model at once: what waits then is small, however large they came."""
-        batch = self._handlers.input_fn(body, content_type, context)
+        batch = call(self._handlers.input_fn, body, content_type, context)
         size, imaging = getattr(self._model, "image_size", None), getattr(self._handlers, "imaging", None)
         if size and imaging and isinstance(batch, list):
-            return [imaging.fit(image, size) for image in batch]
+            return [imaging.fit(image, size) if is_image(image) else image for image in batch]
         return batch
 
     async def _work(self) -> None:
@@ -131,7 +132,7 @@ class Batcher:
         self.computed += 1
         if len(batches) > 1:
             with contextlib.suppress(Exception):
-                prediction = self._handlers.predict_fn(merge(batches), self._model)
+                prediction = call(self._handlers.predict_fn, merge(batches), self._model)
                 parts = split(prediction, [len(batch) for batch in batches])
                 if parts is not None:
                     return parts
@@ -139,10 +140,22 @@ class Batcher:
         answers: list[Any] = []
         for batch in batches:
             try:
-                answers.append(self._handlers.predict_fn(batch, self._model))
+                answers.append(call(self._handlers.predict_fn, batch, self._model))
             except Exception as error:
                 answers.append(error)
         return answers
+
+
+def call(handler: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a handler. What asyncio would take for its own, and hang or stop at, becomes an ordinary error.
+
+    Raises:
+        Exception: what the handler raises.
+    """
+    try:
+        return handler(*arguments)
+    except (StopIteration, SystemExit, TimeoutError) as error:
+        raise RuntimeError(f"a handler raised {error!r}") from error
 
 
 def import_handlers(code: Path) -> ModuleType:
@@ -161,7 +174,7 @@ def import_handlers(code: Path) -> ModuleType:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
+    call(spec.loader.exec_module, module)
     missing = [name for name in HANDLERS if not callable(getattr(module, name, None))]
     if missing:
         raise AttributeError(f"{path} has no function {', '.join(missing)}; it needs {', '.join(HANDLERS)}")
@@ -169,8 +182,13 @@ def import_handlers(code: Path) -> ModuleType:
 
 
 def is_batch(batch: Any) -> bool:
-    """Whether it can be merged: a list of images, or an array."""
-    return isinstance(batch, list) or hasattr(batch, "shape")
+    """Whether it can be merged: a list of images, or an array. Tensors, tables and the like go alone."""
+    return isinstance(batch, list) or (type(batch).__name__ == "ndarray" and batch.ndim > 0)
+
+
+def is_image(value: Any) -> bool:
+    """Whether it is a decoded image, as `imaging.decode` gives it."""
+    return getattr(value, "dtype", None) == "uint8" and value.shape[2:] == (3,)
 
 
 def mergeable(first: Any, second: Any) -> bool:

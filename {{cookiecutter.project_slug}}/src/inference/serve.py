@@ -24,6 +24,7 @@ import sys
 import time
 import traceback
 import uuid
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,7 +45,7 @@ from inference.batcher import Batcher
 MODEL_DIR = Path("/opt/ml/model")
 DRAIN_SECONDS = 20  # after SIGTERM; the platform kills after 30
 LOAD_FAILED = 3
-FORWARDED = "x-amzn-sagemaker-"  # what the platform passes between client and container
+FORWARDED = re.compile(r"X-Amzn-SageMaker-[A-Za-z0-9-]{1,64}", re.IGNORECASE)  # what the platform lets through
 
 logger = logging.getLogger("serving")
 
@@ -99,7 +100,7 @@ class Context:
         Raises:
             ValueError: for another name, or a value that is no plain text of one line.
         """
-        if index or not name.lower().startswith(FORWARDED) or not re.fullmatch(r"[ -~]{0,1024}", value):
+        if index or not FORWARDED.fullmatch(name) or not re.fullmatch(r"[ -~]{0,1024}", value):
             raise ValueError(f"header {name!r} cannot be set to {value!r}")
         self.response_headers[name] = value
 
@@ -121,7 +122,7 @@ def application(batcher: Batcher, settings: Settings) -> Starlette:
     async def invocations(request: Request) -> Response:
         nonlocal inside
         started, context, body = time.perf_counter(), Context(request), b""
-        kind, content = "application/json", ""
+        message, response = "", None
         inside += 1
         try:
             if not batcher.healthy:
@@ -132,16 +133,16 @@ def application(batcher: Batcher, settings: Settings) -> Starlette:
                 body = await read_body(request, settings.max_bytes)
                 types = request.headers.get("content-type"), request.headers.get("accept")
                 content, kind = await batcher.answer(body, *types, context)
-            status = 200
+            response, status = Response(content, 200, context.response_headers, kind), 200
         except TimeoutError:
-            status, content = 504, sentence(f"no answer within {settings.timeout} s")
+            status, message = 504, f"no answer within {settings.timeout} s"
         except ClientDisconnect:
             status = 499
         except Exception as error:
             given = getattr(error, "status", None)
             expected = isinstance(error, Refused) or (isinstance(given, int) and 400 <= given < 500)
             status = int(given or 500) if expected else 500
-            content = sentence(str(error) if expected else f"the server failed; its log has why ({context.request_id})")
+            message = str(error) if expected else f"the server failed; its log has why ({context.request_id})"
             if not expected:
                 log("error", request_id=context.request_id, message="".join(traceback.format_exception(error)))
         finally:
@@ -150,7 +151,7 @@ def application(batcher: Batcher, settings: Settings) -> Starlette:
             context.response_headers["Retry-After"] = "1"
         milliseconds = round(1000 * (time.perf_counter() - started), 1)
         log("info", request_id=context.request_id, status=status, bytes=len(body), milliseconds=milliseconds)
-        return Response(content, status, context.response_headers, kind)
+        return response or Response(sentence(message), status, context.response_headers, "application/json")
 
     async def refused(_: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
@@ -161,7 +162,9 @@ def application(batcher: Batcher, settings: Settings) -> Starlette:
         Route("/invocations", invocations, methods=["POST"]),
         Route("/execution-parameters", execution_parameters),
     ]
-    return Starlette(routes=routes, exception_handlers={HTTPException: refused})
+    served = Starlette(routes=routes, exception_handlers={HTTPException: refused})
+    served.router.redirect_slashes = False  # to wherever the client's Host says
+    return served
 
 
 def sentence(message: str) -> str:
@@ -239,8 +242,11 @@ def main() -> int:
     parser.add_argument("--host", default="0.0.0.0", help="address to listen on")  # noqa: S104  (hosting's rule)
     parser.add_argument("--port", type=int, default=number("SAGEMAKER_BIND_TO_PORT", 8080))
     options, settings = parser.parse_args(), Settings()
+    if not 0 <= options.port < 2**16:
+        parser.error(f"port {options.port} is not between 0 and 65535")
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     logging.getLogger("uvicorn").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="PIL")  # of damaged images: lines, and memory for each that is another one
     logging.raiseExceptions = False  # a log that cannot be written, on a full disk, fails no request
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))  # a connection is an open file
@@ -252,5 +258,6 @@ def main() -> int:
 
 if __name__ == "__main__":
     exit_code = main()
-    sys.stdout.flush()
+    with contextlib.suppress(OSError):  # a full disk
+        sys.stdout.flush()
     os._exit(exit_code)  # a thread that still loads or computes would hold the process

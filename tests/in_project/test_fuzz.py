@@ -1,0 +1,178 @@
+"""Thousands of random requests, seeded: never a 5xx, never a traceback, no growing memory, and a server that lives.
+
+python -m pytest tests/test_fuzz.py
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import http.client
+import io
+import json
+import socket
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.hosting import Reply, Running, ask, npy, serving
+from tests.test_inference import artifact, photo
+
+__all__ = ["artifact"]  # a fixture
+ROUNDS, CLIENTS, EACH = 12, 2, 250
+GROWTH = 8_000  # kB, of the second half; with every body kept it would be more
+TYPES = ("application/json", "application/x-npy", "application/x-image", "image/png", "image/jpeg", "image/webp",
+         "image/tiff", "Application/JSON; charset=latin-1", "text/csv", "", "application/json, text/html")  # fmt: skip
+NAMES = ("Accept", "Content-Type", "X-Amzn-SageMaker-Custom-Attributes", "X-Amzn-SageMaker-Inference-Id", "Expect",
+         "X-Amzn-SageMaker-Target-Model", "Accept-Encoding", "Content-Encoding", "Connection", "Cookie", "Host",
+         "Upgrade", "Range", "X-Forwarded-For", "If-None-Match")  # fmt: skip
+VALUES = ("*/*", "application/json;q=0.5", "text/html", "q=;;,,", "close", "gzip", "100-continue", "a" * 3000,
+          "websocket", "\xff\xfe", "../../etc/passwd", "${jndi:x}", "%00", "0", "-1", "{}")  # fmt: skip
+PATHS = ("/invocations",) * 30 + ("/ping", "/execution-parameters", "/", "/models", "/%00", "/invocations/", "//")
+SCALARS = (0, -1, 1.5, 1e308, 10**400, float("nan"), float("-inf"), True, None, "", "\ud800", "\u0000", "é" * 99, "1")
+
+
+def tree(random: np.random.Generator, depth: int) -> Any:
+    """Any JSON."""
+    choice = int(random.integers(8))
+    if choice == 0 and depth:
+        return {str(tree(random, 0)): tree(random, depth - 1) for _ in range(random.integers(4))}
+    if choice < 4 and depth:
+        return [tree(random, depth - 1) for _ in range(random.integers(5))]
+    if choice == 4:
+        return random.normal(size=tuple(random.integers(0, 13, random.integers(1, 5)).tolist())).tolist()
+    if choice == 5:
+        return {"b64": base64.b64encode(random.bytes(int(random.integers(90)))).decode()}
+    return SCALARS[int(random.integers(len(SCALARS)))]
+
+
+def valid(random: np.random.Generator) -> tuple[bytes, str]:
+    """A request that would be answered."""
+    choice = int(random.integers(8))
+    if choice < 5:
+        kind, mode = (("JPEG", "RGB"), ("PNG", "P"), ("WEBP", "RGBA"), ("BMP", "1"), ("TIFF", "I;16"))[choice]
+        buffer = io.BytesIO()
+        picture = Image.open(io.BytesIO(photo()))
+        picture.convert("L" if mode == "I;16" else mode).convert(mode).save(buffer, kind)
+        return buffer.getvalue(), f"image/{kind.lower()}"
+    numbers = random.normal(size=(int(random.integers(1, 5)), 3, 12, 12)).astype(np.float32)
+    if choice == 5:
+        return npy(numbers), "application/x-npy"
+    images = [{"b64": base64.b64encode(photo()).decode()}] * len(numbers)
+    return json.dumps({"instances": numbers.tolist() if choice == 6 else images}).encode(), "application/json"
+
+
+def request(random: np.random.Generator) -> tuple[bytes, dict[str, str]]:
+    """Something valid, damaged or neither, with headers that may have nothing to do with it."""
+    body, kind = valid(random)
+    choice = int(random.integers(6))
+    if choice == 0:
+        body = random.bytes(int(random.integers(3000)))
+    elif choice == 1:
+        document = tree(random, 5)
+        wrapped = document if random.integers(3) == 0 else {"instances": document}
+        body, kind = json.dumps(wrapped, ensure_ascii=bool(random.integers(2))).encode(errors="replace"), TYPES[0]
+    elif choice == 2:
+        body, kind = random.choice([b"[", b'{"a":', b"[{}", b"]"]).tobytes() * int(random.integers(1, 9999)), TYPES[0]
+    elif choice < 5:
+        data = bytearray(body)
+        for _ in range(random.integers(1, 5)):
+            start, length = int(random.integers(len(data))), int(random.integers(1, 40))
+            data[start : start + length] = random.bytes(int(random.integers(40)))
+        body = bytes(data)
+    headers = {"Content-Type": kind if random.integers(4) else TYPES[int(random.integers(len(TYPES)))]}
+    for _ in range(max(int(random.integers(-2, 4)), 0)):
+        headers[NAMES[int(random.integers(len(NAMES)))]] = VALUES[int(random.integers(len(VALUES)))]
+    return body, headers
+
+
+def clean(reply: Reply) -> None:
+    """A right answer, or a refusal that gives nothing away."""
+    assert reply.status < 500, reply
+    if reply.status == 200:
+        return
+    if reply.headers.get("content-type", "").startswith("text/plain"):  # of the parser of HTTP, before any application
+        assert reply.body == b"Invalid HTTP request received."
+    else:
+        reply.refused(400, 404, 405, 406, 413, 415)
+
+
+def client(port: int, seed: list[int]) -> list[int]:
+    """Requests over kept connections; gives the statuses of their answers."""
+    random, statuses = np.random.default_rng(seed), []
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=60)) as connection:
+        for _ in range(EACH):
+            body, headers = request(random)
+            path = PATHS[int(random.integers(len(PATHS)))]
+            method = (*["POST"] * 18, "GET", "DELETE")[int(random.integers(20))]
+            try:
+                connection.request(method, path, body, headers)
+                response = connection.getresponse()
+                named = {name.lower(): text for name, text in response.getheaders()}
+                reply = Reply(response.status, named, response.read())
+            except (http.client.HTTPException, ConnectionError):  # closed before all was sent: after what is no HTTP
+                connection.close()
+                continue
+            clean(reply)
+            statuses.append(reply.status)
+    return statuses
+
+
+@pytest.fixture(scope="module")
+def server(artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    with serving(artifact, tmp_path_factory.mktemp("fuzz") / "log", INFERENCE_THREADS="1") as running:
+        yield running
+
+
+def test_random_requests(server: Running) -> None:
+    statuses, memory = [], []
+    with ThreadPoolExecutor(CLIENTS) as pool:
+        for number in range(ROUNDS):
+            for found in pool.map(lambda seed: client(server.port, seed), [[number, one] for one in range(CLIENTS)]):
+                statuses += found
+            memory.append(server.stat("VmRSS"))
+    assert len(statuses) > 0.95 * ROUNDS * CLIENTS * EACH
+    assert {200, 400, 404, 405, 406, 415} <= set(statuses)
+    assert 0.05 < statuses.count(200) / len(statuses) < 0.6
+    assert memory[-1] - memory[ROUNDS // 2 - 1] < GROWTH, memory
+    assert not [line for line in server.lines() if line["level"] != "info"]
+    assert ask(server.url, photo("left"), "image/png").labels() == ["left"]
+
+
+PIECES = (b"POST /invocations HTTP/1.1\r\n", b"GET /ping HTTP/1.1\r\n", b"Host: x\r\n", b"\r\n", b"\n", b":\r\n",
+          b"Content-Length: -1\r\n", b"Content-Length: " + b"9" * 5000 + b"\r\n", b"Transfer-Encoding: chunked\r\n",
+          b"Content-Length: 1_0\r\n", b"5\r\nhello\r\n", b"0\r\n\r\n", b"ffffffffffffffff\r\n", b"\0" * 50,
+          b"A: " + b"b" * 70_000, b"Transfer-Encoding: gzip, chunked\r\n", b" folded: x\r\n", b"HTTP/9.9\r\n",
+          b"\xff\xfe: \xff\r\n", b"hello", b"Content-Type: image/png\r\n", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+          b"Content-Length: 5\r\n", b"Upgrade: h2c\r\n")  # fmt: skip
+
+
+def test_what_is_no_http(server: Running) -> None:
+    random = np.random.default_rng(0)
+    first_lines = set()
+    for number in range(400):
+        chosen = [PIECES[index] for index in random.integers(len(PIECES), size=random.integers(1, 9))]
+        data = random.bytes(int(random.integers(2000))) if number % 5 == 0 else b"".join(chosen)
+        if number % 2:
+            data = PIECES[0] + PIECES[2] + data
+        elif number % 4 == 0:
+            data = b"GET /ping HTTP/1.1\r\nHost: x\r\n\r\n" + data
+        answer = b""
+        with server.connect() as connection, contextlib.suppress(ConnectionError):
+            connection.sendall(data)
+            connection.shutdown(socket.SHUT_WR)
+            while part := connection.recv(65536):
+                answer += part
+        for line in answer.split(b"\r\n"):
+            if line.startswith(b"HTTP/1.1 "):
+                first_lines.add(int(line.split()[1]))
+        assert b"Traceback" not in answer
+        assert b"site-packages" not in answer
+    assert {200, 400} <= first_lines <= {200, 400, 404, 405, 413, 415}
+    assert server.ping() == 200
+    assert not [line for line in server.lines() if line["level"] != "info"]
