@@ -13,6 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from pipelines import ROOT, config, data, process, runs, train_local
+from pipelines.console import UserError
+from pipelines.jobs import Interrupted, Job
 from tests.helpers import Verb
 from training import checkpoint, speed
 from training.config import Hyperparameters
@@ -184,3 +187,31 @@ def test_choices_outlive_a_run(tmp_path: Path) -> None:
     assert checkpoint.choices(tmp_path, ALONE) == {"channels_last": True}
     (folder / "checkpoint.json").write_text("{")
     assert checkpoint.choices(tmp_path, ALONE) == {"channels_last": False}
+
+
+def test_a_resumed_run_gets_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may have been interrupted before its first checkpoint."""
+    monkeypatch.setattr(runs, "CHECKPOINTS", tmp_path / "checkpoints")
+    monkeypatch.setattr(runs, "WORK", ROOT / ".cache" / "local")
+    monkeypatch.setattr(data, "prepare", lambda *_: ROOT / "data" / "none")
+    jobs: list[Job] = []
+
+    def interrupted(job: Job, _: object) -> None:
+        jobs.append(job)
+        raise Interrupted("SIGTERM")
+
+    monkeypatch.setattr(process, "run", interrupted)
+    (tmp_path / "own.pth").write_bytes(b"weights")
+    for override in (f"data.pretrained={tmp_path / 'own.pth'}", "data.pretrained=none"):
+        name = None
+        for _ in range(2):
+            with pytest.raises(UserError, match="stopped by SIGTERM"):
+                train_local.train(config.load([override], {}), None, name, "process", 1, False)
+            name = jobs[-1].name
+    for job in jobs:
+        shutil.rmtree(job.root)
+    first, resumed, *others = jobs
+    assert first.name == resumed.name
+    assert first.channels == resumed.channels
+    assert [path.read_bytes() for path in first.channels["pretrained"].iterdir()] == [b"weights"]
+    assert not any("pretrained" in job.channels for job in others)

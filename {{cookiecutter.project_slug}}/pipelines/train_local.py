@@ -58,7 +58,8 @@ def train(
     name = run or runs.new_name()
     checkpoints = runs.CHECKPOINTS / name
     checkpoints.mkdir(parents=True, exist_ok=True)
-    pretrained = None if run else data.weights(settings, checkpoints / "pretrained")
+    kept = checkpoints / "pretrained"  # of a run that is resumed: its first checkpoint may not have been written yet
+    pretrained = (kept if kept.is_dir() else None) if run else data.weights(settings, kept)
     (checkpoints / "request.json").write_text(json.dumps({"source": source, "hyperparameters": hyperparameters}))
     channels = {"train": dataset / "train", "validation": dataset / "validation", "checkpoints": checkpoints}
     job = Job(
