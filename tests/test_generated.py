@@ -105,7 +105,7 @@ def test_make_prints_every_verb_and_every_verb_expands(bake: Bake) -> None:
         printed = project.make()
         assert printed.stdout == project.make("help").stdout
         verbs = re.findall(r"^  make ([a-z-]+) ", printed.stdout, re.MULTILINE)
-        wanted = {"help", "setup", "data", "train-local", "evaluate", "predict", "serve-local", "batch-local", "image", "test", "bench", "lint", "format", "clean", "bootstrap", "bootstrap-destroy", "bench-serve"}
+        wanted = {"help", "setup", "data", "train-local", "evaluate", "predict", "serve-local", "batch-local", "image", "test", "bench", "lint", "format", "clean", "bootstrap", "bootstrap-destroy", "bench-serve", "image-push", "process", "train", "logs", "pull"}
         assert set(verbs) == wanted | ({"track"} if "track.py" in str(project.files()) else set())
         for verb in verbs:
             words = project.make("-n", verb, "DATA=my photos", "RUN=r", "IMAGE=i", "INSTANCE_COUNT=2", "ARGS=--x")
@@ -226,6 +226,7 @@ def test_a_laptop_without_torch_reaches_the_job(bake: Bake) -> None:
     project = bake()
     project.make("setup", "ARGS=--group laptop")
     verbs = ("train_local", "evaluate", "predict", "serve_local", "image", "data")
+    verbs += ("image_push", "process_job", "train", "logs", "pull")
     code = "import " + ", ".join(f"pipelines.{verb}" for verb in verbs)
     done = project.run(project.program("python"), "-c", code)
     assert done.returncode == 0, done.stderr

@@ -35,6 +35,7 @@ STEPS = {
     "denied": "these credentials may not do that; `make doctor` shows what is missing",
     "quota": "a quota of the account is reached; ask for more at Service Quotas, or choose another instance type",
     "capacity": "AWS has no such machines free right now; try again later, another instance type or another region",
+    "trust": "SageMaker may not use the execution role; `make bootstrap` puts its trust policy right",
     "throttled": f"too many requests, {ATTEMPTS} attempts were refused; try again in a minute",
     "network": "AWS cannot be reached; check the network, the proxy and aws.region",
 }
@@ -70,18 +71,21 @@ def explained(doing: str) -> Iterator[None]:
     Raises:
         UserError: for every error that botocore raises.
     """
+    from boto3.exceptions import Boto3Error
     from botocore.exceptions import BotoCoreError, ClientError
 
     try:
         yield
-    except ClientError as error:
-        details = error.response.get("Error", {})
-        reason, message = _reason(details.get("Code", "")), " ".join(str(details.get("Message", error)).split())
-        step = f"; {STEPS[reason]}" if reason else ""
-        raise UserError(f"{doing} failed: {message.rstrip('.')} ({details.get('Code')}){step}") from error
-    except BotoCoreError as error:
-        reason = _reason(type(error).__name__.removesuffix("Error"))
-        text = STEPS.get(reason or "", " ".join(str(error).split()))
+    except (Boto3Error, BotoCoreError, ClientError) as error:
+        cause = error.__context__ if isinstance(error, Boto3Error) and error.__context__ else error  # of a transfer
+        if isinstance(cause, ClientError):
+            details = cause.response.get("Error", {})
+            message = " ".join(str(details.get("Message", cause)).split())
+            reason = "trust" if "could not assume role" in message.lower() else _reason(details.get("Code", ""))
+            step = f"; {STEPS[reason]}" if reason else ""
+            raise UserError(f"{doing} failed: {message.rstrip('.')} ({details.get('Code')}){step}") from error
+        reason = _reason(type(cause).__name__.removesuffix("Error"))
+        text = STEPS.get(reason or "", " ".join(str(cause).split()))
         raise UserError(f"{doing} failed: {text}") from error
 
 
@@ -160,3 +164,33 @@ def ask(question: str) -> str:
         return input(f"{question} ").strip()
     except EOFError:
         return ""
+
+
+def afford(settings: Settings, plan: str, cost: float | None, yes: bool) -> None:
+    """Show what will be created and the most it can cost; above `aws.budget_usd` go on only when YES=1 says so.
+
+    Args:
+        settings: with the budget.
+        plan: what will be created, and where.
+        cost: in USD, at most; None when the price is not known, which counts as over budget.
+        yes: whether YES=1 was given.
+
+    Raises:
+        UserError: when it is over budget.
+    """
+    known = "a price that is not known" if cost is None else f"at most {cost:.2f} USD"
+    print(f"{plan}\ncosts {known}, storage and traffic apart", flush=True)
+    if not yes and (cost is None or cost > settings.aws.budget_usd):
+        raise UserError(
+            f"{known} is over aws.budget_usd ({settings.aws.budget_usd:g} USD), so nothing was created; "
+            "say YES=1 to go on, or raise the budget"
+        )
+
+
+def kms_arn(settings: Settings) -> str | None:
+    """The ARN of `aws.kms_key`: an alias is not taken everywhere. None for the account's default keys."""
+    key = settings.aws.kms_key
+    if key == "none" or ":key/" in key:
+        return None if key == "none" else key
+    with explained(f"looking up {key}, which is aws.kms_key"):
+        return str(client(settings, "kms").describe_key(KeyId=key)["KeyMetadata"]["Arn"])

@@ -11,10 +11,10 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from pipelines import ROOT
 from pipelines.console import UserError
@@ -45,19 +45,20 @@ class Aws(Section):
 
     region: str = Field(pattern=r"^[a-z]{2,3}(-[a-z]+)+-[0-9]$")
     tags: dict[str, str]
-    kms_key: str
-    subnets: list[str]
-    security_groups: list[str]
-    budget_usd: float = Field(gt=0)
+    kms_key: str = Field(pattern=r"^(none|alias/[A-Za-z0-9/_-]+|arn:aws[a-z-]*:kms:[a-z0-9-]+:\d{12}:(key|alias)/\S+)$")
+    subnets: list[Annotated[str, Field(pattern=r"^subnet-[0-9a-f]+$")]]
+    security_groups: list[Annotated[str, Field(pattern=r"^sg-[0-9a-f]+$")]]
+    budget_usd: float = Field(gt=0, le=1_000_000)
     github: str = Field(pattern=r"^(none|auto|[\w.-]+/[\w.-]+(@[\w./-]+)?)$")
     email: str = Field(pattern=r"^(none|[^@\s]+@[^@\s]+)$")
     monthly_usd: float = Field(ge=0, le=1_000_000)
 
-    @model_validator(mode="after")
-    def _both_or_none(self) -> Self:
-        if bool(self.subnets) != bool(self.security_groups):
+    @field_validator("security_groups")
+    @classmethod
+    def _both_or_none(cls, value: list[str], info: ValidationInfo) -> list[str]:
+        if bool(value) != bool(info.data.get("subnets", value)):
             raise ValueError("subnets and security_groups belong together: give both, or none")
-        return self
+        return value
 
 
 class Images(Section):
@@ -77,6 +78,7 @@ class Compute(Section):
     local_instances: int = Field(ge=1, le=8)
     instance_type: str = Field(pattern=INSTANCE)
     instances: int = Field(ge=1, le=64)
+    process_instance_type: str = Field(pattern=INSTANCE)
     volume_gb: int = Field(ge=1, le=16384)
     max_hours: float = Field(gt=0, le=672)
     spot: bool
@@ -87,11 +89,19 @@ class Compute(Section):
     encrypt_traffic: bool
     remote_debug: bool
 
-    @model_validator(mode="after")
-    def _waits_at_least_as_long_as_it_runs(self) -> Self:
-        if self.spot and self.max_wait_hours < self.max_hours:
-            raise ValueError("max_wait_hours includes the time that a job runs: make it at least max_hours")
-        return self
+    @field_validator("max_wait_hours")
+    @classmethod
+    def _waits_at_least_as_long_as_it_runs(cls, value: float, info: ValidationInfo) -> float:
+        if info.data.get("spot") and value < info.data.get("max_hours", 0):
+            raise ValueError("with spot it includes the time that a job runs: make it at least max_hours")
+        return value
+
+    @field_validator("keep_alive_minutes")
+    @classmethod
+    def _warm_pools_are_not_spot(cls, value: int, info: ValidationInfo) -> int:
+        if info.data.get("spot") and value:
+            raise ValueError("AWS keeps no spot instances warm: set spot to false, or this to 0")
+        return value
 
 
 class Data(Section):
