@@ -21,6 +21,7 @@ import pytest
 
 import imaging
 from inference import inference
+from inference.batcher import split
 from tests.helpers import CLASSES, draw
 from tests.hosting import ANY_IMAGE, JSON, NPY, Running, ask, edited, instances, near, npy, probed, serving, started
 from tests.test_inference import artifact, classifier, photo
@@ -292,13 +293,18 @@ def test_an_answer_that_cannot_be_split_is_asked_for_again_alone(small: Probe) -
     answers = small.together(*[lambda: ask(small.url, photo("left"), ANY_IMAGE)] * 2)
     (small.folder / "whole").unlink()
     assert [answer.json()["images"] for answer in answers] == [1, 1]
+    assert split({"a": [1, 2, 3], "b": [4, 5, 6]}, [1, 2]) == [{"a": [1], "b": [4]}, {"a": [2, 3], "b": [5, 6]}]
+    for prediction in ([1, 2, 3], {"a": [1, 2, 3], "b": [1, 2]}, {"a": [1, 2, 3], "b": "one"}):
+        assert split(prediction, [1, 2]) is None
 
 
 def test_a_model_that_is_stuck(small: Probe) -> None:
     """Its requests end by timeout, and after two of these the server counts as broken, until it is not."""
     (small.folder / "gate").touch()
-    begun = time.monotonic()
-    assert ask(small.url, photo(), ANY_IMAGE).refused(504) == "no answer within 2 s"
+    before, begun = len(small.notes("sizes")), time.monotonic()
+    with ThreadPoolExecutor(2) as pool:  # one inside the model, one waiting
+        for answer in pool.map(lambda label: ask(small.url, photo(label), ANY_IMAGE), ("up", "left")):
+            assert answer.refused(504) == "no answer within 2 s"
     assert small.running.ping() == 200
     small.running.wait_until(503)
     assert 3.9 < time.monotonic() - begun < 30
@@ -307,6 +313,7 @@ def test_a_model_that_is_stuck(small: Probe) -> None:
     (small.folder / "gate").unlink()
     small.running.wait_until(200)
     assert ask(small.url, photo(), ANY_IMAGE).labels() == ["up"]
+    assert small.sizes_after(before) == [1, 1]  # nobody waits for the other answer any more
 
 
 def test_from_loading_to_leaving(handlers: Path, tmp_path: Path) -> None:
@@ -326,6 +333,7 @@ def test_from_loading_to_leaving(handlers: Path, tmp_path: Path) -> None:
         running.process.terminate()
         while running.ping():  # no new connections
             time.sleep(0.05)
+        time.sleep(1)
         (tmp_path / "gate").unlink()
         assert [call.result().labels() for call in calls] == [[label] for label in CLASSES]
         assert running.process.wait(10) == 0
