@@ -94,7 +94,9 @@ def readable(value: Any) -> Any:
 
 def check_golden(name: str, calls: list[Call], ignore: Callable[[str], bool] | None = None) -> None:
     """Compare requests with `golden/<name>.json`; reading calls can be left out with `ignore`."""
-    found = [[operation, readable(parameters)] for operation, parameters in calls if not ignore or not ignore(operation)]
+    found = [
+        [operation, readable(parameters)] for operation, parameters in calls if not ignore or not ignore(operation)
+    ]
     text = json.dumps(found, indent=2, sort_keys=True) + "\n"
     if os.environ.get("UPDATE_GOLDEN"):
         Path(os.environ["UPDATE_GOLDEN"], f"{name}.json").write_text(text, encoding="utf-8")
