@@ -20,6 +20,7 @@ from botocore.validate import ParamValidator
 Call = tuple[str, dict[str, Any]]
 GOLDEN = Path(__file__).with_name("golden")
 VOLATILE = [  # in this order
+    (re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}"), "<uuid>"),
     (re.compile(r"\d{8}-\d{6}-[0-9a-f]{4}"), "<run>"),
     (re.compile(r"\d{14}"), "<time>"),
     (re.compile(r"\b[0-9a-f]{64}\b"), "<sha256>"),
