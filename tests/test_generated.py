@@ -105,7 +105,8 @@ def test_make_prints_every_verb_and_every_verb_expands(bake: Bake) -> None:
         assert printed.stdout == project.make("help").stdout
         verbs = re.findall(r"^  make ([a-z-]+) ", printed.stdout, re.MULTILINE)
         wanted = {"help", "setup", "data", "train-local", "evaluate", "predict", "serve-local", "image"}
-        wanted |= {"plan", "status", "destroy", "doctor", "test", "bench", "lint", "format", "clean"}
+        wanted |= {"bootstrap", "bootstrap-destroy", "plan", "status", "destroy", "doctor", "test"}
+        wanted |= {"bench", "lint", "format", "clean"}
         assert set(verbs) == wanted | ({"track"} if "track.py" in str(project.files()) else set())
         for verb in verbs:
             words = project.make("-n", verb, "DATA=my photos", "RUN=r", "IMAGE=i", "INSTANCE_COUNT=2", "ARGS=--x")

@@ -20,7 +20,7 @@ from botocore.validate import ParamValidator
 Call = tuple[str, dict[str, Any]]
 GOLDEN = Path(__file__).with_name("golden")
 VOLATILE = [  # in this order
-    (re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}"), "<uuid>"),
+    (re.compile(r"\b[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}\b"), "<uuid>"),
     (re.compile(r"\d{8}-\d{6}-[0-9a-f]{4}"), "<run>"),
     (re.compile(r"\d{14}"), "<time>"),
     (re.compile(r"\b[0-9a-f]{64}\b"), "<sha256>"),
@@ -95,9 +95,8 @@ def readable(value: Any) -> Any:
 
 def check_golden(name: str, calls: list[Call], ignore: Callable[[str], bool] | None = None) -> None:
     """Compare requests with `golden/<name>.json`; reading calls can be left out with `ignore`."""
-    found = [
-        [operation, readable(parameters)] for operation, parameters in calls if not ignore or not ignore(operation)
-    ]
+    kept = [call for call in calls if not ignore or not ignore(call[0])]
+    found = [[operation, readable(parameters)] for operation, parameters in kept]
     text = json.dumps(found, indent=2, sort_keys=True) + "\n"
     if os.environ.get("UPDATE_GOLDEN"):
         Path(os.environ["UPDATE_GOLDEN"], f"{name}.json").write_text(text, encoding="utf-8")

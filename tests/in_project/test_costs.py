@@ -23,8 +23,10 @@ NAME = engine.project_name()
 TAGS = [{"Key": "project", "Value": NAME}]
 THEIRS = [{"Key": "project", "Value": f"{NAME}-2"}]
 ROLE = "arn:aws:iam::123456789012:role/execution"
-USD = {"Train:ml.p3.2xlarge": 3.825, "Train:ml.g5.xlarge": 1.408, "Host:ml.m5.large": 0.115, "AsyncInf:ml.m5.large": 0.1,
-       "Processing:ml.m5.large": 0.115, "Tsform:ml.m5.large": 0.115, "ServerlessInf:Mem-4GB": 0.00008}  # fmt: skip
+USD = {
+    "Train:ml.p3.2xlarge": 3.825, "Train:ml.g5.xlarge": 1.408, "Host:ml.m5.large": 0.115, "AsyncInf:ml.m5.large": 0.1,
+    "Processing:ml.m5.large": 0.115, "Tsform:ml.m5.large": 0.115, "ServerlessInf:Mem-4GB": 0.00008,
+}  # fmt: skip
 
 
 def offer(usage: str, *usd: float) -> str:
@@ -148,15 +150,15 @@ def make_endpoint(name: str, tags: list[dict[str, str]] = TAGS, count: int = 1) 
     sagemaker.create_endpoint(EndpointName=name, EndpointConfigName=unique, Tags=tags)
 
 
-def attach(settings: Settings, name: str, prefix: str = NAME) -> None:
+def attach(settings: Settings, name: str) -> None:
     """The end schedule, an alarm and autoscaling of an endpoint."""
     cloud.client(settings, "scheduler").create_schedule(
-        Name=f"{prefix}-end-{name}", ScheduleExpression="at(2030-01-02T03:04:05)", FlexibleTimeWindow={"Mode": "OFF"},
+        Name=f"{name}-end", ScheduleExpression="at(2030-01-02T03:04:05)", FlexibleTimeWindow={"Mode": "OFF"},
         Target={"Arn": "arn:aws:scheduler:::aws-sdk:sagemaker:deleteEndpoint", "RoleArn": ROLE,
                 "Input": json.dumps({"EndpointName": name})},
     )  # fmt: skip
     cloud.client(settings, "cloudwatch").put_metric_alarm(
-        AlarmName=f"{prefix}-{name}-backlog", MetricName="HasBacklogWithoutCapacity", Namespace="AWS/SageMaker",
+        AlarmName=f"{name}-backlog", MetricName="HasBacklogWithoutCapacity", Namespace="AWS/SageMaker",
         Statistic="Average", Dimensions=[{"Name": "EndpointName", "Value": name}], Period=60, EvaluationPeriods=2,
         Threshold=1, ComparisonOperator="GreaterThanOrEqualToThreshold",
     )  # fmt: skip
@@ -185,7 +187,7 @@ class Jobs:
         aws.answers["DescribeProcessingJob"] = {"ProcessingResources": {"ClusterConfig": machines}}
         aws.answers["DescribeTransformJob"] = {"TransformResources": machines}
         aws.answers["DescribeHyperParameterTuningJob"] = {}
-        aws.answers["UpdateTrainingJob"] = lambda p: self.pools.discard(p["TrainingJobName"]) or {}
+        aws.answers["UpdateTrainingJob"] = self.release
         tags = {"Tags": TAGS}
         aws.answers["ListTags"] = lambda p: {"Tags": THEIRS} if p["ResourceArn"].split("/")[-1] in self.theirs else tags
 
@@ -205,6 +207,10 @@ class Jobs:
         more = {"NextToken": str(first + 1)} if first + 1 < len(names) else {}
         kind = "HyperParameterTuningJob" if kind.startswith("Hyper") else kind
         return {f"{kind}Summaries": summaries, **more}
+
+    def release(self, parameters: dict[str, Any]) -> dict[str, Any]:
+        self.pools.discard(parameters["TrainingJobName"])
+        return {}
 
     def stop(self, kind: str, name: str) -> dict[str, Any]:
         """It takes one more look until it is gone."""
@@ -236,16 +242,21 @@ def test_status_shows_everything_of_the_project_with_its_price(aws: Recorder, se
     for item in items:
         counts[item.kind] = counts.get(item.kind, 0) + 1
     assert counts == {"tuning job": 3, "training job": 3, "processing job": 3, "transform job": 3, "warm pool": 1,
-                      "endpoint": 2, "endpoint config": 2, "model": 2, "end schedule": 2, "alarm": 2,
+                      "endpoint": 2, "endpoint config": 2, "model": 2, "end schedule": 1, "alarm": 2,
                       "autoscaling": 2}  # fmt: skip
     assert not [item for item in items if item.name in (f"{NAME}-2", f"{NAME}-2-job", f"{NAME}-2-v1")]
     text = "\n".join(lines)
-    assert re.search(rf"endpoint +{NAME} .*0\.230 USD/h  2 x ml\.m5\.large, InService  until at\(2030-01-02", text)
+    assert re.search(rf"endpoint +{NAME} .*0\.230 USD/h  2 x ml\.m5\.large, InService  until 2030-01-02", text)
     assert re.search(r"endpoint +by-another-name .* 0\.115 USD/h .*NO END: nothing deletes it", text)
     assert re.search(r"training job .*2026-01-01 00:00 +\d+ d +7\.650 USD/h  2 x ml\.p3\.2xlarge, spot", text)
     assert re.search(rf"warm pool +{NAME}-idle .*7\.650 USD/h", text)
     total = 4 * 7.65 + 6 * 0.23 + 0.345
     assert lines[-1] == f"in all at most {total:.3f} USD an hour, storage and requests apart"
+    reading: dict[str, dict[str, Any]] = {}
+    for operation, parameters in aws:
+        if operation.startswith(("List", "Describe", "Get")):
+            reading.setdefault(operation, parameters)
+    check_golden("status", list(reading.items()))
 
 
 def test_status_counts_what_has_no_price(aws: Recorder, settings: Settings) -> None:
@@ -254,6 +265,14 @@ def test_status_counts_what_has_no_price(aws: Recorder, settings: Settings) -> N
     lines = status.table(inventory.everything(settings))
     assert "price unknown" in lines[0]
     assert lines[-1].startswith("in all at most 0.000 USD an hour and 1 of unknown price")
+
+
+def test_what_belongs_to_an_endpoint_of_another_name(settings: Settings) -> None:
+    make_endpoint("by-another-name")
+    attach(settings, "by-another-name")
+    lines = status.table(inventory.everything(settings))
+    assert [line.split()[0] for line in lines] == ["endpoint", "endpoint", "model", "end", "alarm", "autoscaling", "in"]
+    assert "until 2030-01-02T03:04:05 UTC" in lines[0]
 
 
 def test_serverless_and_async_endpoints(aws: Recorder, settings: Settings) -> None:
@@ -312,7 +331,7 @@ def test_tags_that_may_not_be_read(aws: Recorder, settings: Settings) -> None:
     aws.answers["ListTags"] = refusal("AccessDeniedException")
     assert inventory.everything(settings) == []
     make_endpoint(NAME)
-    with pytest.raises(UserError, match="listing what the project has in AWS failed.*make doctor"):
+    with pytest.raises(UserError, match=r"listing what the project has in AWS failed.*make doctor"):
         inventory.everything(settings)
 
 
@@ -332,7 +351,7 @@ def test_after_destroy_nothing_of_the_project_bills_and_nothing_of_others_is_tou
     assert original.list_endpoints()["Endpoints"]
     aws.clear()
 
-    def still_creating(parameters: dict[str, Any]) -> Any:
+    def still_creating(_: dict[str, Any]) -> Any:
         """The first time an endpoint cannot be deleted, the second time moto does it."""
         del aws.answers["DeleteEndpoint"]
         raise busy.pop()
@@ -360,7 +379,7 @@ def test_after_destroy_nothing_of_the_project_bills_and_nothing_of_others_is_tou
     printed = capsys.readouterr().out
     assert printed.index("in all at most") < printed.index("removing ")
     assert f"waiting for tuning job {NAME}-a" in printed
-    assert [item for item in inventory.everything(settings)] == []
+    assert inventory.everything(settings) == []
     assert jobs.pools == {f"{NAME}-2-job"}
     assert all(running == {f"{NAME}-2-job": "InProgress"} for running in jobs.running.values())
     for listed, name in (
@@ -370,10 +389,10 @@ def test_after_destroy_nothing_of_the_project_bills_and_nothing_of_others_is_tou
     ):
         (left,) = getattr(original, listed)()[f"{name}s"]
         assert left[f"{name}Name"].startswith(f"{NAME}-2")
-    (schedule,) = cloud.client(settings, "scheduler").list_schedules()["Schedules"]
+    schedules = cloud.client(settings, "scheduler").list_schedules()["Schedules"]
     (alarm,) = cloud.client(settings, "cloudwatch").describe_alarms()["MetricAlarms"]
-    assert schedule["Name"] == f"{NAME}-end-{NAME}-2"
-    assert alarm["AlarmName"] == f"{NAME}-{NAME}-2-backlog"
+    assert {schedule["Name"] for schedule in schedules} == {f"{NAME}-2-end", f"{NAME}-gone-end"}
+    assert alarm["AlarmName"] == f"{NAME}-2-backlog"
     check_golden("destroy", changes(aws))
     aws.clear()
     destroy.destroy(settings, None, yes=True)
@@ -397,7 +416,7 @@ def test_destroy_of_one_endpoint_leaves_the_others(aws: Recorder, settings: Sett
 
 def test_destroy_asks_first(aws: Recorder, settings: Settings) -> None:
     make_endpoint(NAME)
-    with pytest.raises(UserError, match="nobody is there to answer; say YES=1"):
+    with pytest.raises(UserError, match=r"nobody is there to answer; say YES=1"):
         destroy.destroy(settings, None, yes=False)
     assert not changes(aws)
 

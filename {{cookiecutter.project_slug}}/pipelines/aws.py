@@ -150,5 +150,13 @@ def confirm(plan: str, yes: bool) -> None:
         return
     if not sys.stdin.isatty():
         raise UserError("nobody is there to answer; say YES=1 to go on")
-    if input("go on? [y/N] ").strip().lower() not in ("y", "yes"):
-        raise UserError("nothing was created")
+    if ask("go on? [y/N]").lower() not in ("y", "yes"):
+        raise UserError("nothing was done")
+
+
+def ask(question: str) -> str:
+    """What somebody types; nothing when that is the end of the input."""
+    try:
+        return input(f"{question} ").strip()
+    except EOFError:
+        return ""

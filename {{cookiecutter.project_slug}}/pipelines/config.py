@@ -49,6 +49,9 @@ class Aws(Section):
     subnets: list[str]
     security_groups: list[str]
     budget_usd: float = Field(gt=0)
+    github: str = Field(pattern=r"^(none|auto|[\w.-]+/[\w.-]+(@[\w./-]+)?)$")
+    email: str = Field(pattern=r"^(none|[^@\s]+@[^@\s]+)$")
+    monthly_usd: float = Field(ge=0, le=1_000_000)
 
     @model_validator(mode="after")
     def _both_or_none(self) -> Self:

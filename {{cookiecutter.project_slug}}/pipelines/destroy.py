@@ -34,16 +34,16 @@ def destroy(settings: Settings, endpoint: str | None, yes: bool) -> None:
         print(f"there is nothing of {where} to remove")
         return
     aws.confirm("\n".join([f"removes of {where}, keeping data, images and results:", *status.table(found)]), yes)
-    names = {(item.kind, item.name) for item in found} if endpoint else None
+    names = {_key(item) for item in found} if endpoint else None
     scaling = [item for item in found if item.kind == "autoscaling"]
     kept = _remove(settings, scaling)  # first, or it would start instances meanwhile
     refused, left = _until_gone(settings, names, found)
     if not left:  # the schedule that ends an endpoint outlives it, and so does its config, which says what it costs
-        rest = [item for item in found if not item.bills and item not in scaling]
-        refused = kept | _remove(settings, rest)
-        left = [item for item in _again(settings, names) if item.bills or refused.get((item.kind, item.name))]
+        rest = [item for item in found if not item.bills and (item not in scaling or _key(item) in kept)]
+        refused = _remove(settings, rest)
+        left = [item for item in rest if _key(item) in refused]
     if left:
-        reasons = [f"{item.kind} {item.name}{refused.get((item.kind, item.name), '')}" for item in left]
+        reasons = [f"{item.kind} {item.name}{refused.get(_key(item), '')}" for item in left]
         raise UserError(f"still there: {'; '.join(reasons)}. Do it again, or see `make status`")
     print("nothing is left that costs by the hour")
 
@@ -65,9 +65,8 @@ def chosen(items: list[Item], endpoint: str | None) -> list[Item]:
     return [item for item in items if item is mine or item.of == endpoint or (item.kind in parts and item.name in used)]
 
 
-def _again(settings: Settings, names: set[tuple[str, str]] | None) -> list[Item]:
-    items = inventory.everything(settings)
-    return items if names is None else [item for item in items if (item.kind, item.name) in names]
+def _key(item: Item) -> tuple[str, str]:
+    return item.kind, item.name
 
 
 def _until_gone(
@@ -79,8 +78,10 @@ def _until_gone(
     deadline = time.monotonic() + PATIENCE
     while left and time.monotonic() < deadline:
         refused = _remove(settings, [item for item in left if not item.detail.endswith(LEAVING)])
-        left = [item for item in _again(settings, names) if item.bills]
-        if left and all(DENIED in refused.get((item.kind, item.name), "") for item in left):
+        left = [
+            item for item in inventory.everything(settings) if item.bills and (names is None or _key(item) in names)
+        ]
+        if left and all(DENIED in refused.get(_key(item), "") for item in left):
             break
         if left:
             print(f"waiting for {', '.join(f'{item.kind} {item.name}' for item in left)}", flush=True)
@@ -101,8 +102,10 @@ def _remove(settings: Settings, items: list[Item]) -> dict[tuple[str, str], str]
                 print(f"removing {item.kind} {item.name}", flush=True)
             except ClientError as error:
                 details = error.response["Error"]
+                if aws.missing(error) or details["Code"] == "ObjectNotFoundException":
+                    continue
                 denied = f", {DENIED}" if details["Code"] in aws.REASONS["denied"] else ""
-                refused[item.kind, item.name] = f" ({' '.join(details['Message'].split())}{denied})"
+                refused[_key(item)] = f" ({' '.join(details['Message'].split())}{denied})"
     return refused
 
 

@@ -6,9 +6,8 @@ It is the tag `project` that makes a thing the project's: another project's name
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
@@ -50,7 +49,7 @@ class Item:
     usd: float | None = 0.0
     bills: bool = False
     uses: tuple[str, ...] = ()
-    of: str = field(default="")
+    of: str = ""
 
 
 def everything(settings: Settings) -> list[Item]:
@@ -70,15 +69,8 @@ def everything(settings: Settings) -> list[Item]:
             for summary in _ours(sagemaker, _pages(sagemaker, f"list_{_snake(word)}s", f"{word}s"), word):
                 removal = ("sagemaker", f"delete_{_snake(word)}", {f"{word}Name": summary[f"{word}Name"]})
                 endpoints.append(Item(kind, summary[f"{word}Name"], summary["CreationTime"], "", removal))
-        ours, theirs = {item.name for item in endpoints if item.bills}, {item["EndpointName"] for item in listed}
-        project = engine.project_name()
-
-        def belongs(name: str) -> bool:
-            """Whether an endpoint is, or was, the project's."""
-            gone = name not in theirs and (name == project or name.startswith(f"{project}-"))
-            return name in ours or gone
-
-        return found + endpoints + _attached(settings, belongs)
+        ours, all_names = {item.name for item in endpoints if item.bills}, {item["EndpointName"] for item in listed}
+        return found + endpoints + _attached(settings, ours, all_names)
 
 
 def _pages(client: Any, operation: str, key: str, **parameters: Any) -> list[dict[str, Any]]:
@@ -184,24 +176,35 @@ def _price(settings: Settings, use: str, instance: str, count: int) -> float | N
     return None if price is None else price * count
 
 
-def _attached(settings: Settings, belongs: Callable[[str], bool]) -> list[Item]:
-    """What keeps an endpoint company: the schedule that ends it, alarms, scaling."""
-    project, items = engine.project_name(), []
-    scheduler = aws.client(settings, "scheduler")
-    for schedule in _pages(scheduler, "list_schedules", "Schedules", NamePrefix=project):
-        if schedule["Target"]["Arn"].endswith(":sagemaker:deleteEndpoint"):
+def _attached(settings: Settings, ours: set[str], all_names: set[str]) -> list[Item]:
+    """What keeps an endpoint company: the schedule that ends it, alarms, scaling; the last two also when it is gone.
+
+    A schedule without an endpoint fires and deletes itself; it may as well be of one that is about to be made.
+    """
+    project, items = engine.project_name(), list[Item]()
+
+    def belongs(name: str) -> bool:
+        gone = name not in all_names and (name == project or name.startswith(f"{project}-"))
+        return name in ours or gone
+
+    scheduler, cloudwatch = aws.client(settings, "scheduler"), aws.client(settings, "cloudwatch")
+    for prefix in sorted({project, *(name for name in ours if not name.startswith(project))}):
+        for schedule in _pages(scheduler, "list_schedules", "Schedules", NamePrefix=prefix):
+            if not schedule["Target"]["Arn"].endswith(":sagemaker:deleteEndpoint"):
+                continue
             where = {"Name": schedule["Name"], "GroupName": schedule["GroupName"]}
             facts = scheduler.get_schedule(**where)
-            endpoint, when = json.loads(facts["Target"]["Input"])["EndpointName"], facts["ScheduleExpression"]
-            if belongs(endpoint):
+            endpoint = json.loads(facts["Target"]["Input"])["EndpointName"]
+            when = facts["ScheduleExpression"].removeprefix("at(").removesuffix(")")
+            if endpoint in ours:
                 removal = ("scheduler", "delete_schedule", where)
                 items.append(Item("end schedule", schedule["Name"], facts["CreationDate"], when, removal, of=endpoint))
-    for alarm in _pages(aws.client(settings, "cloudwatch"), "describe_alarms", "MetricAlarms", AlarmNamePrefix=project):
-        for dimension in alarm.get("Dimensions", []):
-            if dimension["Name"] == "EndpointName" and belongs(dimension["Value"]):
+        for alarm in _pages(cloudwatch, "describe_alarms", "MetricAlarms", AlarmNamePrefix=prefix):
+            names = [entry["Value"] for entry in alarm.get("Dimensions", []) if entry["Name"] == "EndpointName"]
+            if names and belongs(names[0]):
                 removal = ("cloudwatch", "delete_alarms", {"AlarmNames": [alarm["AlarmName"]]})
                 since, state = alarm["AlarmConfigurationUpdatedTimestamp"], alarm["StateValue"]
-                items.append(Item("alarm", alarm["AlarmName"], since, state, removal, of=dimension["Value"]))
+                items.append(Item("alarm", alarm["AlarmName"], since, state, removal, of=names[0]))
     listed = _pages(
         aws.client(settings, SCALING), "describe_scalable_targets", "ScalableTargets", ServiceNamespace="sagemaker"
     )
