@@ -47,6 +47,7 @@ ANYWHERE = {  # actions that AWS cannot scope to a resource, and why the verbs o
     ),
     **dict.fromkeys(
         ("sagemaker:ListEndpointConfigs", "sagemaker:ListEndpoints", "sagemaker:ListModels",
+         "sagemaker:ListHyperParameterTuningJobs", "sagemaker:ListTransformJobs",
          "sagemaker:ListProcessingJobs", "sagemaker:ListTrainingJobs", "scheduler:ListSchedules",
          "application-autoscaling:DescribeScalableTargets", "application-autoscaling:DescribeScalingPolicies",
          "cloudwatch:DescribeAlarms", "cloudwatch:GetMetricData", "pricing:GetProducts",

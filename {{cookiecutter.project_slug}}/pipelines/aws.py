@@ -52,13 +52,13 @@ class Stack:
     scheduler_role: str
 
 
-def client(settings: Settings, service: str) -> Any:
-    """A boto3 client in `aws.region` that gives up after a bounded number of attempts."""
+def client(settings: Settings, service: str, region: str | None = None) -> Any:
+    """A boto3 client, in `aws.region` unless told otherwise, that gives up after a bounded number of attempts."""
     import boto3
     from botocore.config import Config
 
     limits = Config(retries={"mode": "standard", "max_attempts": ATTEMPTS}, connect_timeout=10, read_timeout=60)
-    return boto3.client(service, region_name=settings.aws.region, config=limits)
+    return boto3.client(service, region_name=region or settings.aws.region, config=limits)
 
 
 @contextlib.contextmanager
