@@ -23,6 +23,7 @@ VOLATILE = [  # in this order
     (re.compile(r"\d{8}-\d{6}-[0-9a-f]{4}"), "<run>"),
     (re.compile(r"\d{14}"), "<time>"),
     (re.compile(r"\b[0-9a-f]{64}\b"), "<sha256>"),
+    (re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}"), "<uuid>"),
     (re.compile(r"(training|serving)-[0-9a-f]{12}"), r"\1-<hash>"),
     (re.compile(r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d(\.\d+)?(\+00:00|Z)?"), "<date>"),
 ]
@@ -94,7 +95,8 @@ def readable(value: Any) -> Any:
 
 def check_golden(name: str, calls: list[Call], ignore: Callable[[str], bool] | None = None) -> None:
     """Compare requests with `golden/<name>.json`; reading calls can be left out with `ignore`."""
-    found = [[operation, readable(parameters)] for operation, parameters in calls if not ignore or not ignore(operation)]
+    wanted = (call for call in calls if not ignore or not ignore(call[0]))
+    found = [[operation, readable(parameters)] for operation, parameters in wanted]
     text = json.dumps(found, indent=2, sort_keys=True) + "\n"
     if os.environ.get("UPDATE_GOLDEN"):
         Path(os.environ["UPDATE_GOLDEN"], f"{name}.json").write_text(text, encoding="utf-8")

@@ -51,13 +51,13 @@ class Stack:
     scheduler_role: str
 
 
-def client(settings: Settings, service: str) -> Any:
-    """A boto3 client in `aws.region` that gives up after a bounded number of attempts."""
+def client(settings: Settings, service: str, region: str | None = None) -> Any:
+    """A boto3 client, in `aws.region` unless told otherwise, that gives up after a bounded number of attempts."""
     import boto3
     from botocore.config import Config
 
     limits = Config(retries={"mode": "standard", "max_attempts": ATTEMPTS}, connect_timeout=10, read_timeout=60)
-    return boto3.client(service, region_name=settings.aws.region, config=limits)
+    return boto3.client(service, region_name=region or settings.aws.region, config=limits)
 
 
 @contextlib.contextmanager
@@ -152,3 +152,12 @@ def confirm(plan: str, yes: bool) -> None:
         raise UserError("nobody is there to answer; say YES=1 to go on")
     if input("go on? [y/N] ").strip().lower() not in ("y", "yes"):
         raise UserError("nothing was created")
+
+
+def kms_arn(settings: Settings) -> str | None:
+    """The ARN of `aws.kms_key`: an alias is not taken everywhere. None for the account's default keys."""
+    key = settings.aws.kms_key
+    if key == "none" or ":key/" in key:
+        return None if key == "none" else key
+    with explained(f"looking up {key}, which is aws.kms_key"):
+        return str(client(settings, "kms").describe_key(KeyId=key)["KeyMetadata"]["Arn"])
