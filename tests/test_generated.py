@@ -55,11 +55,11 @@ OTHER_HOSTS = {"RAY_PYTHON": "ray", "TORCHSERVE_PYTHON": "torchserve"}  # variab
 
 def add_tests(project: Project) -> list[str]:
     """Put the tests of `tests/in_project` among the project's own; gives their names."""
-    names = []
-    for path in sorted((TEMPLATE / "tests" / "in_project").glob("*.py")):
+    names, source = [], TEMPLATE / "tests" / "in_project"
+    shutil.copytree(source / "golden", project.path / "tests" / "golden")
+    for path in sorted(source.glob("*.py")):
         shutil.copy(path, project.path / "tests" / path.name)
         names += [f"tests/{path.name}"] if path.name.startswith("test_") else []
-    shutil.copytree(TEMPLATE / "tests" / "in_project" / "golden", project.path / "tests" / "golden")
     return names
 
 
@@ -105,7 +105,7 @@ def test_make_prints_every_verb_and_every_verb_expands(bake: Bake) -> None:
         printed = project.make()
         assert printed.stdout == project.make("help").stdout
         verbs = re.findall(r"^  make ([a-z-]+) ", printed.stdout, re.MULTILINE)
-        wanted = {"help", "setup", "data", "train-local", "evaluate", "predict", "serve-local", "batch-local", "image", "test", "bench", "lint", "format", "clean", "bootstrap", "bootstrap-destroy", "bench-serve", "image-push", "process", "train", "logs", "pull", "plan", "status", "destroy", "doctor"}
+        wanted = {"help", "setup", "data", "train-local", "evaluate", "predict", "serve-local", "batch-local", "image", "test", "bench", "lint", "format", "clean", "bootstrap", "bootstrap-destroy", "bench-serve", "image-push", "process", "train", "logs", "pull", "plan", "status", "destroy", "doctor", "deploy", "invoke", "shift-traffic"}
         assert set(verbs) == wanted | ({"track"} if "track.py" in str(project.files()) else set())
         for verb in verbs:
             words = project.make("-n", verb, "DATA=my photos", "RUN=r", "IMAGE=i", "INSTANCE_COUNT=2", "ARGS=--x")
