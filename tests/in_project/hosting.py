@@ -351,6 +351,11 @@ _errors = {"memory": MemoryError("secret"), "stop": StopIteration("secret"), "ex
            "time": TimeoutError("secret"), "value": ValueError("secret"), "forbidden": RequestError(403, "not you"),
            "strange": RequestError(200, "secret"), "modules": RequestError(400, "")}
 _codes = dict(enumerate(_errors))
+_fit = fit
+
+
+def fit(batch, model):  # some batches below are lists of something else
+    return _fit(batch, model) if isinstance(batch, list) and all(hasattr(one, "shape") for one in batch) else batch
 
 
 def _note(name, text):

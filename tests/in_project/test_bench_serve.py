@@ -56,7 +56,7 @@ def test_the_photo_is_always_the_same_and_as_large_as_said() -> None:
 @pytest.mark.parametrize("ending", ["wait()", "communicate(b''); input()"])
 def test_the_cpu_of_a_whole_process_tree_counts(ending: str) -> None:
     """Of a child that lives, and of one that has ended."""
-    child = "import time\nwhile time.process_time() < 0.5: pass\ninput()"
+    child = "import time\nwhile time.process_time() < 0.6: pass\ninput()"
     code = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {child!r}]).{ending}"
     if "communicate" in ending:
         code = code.replace("])", "], stdin=subprocess.PIPE)")

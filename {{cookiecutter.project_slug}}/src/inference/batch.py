@@ -139,8 +139,9 @@ def _read(artifact: Artifact, path: Path) -> Any:
         size, limit = path.stat().st_size, artifact.handlers.payload.LIMITS.max_bytes
         if size > limit:
             return f"the file has {size} bytes, more than the limit of {limit}"
-        (image,) = artifact.handlers.input_fn(path.read_bytes(), "application/x-image")
-        return artifact.handlers.imaging.fit(image, artifact.model.image_size)
+        batch = artifact.handlers.input_fn(path.read_bytes(), "application/x-image")
+        (image,) = artifact.handlers.fit(batch, artifact.model)
+        return image
     except Exception as error:  # handlers may be the user's: whatever they raise concerns this image only
         return str(getattr(error, "strerror", None) or error) or repr(error)
 

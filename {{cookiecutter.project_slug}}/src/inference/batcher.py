@@ -87,12 +87,9 @@ class Batcher:
         return rendered if isinstance(rendered, tuple) else (rendered, "application/json")
 
     def _decode(self, body: bytes, content_type: str | None, context: Any) -> Any:
-        """Images are fitted to the model at once: what waits then is small, however large they came."""
-        batch = call(self._handlers.input_fn, body, content_type, context)
-        size, imaging = getattr(self._model, "image_size", None), getattr(self._handlers, "imaging", None)
-        if size and imaging and isinstance(batch, list):
-            return [imaging.fit(image, size) if is_image(image) else image for image in batch]
-        return batch
+        """Where the handlers have a function `fit`, it makes images small before they wait, however large they came."""
+        batch, fit = call(self._handlers.input_fn, body, content_type, context), getattr(self._handlers, "fit", None)
+        return call(fit, batch, self._model) if fit else batch
 
     async def _work(self) -> None:
         """Merge what waits, compute, hand out; for as long as the server runs."""
@@ -184,11 +181,6 @@ def import_handlers(code: Path) -> ModuleType:
 def is_batch(batch: Any) -> bool:
     """Whether it can be merged: a list of images, or an array. Tensors, tables and the like go alone."""
     return isinstance(batch, list) or (type(batch).__name__ == "ndarray" and batch.ndim > 0)
-
-
-def is_image(value: Any) -> bool:
-    """Whether it is a decoded image, as `imaging.decode` gives it."""
-    return getattr(value, "dtype", None) == "uint8" and value.shape[2:] == (3,)
 
 
 def mergeable(first: Any, second: Any) -> bool:

@@ -179,11 +179,16 @@ def predict_fn(batch: Batch | Refusal, classifier: Classifier, context: Any = No
         return _refuse(error, context)
 
 
+def fit(batch: Batch, classifier: Classifier) -> Batch:
+    """Bring images to the model's size. A host may do so itself before requests wait: what waits is small then."""
+    return [imaging.fit(image, classifier.image_size) for image in batch] if isinstance(batch, list) else batch
+
+
 def classify(batch: Batch, classifier: Classifier) -> dict[str, Any]:
     """What `predict_fn` does, without a context."""
-    size = classifier.image_size
+    size, batch = classifier.image_size, fit(batch, classifier)
     if isinstance(batch, list):
-        pixels = np.stack([imaging.fit(image, size) for image in batch])
+        pixels = np.stack(batch)
         inputs = imaging.normalise(torch.from_numpy(pixels).to(classifier.device), classifier.mean, classifier.std)
     else:
         if batch.shape[1:] != (3, size, size):
