@@ -433,7 +433,10 @@ def test_destroy_asks_first(aws: Recorder, settings: Settings) -> None:
     assert not changes(aws)
 
 
-def test_destroy_names_what_it_may_not_remove_and_removes_the_rest(aws: Recorder, settings: Settings) -> None:
+def test_destroy_names_what_it_may_not_remove_and_removes_the_rest(
+    aws: Recorder, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(destroy, "PATIENCE", 5.0)
     make_endpoint(NAME)
     make_endpoint(f"{NAME}-b")
     original, denied = aws.answers, refusal("AccessDeniedException", message="not authorized")
