@@ -16,6 +16,7 @@ from pipelines import aws as cloud
 from pipelines import destroy, engine, inventory, plan, prices, status
 from pipelines.config import Settings, load
 from pipelines.console import UserError
+from pipelines.inventory import Item
 from tests.cloud import Recorder, aws, check_golden
 
 __all__ = ["aws"]  # a fixture
@@ -289,6 +290,9 @@ def test_serverless_and_async_endpoints(aws: Recorder, settings: Settings) -> No
     }
     (item,) = (item for item in inventory.everything(settings) if item.kind == "endpoint")
     assert (item.usd, item.detail) == (None, "1 x ml.m5.large, 2 x x, InService")
+    del aws.answers["DescribeEndpointConfig"]["ShadowProductionVariants"]
+    (item,) = (item for item in inventory.everything(settings) if item.kind == "endpoint")
+    assert item.usd == 0.1  # not the price of a real-time endpoint
     del aws.answers["DescribeEndpointConfig"]
     facts = {"EndpointConfigName": f"{NAME}-v1", "EndpointStatus": "InService", "CreationTime": datetime.now(UTC)}
     zero = [{"VariantName": "AllTraffic", "CurrentInstanceCount": 0, "DesiredInstanceCount": 0}]
@@ -414,6 +418,14 @@ def test_destroy_of_one_endpoint_leaves_the_others(aws: Recorder, settings: Sett
     assert {item.name for item in inventory.everything(settings) if item.kind == "endpoint"} == {"by-another-name"}
 
 
+def test_destroy_of_one_endpoint_leaves_a_model_that_another_may_use() -> None:
+    now = datetime.now(UTC)
+    nothing: tuple[str, str, dict[str, Any]] = ("sagemaker", "delete_model", {})
+    one = Item("endpoint", "one", now, "", nothing, bills=True, uses=("one-v1", "shared", "one-model"))
+    models = [Item("model", name, now, "", nothing) for name in ("shared", "one-model", "one-old")]
+    assert destroy.chosen([one, *models], "one") == [one, models[1]]
+
+
 def test_destroy_asks_first(aws: Recorder, settings: Settings) -> None:
     make_endpoint(NAME)
     with pytest.raises(UserError, match=r"nobody is there to answer; say YES=1"):
@@ -421,7 +433,10 @@ def test_destroy_asks_first(aws: Recorder, settings: Settings) -> None:
     assert not changes(aws)
 
 
-def test_destroy_names_what_it_may_not_remove_and_removes_the_rest(aws: Recorder, settings: Settings) -> None:
+def test_destroy_names_what_it_may_not_remove_and_removes_the_rest(
+    aws: Recorder, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(destroy, "PATIENCE", 5.0)
     make_endpoint(NAME)
     make_endpoint(f"{NAME}-b")
     original, denied = aws.answers, refusal("AccessDeniedException", message="not authorized")

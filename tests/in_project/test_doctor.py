@@ -190,6 +190,7 @@ def test_expired_credentials_fail(
         ("public.ecr.aws/docker/library/python:3.12-slim", date(2026, 11, 21), "ok", "until 2028-10-31"),
         ("python:3.12-slim-bookworm", date(2028, 3, 31), "ok", "until 2028-06-30"),
         ("python:3.12-slim-bookworm", date(2028, 4, 1), "warn", "until 2028-06-30"),
+        ("python:3.120", date(2026, 11, 21), "warn", "not known"),
         ("python:3.1", date(2026, 11, 21), "warn", "not known"),
         ("example.amazonaws.com/pytorch-inference:2.6.0-cpu", date(2026, 6, 30), "warn", "until"),
         ("example.amazonaws.com/pytorch-inference:2.6.0-cpu", date(2026, 7, 1), "fail", "since"),
