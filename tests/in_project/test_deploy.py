@@ -245,11 +245,14 @@ def test_everything_that_a_realtime_endpoint_can_have(hosting: Hosting, monkeypa
     assert not targets["ScalableTargets"], "max_instances=1 ends the scaling"
 
 
-def test_two_variants_and_moving_requests(hosting: Hosting, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_variants_and_moving_requests(
+    hosting: Hosting, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     run("endpoint.max_instances=2")
     start = len(hosting.calls)
     hosting.variants.clear()
-    run("endpoint.max_instances=2", run="20261121-093000-a1b2", weight=10)
+    run("endpoint.max_instances=2", "endpoint.alarms=[cv-5xx]", run="20261121-093000-a1b2", weight=10)
+    assert "do not apply" in capsys.readouterr().out
     check_golden("deploy_second_variant", written(Recorder(hosting.calls[start:])))
     assert set(hosting.variants) == {rollout.SECOND}, "the golden samples ask the new variant"
     monkeypatch.setattr(sys, "argv", ["shift-traffic", "--variant", rollout.SECOND, "--weight", "25",

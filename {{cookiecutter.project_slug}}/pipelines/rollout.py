@@ -137,9 +137,13 @@ def start(settings: Settings, plan: Plan) -> None:
     endpoints.unscale(settings, plan.name, sorted(before - after))
     endpoint = Endpoint.get(endpoint_name=plan.name, region=region)
     endpoint.endpoint_config_name = plan.config
-    wanted = settings.endpoint.rollout != "all_at_once" or settings.endpoint.alarms
-    guarded = wanted and settings.endpoint.type != "serverless" and before == after  # AWS guards no other updates
-    endpoint.update(**({"deployment_config": _steps(settings)} if guarded else {}))  # else all at once, without a pause
+    options = {}
+    if settings.endpoint.rollout != "all_at_once" or settings.endpoint.alarms:
+        if settings.endpoint.type != "serverless" and before == after:
+            options["deployment_config"] = _steps(settings)
+        else:
+            print("endpoint.rollout and endpoint.alarms do not apply: AWS makes such an update all at once", flush=True)
+    endpoint.update(**options)
 
 
 def _steps(settings: Settings) -> Any:
