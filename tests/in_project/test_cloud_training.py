@@ -532,7 +532,7 @@ def docker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     program.parent.mkdir()
     program.write_text(
         f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\ncase "$1 $*" in\n'
-        f"login*) cat > {tmp_path}/stdin;;\n*--format*) echo ${{ARCH:-amd64}};;\n"
+        f"login*) cat > {tmp_path}/stdin;;\n*inspect*) echo '[{{\"Architecture\": \"'${{ARCH:-amd64}}'\"}}]';;\n"
         '"push "*) echo denied >&2; exit ${PUSH:-0};;\nesac\n'
     )
     program.chmod(0o755)

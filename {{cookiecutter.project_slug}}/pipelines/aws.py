@@ -166,27 +166,6 @@ def ask(question: str) -> str:
         return ""
 
 
-def afford(settings: Settings, plan: str, cost: float | None, yes: bool) -> None:
-    """Show what will be created and the most it can cost; above `aws.budget_usd` go on only when YES=1 says so.
-
-    Args:
-        settings: with the budget.
-        plan: what will be created, and where.
-        cost: in USD, at most; None when the price is not known, which counts as over budget.
-        yes: whether YES=1 was given.
-
-    Raises:
-        UserError: when it is over budget.
-    """
-    known = "a price that is not known" if cost is None else f"at most {cost:.2f} USD"
-    print(f"{plan}\ncosts {known}, storage and traffic apart", flush=True)
-    if not yes and (cost is None or cost > settings.aws.budget_usd):
-        raise UserError(
-            f"{known} is over aws.budget_usd ({settings.aws.budget_usd:g} USD), so nothing was created; "
-            "say YES=1 to go on, or raise the budget"
-        )
-
-
 def kms_arn(settings: Settings) -> str | None:
     """The ARN of `aws.kms_key`: an alias is not taken everywhere. None for the account's default keys."""
     key = settings.aws.kms_key

@@ -8,6 +8,7 @@ An image's tag is a hash of all that goes into it, so a stale image is another o
 from __future__ import annotations
 
 import base64
+import json
 import subprocess
 
 from pipelines import aws, console, engine
@@ -60,7 +61,8 @@ def push(settings: Settings, stack: aws.Stack, target: engine.Target) -> None:
         local = engine.image(settings, target)
     except engine.EngineError as error:
         raise UserError(f"{error}. Or push from another machine: `make image-push`") from error
-    made = _docker("image", "inspect", "--format", "{{.Architecture}}", local).stdout.strip()
+    facts = json.loads(_docker("image", "inspect", local).stdout or "[{}]")
+    made = facts[0].get("Architecture")
     if made != ARCHITECTURE:
         raise UserError(
             f"{local} is built for {made or 'an unknown processor'}, SageMaker runs {ARCHITECTURE}; build it "

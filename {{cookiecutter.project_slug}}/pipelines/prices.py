@@ -63,6 +63,17 @@ def check_budget(settings: Settings, dollars_at_most: float | None, yes: bool) -
         )
 
 
+def afford(settings: Settings, plan: str, dollars_at_most: float | None, yes: bool) -> None:
+    """Show what will be created and the most it can cost, and check that against the budget.
+
+    Raises:
+        UserError: when it is over budget.
+    """
+    known = "a price that is not known" if dollars_at_most is None else f"at most {dollars_at_most:.2f} USD"
+    print(f"{plan}\ncosts {known}, storage and traffic apart", flush=True)
+    check_budget(settings, dollars_at_most, yes)
+
+
 def _cached() -> dict[str, Any]:
     try:
         known = json.loads(CACHE.read_text(encoding="utf-8"))

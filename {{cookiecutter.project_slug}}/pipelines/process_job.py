@@ -46,7 +46,7 @@ def process(settings: Settings, source: str | None, yes: bool) -> tuple[str, str
     plan = (
         f"{name}: a processing job in {settings.aws.region} on 1 x {kind}, {hours:g} hours at most, in {image}, packs "
     )
-    aws.afford(settings, f"{plan}{source} into {target}", None if price is None else price * hours, yes)
+    prices.afford(settings, f"{plan}{source} into {target}", None if price is None else price * hours, yes)
     image_push.ensure(settings, stack, "training")
     uri = storage.upload(settings, local, stack.bucket, f"raw/{data.state(local, [])}") if local else source.rstrip("/")
     with aws.explained("starting the processing job"):

@@ -62,7 +62,7 @@ def train(settings: Settings, source: str | None, run: str | None, yes: bool) ->
     price = prices.hourly(settings, "training", compute.instance_type)
     hours = round(compute.max_hours + compute.keep_alive_minutes / 60, 2)
     where = request.channels["train"] if request else local.relative_to(ROOT) if local else source
-    aws.afford(
+    prices.afford(
         settings,
         f"run {name}: a training job in {settings.aws.region} on {compute.instances} x {compute.instance_type}"
         f"{' spot, for less than below' if compute.spot else ''}, {hours:g} hours at most, in {image}, on {where}",
