@@ -23,7 +23,7 @@ TAKEN = (
     "cuda_bindings cuda_pathfinder cuda_toolkit cycler data databricks databricks_sdk dateutil deepdiff "
     "distlib docker docs dotenv fastapi fb303 filelock flask flask_cors fonttools frozenlist fsspec functorch git "
     "gitdb gitpython google google_auth graphene graphql graphql_core graphql_relay gunicorn h11 "
-    "hive_metastore huey identify idna imaging importlib_metadata inference iniconfig invoke isympy "
+    "hive_metastore huey identify idna imaging importlib_metadata inference infrastructure iniconfig invoke isympy "
     "itsdangerous jinja2 jmespath joblib json5 jsonschema jsonschema_specifications kiwisolver librt mako "
     "markdown_it markdown_it_py markupsafe matplotlib mdurl mlflow mlflow_skinny mlflow_tracing mmh3 mock "
     "mpl_toolkits mpmath multidict mypy mypy_extensions mypyc nacl narwhals nest_asyncio networkx nodeenv "

@@ -55,8 +55,9 @@ OTHER_HOSTS = {"RAY_PYTHON": "ray", "TORCHSERVE_PYTHON": "torchserve"}  # variab
 
 def add_tests(project: Project) -> list[str]:
     """Put the tests of `tests/in_project` among the project's own; gives their names."""
-    names = []
-    for path in sorted((TEMPLATE / "tests" / "in_project").glob("*.py")):
+    names, source = [], TEMPLATE / "tests" / "in_project"
+    shutil.copytree(source / "golden", project.path / "tests" / "golden")
+    for path in sorted(source.glob("*.py")):
         shutil.copy(path, project.path / "tests" / path.name)
         names += [f"tests/{path.name}"] if path.name.startswith("test_") else []
     return names
@@ -104,8 +105,11 @@ def test_make_prints_every_verb_and_every_verb_expands(bake: Bake) -> None:
         printed = project.make()
         assert printed.stdout == project.make("help").stdout
         verbs = re.findall(r"^  make ([a-z-]+) ", printed.stdout, re.MULTILINE)
-        wanted = {"help", "setup", "data", "train-local", "evaluate", "predict", "serve-local", "batch-local", "image"}
-        wanted |= {"test", "bench", "bench-serve", "lint", "format", "clean"}
+        wanted = {
+            *"help setup data train-local evaluate predict serve-local batch-local image test bench".split(),
+            *"bench-serve lint format clean bootstrap bootstrap-destroy image-push process train logs pull deploy".split(),
+            *"invoke shift-traffic plan status destroy doctor".split(),
+        }
         assert set(verbs) == wanted | ({"track"} if "track.py" in str(project.files()) else set())
         for verb in verbs:
             words = project.make("-n", verb, "DATA=my photos", "RUN=r", "IMAGE=i", "INSTANCE_COUNT=2", "ARGS=--x")
@@ -226,6 +230,7 @@ def test_a_laptop_without_torch_reaches_the_job(bake: Bake) -> None:
     project = bake()
     project.make("setup", "ARGS=--group laptop")
     verbs = ("train_local", "evaluate", "predict", "serve_local", "image", "data")
+    verbs += ("image_push", "process_job", "train", "logs", "pull")
     code = "import " + ", ".join(f"pipelines.{verb}" for verb in verbs)
     done = project.run(project.program("python"), "-c", code)
     assert done.returncode == 0, done.stderr

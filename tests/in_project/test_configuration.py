@@ -74,6 +74,30 @@ def test_odd_values_are_refused_by_name_or_taken_as_they_are(tmp_path: Path, sec
     assert refused >= 10
 
 
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        (["aws.kms_key=key"], "kms_key"),
+        (["aws.subnets=[subnet-0a]"], "security_groups"),
+        (["aws.security_groups=[sg-0a]"], "security_groups"),
+        (["aws.subnets=[vpc-0a]", "aws.security_groups=[sg-0a]"], "subnets"),
+        (["compute.max_hours=9"], "max_wait_hours"),
+        (["compute.keep_alive_minutes=5"], "keep_alive_minutes"),
+    ],
+)
+def test_settings_that_aws_would_refuse_together(overrides: list[str], named: str) -> None:
+    with pytest.raises(UserError, match=rf"configs: (aws|compute)\.{named} is "):
+        load(overrides, {})
+
+
+def test_settings_that_aws_takes_together() -> None:
+    key = "arn:aws:kms:us-east-1:123456789012:key/1234abcd-12ab-34cd-56ef-1234567890ab"
+    for value in ("alias/our/key", key):
+        assert load([f"aws.kms_key={value}"], {}).aws.kms_key == value
+    assert load(["aws.subnets=[subnet-0a]", "aws.security_groups=[sg-0a]"], {}).aws.subnets == ["subnet-0a"]
+    assert load(["compute.spot=false", "compute.max_hours=9", "compute.keep_alive_minutes=5"], {}).compute.max_hours == 9
+
+
 @pytest.mark.parametrize("section", [name for name in Settings.model_fields if name != "training"])
 def test_a_section_must_be_a_section(tmp_path: Path, section: str) -> None:
     for value in ODD:
@@ -105,7 +129,10 @@ def test_numbers_are_those_of_yaml_1_2() -> None:
 
 def test_an_empty_section_and_a_missing_file_can_be_overridden_or_are_named(tmp_path: Path) -> None:
     folder = written(tmp_path, "aws", None, None)
-    assert load(["aws.region=eu-west-1"], {}, folder).aws.region == "eu-west-1"
+    with pytest.raises(UserError, match=r"configs: aws\.tags is missing"):
+        load(["aws.region=eu-west-1"], {}, folder)
+    values = FILES["infrastructure.yaml"]["aws"] | {"region": "eu-west-1"}
+    assert load([f"aws.{key}={json.dumps(value)}" for key, value in values.items()], {}, folder).aws.region == "eu-west-1"
     (folder / "training.yaml").write_text("")
     with pytest.raises(UserError, match=r"training.yaml must hold keys and values, not NoneType"):
         load((), {}, folder)

@@ -11,16 +11,17 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from pipelines import ROOT
 from pipelines.console import UserError
 from training.config import ConfigurationError, Hyperparameters, nearest, parse, shown
 
 LocalMode = Literal["auto", "container", "process"]
+INSTANCE = r"^ml\.[a-z0-9-]+\.[a-z0-9]+$"
 IMAGE = r"^[A-Za-z0-9][A-Za-z0-9._/:@-]*$"
 
 
@@ -40,9 +41,24 @@ class Section(BaseModel):
 
 
 class Aws(Section):
-    """Where in AWS."""
+    """Where in AWS, and the account's own rules for everything that is created there."""
 
     region: str = Field(pattern=r"^[a-z]{2,3}(-[a-z]+)+-[0-9]$")
+    tags: dict[str, str]
+    kms_key: str = Field(pattern=r"^(none|alias/[A-Za-z0-9/_-]+|arn:aws[a-z-]*:kms:[a-z0-9-]+:\d{12}:(key|alias)/\S+)$")
+    subnets: list[Annotated[str, Field(pattern=r"^subnet-[0-9a-f]+$")]]
+    security_groups: list[Annotated[str, Field(pattern=r"^sg-[0-9a-f]+$")]]
+    budget_usd: float = Field(gt=0, le=1_000_000)
+    github: str = Field(pattern=r"^(none|auto|[\w.-]+/[\w.-]+(@[\w./-]+)?)$")
+    email: str = Field(pattern=r"^(none|[^@\s]+@[^@\s]+)$")
+    monthly_usd: float = Field(ge=0, le=1_000_000)
+
+    @field_validator("security_groups")
+    @classmethod
+    def _both_or_none(cls, value: list[str], info: ValidationInfo) -> list[str]:
+        if bool(value) != bool(info.data.get("subnets", value)):
+            raise ValueError("subnets and security_groups belong together: give both, or none")
+        return value
 
 
 class Images(Section):
@@ -60,6 +76,32 @@ class Compute(Section):
 
     local_mode: LocalMode
     local_instances: int = Field(ge=1, le=8)
+    instance_type: str = Field(pattern=INSTANCE)
+    instances: int = Field(ge=1, le=64)
+    process_instance_type: str = Field(pattern=INSTANCE)
+    volume_gb: int = Field(ge=1, le=16384)
+    max_hours: float = Field(gt=0, le=672)
+    spot: bool
+    max_wait_hours: float = Field(gt=0, le=672)
+    keep_alive_minutes: int = Field(ge=0, le=60)
+    input_mode: Literal["File", "FastFile"]
+    isolation: bool
+    encrypt_traffic: bool
+    remote_debug: bool
+
+    @field_validator("max_wait_hours")
+    @classmethod
+    def _waits_at_least_as_long_as_it_runs(cls, value: float, info: ValidationInfo) -> float:
+        if info.data.get("spot") and value < info.data.get("max_hours", 0):
+            raise ValueError("with spot it includes the time that a job runs: make it at least max_hours")
+        return value
+
+    @field_validator("keep_alive_minutes")
+    @classmethod
+    def _warm_pools_are_not_spot(cls, value: int, info: ValidationInfo) -> int:
+        if info.data.get("spot") and value:
+            raise ValueError("AWS keeps no spot instances warm: set spot to false, or this to 0")
+        return value
 
 
 class Data(Section):
@@ -72,6 +114,22 @@ class Data(Section):
     pretrained: str = Field(min_length=1)
 
 
+class EndpointSettings(Section):
+    """What `deploy` makes."""
+
+    name: str = Field(pattern=r"^(auto|[a-zA-Z0-9](-*[a-zA-Z0-9]){0,62})$")
+    type: Literal["realtime", "serverless", "async"]
+    instance_type: str = Field(pattern=INSTANCE)
+    instances: int = Field(ge=1, le=64)
+    max_instances: int = Field(ge=1, le=64)
+    memory_mb: Literal[1024, 2048, 3072, 4096, 5120, 6144]
+    max_concurrency: int = Field(ge=1, le=200)
+    ttl_hours: float = Field(ge=0, le=8760)
+    capture_percent: int = Field(ge=0, le=100)
+    rollout: Literal["all_at_once", "canary", "linear"]
+    alarms: list[str]
+
+
 class Settings(Section):
     """All of `configs/`: `training` is training.yaml, the other sections are those of infrastructure.yaml."""
 
@@ -80,6 +138,7 @@ class Settings(Section):
     images: Images
     compute: Compute
     data: Data
+    endpoint: EndpointSettings
 
 
 def load(

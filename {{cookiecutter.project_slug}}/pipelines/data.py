@@ -43,15 +43,30 @@ def prepare(settings: Settings, source: str | None = None) -> Path:
     Raises:
         UserError: when there is no such folder or it cannot be packed.
     """
-    source = settings.data.source if source is None else source
+    folder = raw(settings.data.source if source is None else source)
+    with _alone(folder.name):
+        return _pack(settings, folder)
+
+
+def raw(source: str) -> Path:
+    """The folder of raw images that a source names; the sample set is written first when it is missing.
+
+    Raises:
+        UserError: when there is no such folder.
+    """
     if source != "sample":
-        folder = _folder(source)
-        with _alone(folder.name):
-            return _pack(settings, folder)
+        return _folder(source)
     with _alone(SAMPLE.name):
         if not SAMPLE.is_dir():
             write_digits(SAMPLE)
-        return _pack(settings, SAMPLE)
+    return SAMPLE
+
+
+def options(settings: Settings) -> list[str]:
+    """What the packing script is told, here and on SageMaker."""
+    training, data = settings.training, settings.data
+    words = ["--size", str(training.image_size), "--seed", str(data.seed)]
+    return [*words, "--unreadable", str(data.unreadable), "--megapixels", str(data.megapixels)]
 
 
 def weights(settings: Settings, folder: Path) -> Path | None:
@@ -84,17 +99,16 @@ def _folder(source: str) -> Path:
 def _pack(settings: Settings, folder: Path) -> Path:
     """Pack a folder of raw images, unless the same files were packed with the same settings before."""
     target = DATA / _name(folder)
-    options = ["--size", str(settings.training.image_size), "--seed", str(settings.data.seed)]
-    options += ["--unreadable", str(settings.data.unreadable), "--megapixels", str(settings.data.megapixels)]
-    stamp, state = STAMPS / f"{target.name}.json", {"source": str(folder), "state": _state(folder, options)}
-    if (target / "train" / "dataset.json").is_file() and _read(stamp) == state:
+    words = options(settings)
+    stamp, packed = STAMPS / f"{target.name}.json", {"source": str(folder), "state": state(folder, words)}
+    if (target / "train" / "dataset.json").is_file() and _read(stamp) == packed:
         return target
     stamp.unlink(missing_ok=True)
     script = SOURCE / "processing" / "preprocess.py"
-    command = [sys.executable, str(script), "--input", str(folder), "--output", str(target), *options]
+    command = [sys.executable, str(script), "--input", str(folder), "--output", str(target), *words]
     if subprocess.run(command).returncode:
         raise UserError(f"{folder} was not packed (see above)")
-    stamp.write_text(json.dumps(state), encoding="utf-8")
+    stamp.write_text(json.dumps(packed), encoding="utf-8")
     return target
 
 
@@ -132,7 +146,7 @@ def _name(folder: Path) -> str:
     return name
 
 
-def _state(folder: Path, options: list[str]) -> str:
+def state(folder: Path, options: list[str]) -> str:
     """A hash of every file's path, size and time of change, and of the options."""
     digest = hashlib.sha256(json.dumps(options).encode())
     for root, directories, files in os.walk(folder):

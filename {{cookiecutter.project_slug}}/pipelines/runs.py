@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from pipelines import ROOT, console
+from pipelines import ROOT, SOURCE, console
 from pipelines.console import UserError
 
 ARTIFACTS = ROOT / "artifacts"
@@ -58,6 +58,21 @@ def git_commit() -> str:
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
     except OSError:
         return ""
+
+
+def source_hash() -> str:
+    """A hash of the source that jobs run."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in SOURCE.rglob("*") if path.is_file() and path.parent.name != "__pycache__"):
+        digest.update(f"{path.relative_to(SOURCE)}\0{hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+    return digest.hexdigest()
+
+
+def tried() -> bool:
+    """Whether a run on this machine was trained with the source as it is now."""
+    now = source_hash()
+    return any(json.loads(file.read_text(encoding="utf-8")).get("source") == now
+               for file in ARTIFACTS.glob("*/run.json"))  # fmt: skip
 
 
 def publish(name: str, model: Path, output: Path, facts: dict[str, Any]) -> Path:
@@ -119,6 +134,7 @@ def describe(folder: Path) -> str:
     """What a person wants to know of a finished run: its numbers, its files, and three commands that come next."""
     facts = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    first = facts.get("seconds_to_first_step")
     rows = [
         ("run", f"{facts['run']} ({facts['mode']}{', image ' + facts['image'] if facts.get('image') else ''})"),
         ("data set", f"{facts['data']}"),
@@ -126,7 +142,7 @@ def describe(folder: Path) -> str:
         ("validation loss", f"{metrics['val_loss']:.4f}"),
         ("training", f"{metrics['epochs']} epochs, {metrics['train_images_per_second']:,.0f} images/s, "
                      f"{metrics['world_size']} rank(s)"),
-        ("seconds", f"{facts['seconds']:.1f} in all, {facts['seconds_to_first_step']:.1f} to the first step"),
+        ("seconds", f"{facts['seconds']:.1f} in all" + ("" if first is None else f", {first:.1f} to the first step")),
     ]  # fmt: skip
     evaluation = folder / "evaluation.json"
     if evaluation.exists():

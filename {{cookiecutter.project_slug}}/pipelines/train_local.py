@@ -72,6 +72,7 @@ def train(
     )
     print(f"run {name} on {dataset.relative_to(ROOT)}, {f'in image {image}' if image else 'as a process'}", flush=True)
     first_step: list[float] = []
+    tried = runs.source_hash()
     view = TrainingView(job.root / "job.log", image is not None, verbose)
     view.on_first_step = lambda: first_step.append(time.monotonic() - STARTED)
     try:
@@ -87,6 +88,7 @@ def train(
         "image": image,
         "instances": instances,
         "data": str(dataset.relative_to(ROOT)),
+        "source": tried,
         "seconds": round(time.monotonic() - STARTED, 2),
         "seconds_to_first_step": round(first_step[0], 2) if first_step else 0.0,
     }

@@ -1,0 +1,104 @@
+"""AWS for tests: moto in process, every request captured, validated by botocore and compared with a golden file.
+
+`golden/<name>.json` holds the requests of one flow. After a wanted change: UPDATE_GOLDEN=<folder> writes them there.
+Where moto has no such call, `answers` gives the reply; the request is validated all the same: no more is claimed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import botocore.client
+import pytest
+from botocore.validate import ParamValidator
+
+Call = tuple[str, dict[str, Any]]
+GOLDEN = Path(__file__).with_name("golden")
+VOLATILE = [  # in this order
+    (re.compile(r"\b[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}\b"), "<uuid>"),
+    (re.compile(r"\d{8}-\d{6}-[0-9a-f]{4}"), "<run>"),
+    (re.compile(r"\d{14}"), "<time>"),
+    (re.compile(r"\b[0-9a-f]{64}\b"), "<sha256>"),
+    (re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}"), "<uuid>"),
+    (re.compile(r"(training|serving)-[0-9a-f]{12}"), r"\1-<hash>"),
+    (re.compile(r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d(\.\d+)?(\+00:00|Z)?"), "<date>"),
+]
+
+
+class Recorder(list[Call]):
+    """All requests of a test, in order; `answers` replies for calls that moto lacks."""
+
+    answers: dict[str, Any]
+
+    def named(self, *operations: str) -> list[dict[str, Any]]:
+        """The parameters of the requests with these names."""
+        return [parameters for operation, parameters in self if operation in operations]
+
+
+def stripped(document: Any) -> Any:
+    """Without the empty structures that moto returns for what is absent, and AWS does not."""
+    if isinstance(document, dict):
+        return {key: stripped(value) for key, value in document.items() if value is not None and value != {}}
+    return [stripped(value) for value in document] if isinstance(document, list) else document
+
+
+@pytest.fixture
+def aws(monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorder]:
+    """An empty account in us-east-1."""
+    from moto import mock_aws
+
+    for name in [name for name in os.environ if name.startswith("AWS_") and name != "AWS_CA_BUNDLE"]:
+        monkeypatch.delenv(name)
+    variables = {"AWS_DEFAULT_REGION": "us-east-1", "AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing"}
+    for name, value in (variables | {"SAGEMAKER_VALIDATE_ROLE": "false"}).items():
+        monkeypatch.setenv(name, value)
+    calls, original = Recorder(), botocore.client.BaseClient._make_api_call
+    calls.answers = {}
+
+    def call(self: Any, operation: str, parameters: dict[str, Any]) -> Any:
+        calls.append((operation, parameters))
+        if operation in calls.answers:
+            shape = self.meta.service_model.operation_model(operation).input_shape
+            report = ParamValidator().validate(parameters, shape)
+            assert not report.has_errors(), report.generate_report()
+            answer = calls.answers[operation]
+            if isinstance(answer, Exception):
+                raise answer
+            return answer(parameters) if callable(answer) else answer
+        reply = original(self, operation, parameters)
+        return stripped(reply) if self.meta.service_model.service_name == "sagemaker" else reply
+
+    with mock_aws():
+        monkeypatch.setattr(botocore.client.BaseClient, "_make_api_call", call)
+        yield calls
+
+
+def readable(value: Any) -> Any:
+    """JSON without what differs from one run to the next."""
+    if isinstance(value, dict):
+        return {readable(key): readable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [readable(item) for item in value]
+    if isinstance(value, bool | int | float) or value is None:
+        return value
+    if isinstance(value, bytes) or hasattr(value, "read"):
+        return "<body>"
+    text = str(value)
+    for pattern, name in VOLATILE:
+        text = pattern.sub(name, text)
+    return text
+
+
+def check_golden(name: str, calls: list[Call], ignore: Callable[[str], bool] | None = None) -> None:
+    """Compare requests with `golden/<name>.json`; reading calls can be left out with `ignore`."""
+    kept = [call for call in calls if not ignore or not ignore(call[0])]
+    found = [[operation, readable(parameters)] for operation, parameters in kept]
+    text = json.dumps(found, indent=2, sort_keys=True) + "\n"
+    if os.environ.get("UPDATE_GOLDEN"):
+        Path(os.environ["UPDATE_GOLDEN"], f"{name}.json").write_text(text, encoding="utf-8")
+    assert text == (GOLDEN / f"{name}.json").read_text(encoding="utf-8")

@@ -1,0 +1,563 @@
+"""The stack: linted, its policies walked; `bootstrap` and `bootstrap-destroy` in moto, and what can go wrong there."""
+
+from __future__ import annotations
+
+import importlib
+import io
+import itertools
+import json
+import logging
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import boto3
+import pytest
+import yaml
+from botocore.exceptions import ClientError
+
+from pipelines import ROOT, bootstrap, bootstrap_destroy, config, stack
+from pipelines.aws import stack as outputs
+from pipelines.console import UserError
+from tests.cloud import GOLDEN, Recorder, aws, check_golden
+
+__all__ = ["aws"]  # fixture
+pytestmark = pytest.mark.filterwarnings("ignore:Tried to parse AWS:UserWarning")  # kinds that moto does not make
+ACCOUNT = "123456789012"
+FULL = ["aws.github=octo/cats@release", "aws.email=me@example.com", "aws.kms_key=alias/cats",
+        "aws.subnets=[subnet-1]", "aws.security_groups=[sg-1]", "compute.remote_debug=true",
+        "images.serving=999999999999.dkr.ecr.us-east-1.amazonaws.com/other:1"]  # fmt: skip
+NAME, BUCKET = "image-classifier", f"image-classifier-{ACCOUNT}-us-east-1"
+ANYWHERE = {  # actions that AWS cannot scope to a resource, and why the verbs or the jobs need them
+    "ecr:GetAuthorizationToken": "login to the registry",
+    "cloudwatch:PutMetricData": "scoped by the condition on the namespace",
+    **dict.fromkeys(
+        ("ec2:CreateNetworkInterface", "ec2:CreateNetworkInterfacePermission", "ec2:DeleteNetworkInterface",
+         "ec2:DeleteNetworkInterfacePermission", "ec2:DescribeDhcpOptions", "ec2:DescribeNetworkInterfaces",
+         "ec2:DescribeSecurityGroups", "ec2:DescribeSubnets", "ec2:DescribeVpcs"),
+        "SageMaker makes network interfaces in the VPC; only there",
+    ),
+    **dict.fromkeys(
+        ("ssmmessages:CreateControlChannel", "ssmmessages:CreateDataChannel", "ssmmessages:OpenControlChannel",
+         "ssmmessages:OpenDataChannel"),
+        "a shell in a running container; only when asked for",
+    ),
+    **dict.fromkeys(
+        ("sagemaker:ListEndpointConfigs", "sagemaker:ListEndpoints", "sagemaker:ListModels",
+         "sagemaker:ListHyperParameterTuningJobs", "sagemaker:ListTransformJobs",
+         "sagemaker:ListProcessingJobs", "sagemaker:ListTrainingJobs", "scheduler:ListSchedules",
+         "application-autoscaling:DescribeScalableTargets", "application-autoscaling:DescribeScalingPolicies",
+         "cloudwatch:DescribeAlarms", "cloudwatch:GetMetricData", "pricing:GetProducts",
+         "servicequotas:GetServiceQuota", "servicequotas:ListServiceQuotas", "tag:GetResources"),
+        "lists, metrics, prices and quotas; they read only",
+    ),
+}  # fmt: skip
+OTHER_NAMES = {  # of a permission, where it is not that of the call
+    "HeadObject": "GetObject", "ListObjectsV2": "ListBucket", "ListObjects": "ListBucket", "HeadBucket": "ListBucket",
+    "CreateMultipartUpload": "PutObject", "UploadPart": "PutObject", "CompleteMultipartUpload": "PutObject",
+    "DeleteObjects": "DeleteObject", "InvokeEndpointWithResponseStream": "InvokeEndpoint",
+}  # fmt: skip
+NO_PERMISSION = {"GetCallerIdentity"}
+
+
+@pytest.fixture(autouse=True)
+def _no_pauses_and_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Moto carries out a change set, but forgets to work out the stack's outputs."""
+    from moto.cloudformation.models import ChangeSet
+    from moto.cloudformation.parsing import OutputMap
+
+    apply = ChangeSet.apply
+
+    def with_outputs(self: Any) -> None:
+        apply(self)
+        self.stack.output_map = OutputMap(self.stack.resource_map, self.template_dict, self.stack_id)
+
+    monkeypatch.setattr(ChangeSet, "apply", with_outputs)
+    monkeypatch.setattr(stack, "PAUSE", 0)
+    logging.getLogger("moto").setLevel(logging.ERROR)
+
+
+def document() -> dict[str, Any]:
+    found: dict[str, Any] = yaml.safe_load(bootstrap.TEMPLATE.read_text(encoding="utf-8"))
+    return found
+
+
+def make(*overrides: str, yes: bool = True) -> None:
+    bootstrap.bootstrap(config.load(overrides), yes)
+
+
+def destroy(everything: bool = False, confirmed: str = "", yes: bool = True) -> None:
+    bootstrap_destroy.destroy(config.load(), everything, confirmed, yes)
+
+
+def refused(code: str, operation: str, message: str = "it says no") -> ClientError:
+    return ClientError({"Error": {"Code": code, "Message": message}}, operation)
+
+
+def statements(node: Any, path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every policy statement of the template with its place, also those under a condition."""
+    if isinstance(node, dict):
+        if "Effect" in node:
+            yield path, node
+        for key, value in node.items():
+            yield from statements(value, f"{path}/{key}")
+    elif isinstance(node, list):
+        for value in node:
+            yield from statements(value, path)
+
+
+def listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def problems(template: dict[str, Any]) -> list[str]:
+    """What a reviewer would refuse in the template's policies."""
+    found = []
+    for path, statement in statements(template["Resources"]):
+        if statement["Effect"] == "Deny":
+            continue
+        for action in listed(statement["Action"]):
+            if "*" in action:
+                found.append(f"{path}: action {action}")
+            if "*" in listed(statement.get("Resource")) and action not in ANYWHERE:
+                found.append(f"{path}: {action} on every resource")
+        if "NotAction" in statement or "NotResource" in statement or "NotPrincipal" in statement:
+            found.append(f"{path}: everything but")
+        conditions = {key for test in statement.get("Condition", {}).values() for key in test}
+        if "cloudwatch:PutMetricData" in listed(statement["Action"]) and "cloudwatch:namespace" not in conditions:
+            found.append(f"{path}: metrics without a namespace")
+        if "iam:PassRole" in listed(statement["Action"]) and "iam:PassedToService" not in conditions:
+            found.append(f"{path}: passes a role to any service")
+        if "Principal" in statement:
+            pins = {"aws:SourceAccount", "aws:SourceArn", "token.actions.githubusercontent.com:sub"}
+            if statement["Principal"] == "*" or not conditions & pins:
+                found.append(f"{path}: principal is not pinned")
+        if "Principal" not in statement and "Resource" not in statement:
+            found.append(f"{path}: no resource")
+    return found
+
+
+def test_policies_allow_no_more_than_needed() -> None:
+    assert problems(document()) == []
+    assert len(list(statements(document()))) == 31
+    text = bootstrap.TEMPLATE.read_text(encoding="utf-8")
+    assert "FullAccess" not in text
+    assert not re.search(r"arn:aws[:-]|amazonaws\.com/|\d{12}", text), "a partition or an account is written out"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ('"s3:GetBucketLocation", "s3:ListBucket"', '"s3:*"', "action s3:"),
+        ('"ecr:GetAuthorizationToken"\n', '"ecr:PutImage"\n', "ecr:PutImage on every resource"),
+        ('"sagemaker:ListEndpoints"', '"sagemaker:DeleteModel"', "sagemaker:DeleteModel on every resource"),
+        ('"cloudwatch:namespace": [', '"aws:RequestedRegion": [', "metrics without a namespace"),
+        ('"aws:SourceAccount"', '"aws:CurrentTime"', "principal is not pinned"),
+        ('"aws:SourceArn"', '"aws:CurrentTime"', "principal is not pinned"),
+        ('"token.actions.githubusercontent.com:sub"', '"other"', "principal is not pinned"),
+        ('"iam:PassedToService": sagemaker', '"other": sagemaker', "passes a role to any service"),
+        ('Resource: {Ref: KmsKey}', 'Resource: "*"', "kms:Decrypt on every resource"),
+    ],
+)  # fmt: skip
+def test_the_policy_test_can_fail(old: str, new: str, words: str) -> None:
+    text = bootstrap.TEMPLATE.read_text(encoding="utf-8")
+    assert old in text
+    assert words in "\n".join(problems(yaml.safe_load(text.replace(old, new))))
+
+
+def test_data_and_images_are_private_encrypted_and_outlive_the_stack() -> None:
+    resources = document()["Resources"]
+    for name in ("Bucket", "ImageRepository"):
+        assert resources[name]["DeletionPolicy"] == resources[name]["UpdateReplacePolicy"] == "Retain"
+    bucket = resources["Bucket"]["Properties"]
+    assert set(bucket["PublicAccessBlockConfiguration"].values()) == {True}
+    assert len(bucket["PublicAccessBlockConfiguration"]) == 4
+    expiring = {rule.get("Prefix"): rule.get("ExpirationInDays") for rule in bucket["LifecycleConfiguration"]["Rules"]}
+    assert expiring == {"checkpoints/": 30, "capture/": 30, None: None}  # nothing else ever expires
+    deny = resources["BucketPolicy"]["Properties"]["PolicyDocument"]["Statement"][0]
+    assert (deny["Effect"], deny["Condition"]) == ("Deny", {"Bool": {"aws:SecureTransport": "false"}})
+    assert len(deny["Resource"]) == 2
+    rules = json.loads(resources["ImageRepository"]["Properties"]["LifecyclePolicy"]["LifecyclePolicyText"])["rules"]
+    assert rules[0]["selection"]["countType"] == "imageCountMoreThan"
+    assert resources["ImageRepository"]["Properties"]["ImageTagMutability"] == "IMMUTABLE"
+
+
+def test_the_verbs_policy_allows_every_call_that_the_verbs_make() -> None:
+    """All calls in golden files, those of this topic apart: who makes the stack is its account's administrator."""
+    policy = document()["Resources"]["VerbsPolicy"]
+    allowed = {action.split(":")[1] for _, statement in statements(policy) for action in listed(statement["Action"])}
+    calls = {
+        operation
+        for file in GOLDEN.glob("*.json")
+        if not file.name.startswith("bootstrap")
+        for operation, *_ in json.loads(file.read_text(encoding="utf-8"))
+    }
+    assert {OTHER_NAMES.get(call, call) for call in calls - NO_PERMISSION} <= allowed
+
+
+@pytest.mark.parametrize("budgets", [True, False])
+def test_the_template_is_valid_in_every_region(budgets: bool) -> None:
+    """As it is sent. Each region is linted with the kinds of resources that it has."""
+    lint, every = importlib.import_module("cfnlint.api").lint, importlib.import_module("cfnlint.helpers").REGIONS
+    chosen = [name for name in sorted(every) if (name in bootstrap.BUDGET_REGIONS) == budgets]
+    assert len(chosen) >= 16
+    settings = config.load([f"aws.region={chosen[0]}"])
+    text = bootstrap.template(settings, ACCOUNT)
+    assert ("AWS::Budgets" in text) == budgets
+    assert len(text) < 51_200  # CloudFormation's limit
+    assert [str(match) for match in lint(text, regions=chosen)] == []
+    if not budgets:  # and the lint can fail
+        assert lint(bootstrap.TEMPLATE.read_text(encoding="utf-8"), regions=chosen)
+
+
+def policy_size() -> int:
+    """Characters of the largest managed policy without blanks, as AWS counts them."""
+    iam = boto3.client("iam")
+    versions = [
+        iam.get_policy_version(PolicyArn=policy["Arn"], VersionId=policy["DefaultVersionId"])["PolicyVersion"]
+        for policy in iam.list_policies(Scope="Local")["Policies"]
+    ]
+    return max(len(re.sub(r"\s", "", json.dumps(version["Document"]))) for version in versions)
+
+
+def test_make_again_update_and_destroy(aws: Recorder, capsys: pytest.CaptureFixture[str]) -> None:
+    make()
+    shown = capsys.readouterr().out
+    assert f"stack {NAME} in us-east-1, account {ACCOUNT}, bucket {BUCKET}" in shown
+    assert re.search(r"  Add +AWS::S3::Bucket +Bucket\n", shown)
+    assert "by itself it costs nothing" in shown
+    found = outputs(config.load())
+    assert found.bucket == BUCKET
+    assert found.repository == f"{ACCOUNT}.dkr.ecr.us-east-1.amazonaws.com/{NAME}"
+    assert all(value.startswith("arn:aws:iam::") for value in (found.role, found.scheduler_role))
+    assert found.topic.startswith("arn:aws:sns:")
+    assert policy_size() < 5500  # AWS's limit is 6144, and names of project, region and partition can be longer
+    assert not aws.named("ListOpenIDConnectProviders", "DescribeKey")  # nothing asked for
+    writing = ("CreateChangeSet", "ExecuteChangeSet")
+    sent = [(name, {key: value for key, value in call.items() if key != "TemplateBody"}) for name, call in aws]
+    check_golden("bootstrap", [call for call in sent if call[0] in writing])
+    template = json.loads(aws.named("CreateChangeSet")[0]["TemplateBody"])
+    names = [resource.get("Properties", {}) for resource in template["Resources"].values()]
+    assert {n.get("BucketName") or n.get("RepositoryName") for n in names} == {None, BUCKET, NAME}
+
+    make()
+    assert f"the stack {NAME} is up to date" in capsys.readouterr().out
+    assert len(aws.named("ExecuteChangeSet")) == 1
+    assert len(aws.named("DeleteChangeSet")) == 1
+
+    make("compute.remote_debug=true")
+    shown = capsys.readouterr().out
+    assert "updating: update complete" in shown
+    assert aws.named("CreateChangeSet")[-1]["ChangeSetType"] == "UPDATE"
+
+    s3 = boto3.client("s3")
+    s3.put_object(Bucket=BUCKET, Key="artifacts/a", Body=b"x")
+    del aws[:]
+    destroy()
+    shown = capsys.readouterr().out
+    assert f"keeps the bucket {BUCKET} and repository {NAME}" in shown
+    assert s3.list_objects_v2(Bucket=BUCKET)["KeyCount"] == 1
+    assert boto3.client("ecr").describe_repositories(repositoryNames=[NAME])
+    with pytest.raises(UserError, match="there is no stack image-classifier in us-east-1; make it with"):
+        outputs(config.load())
+    destroy()
+    assert f"there is no stack {NAME}" in capsys.readouterr().out
+
+
+def test_destroy_with_all(aws: Recorder, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    make()
+    s3 = boto3.client("s3")
+    s3.put_bucket_versioning(Bucket=BUCKET, VersioningConfiguration={"Status": "Enabled"})  # as somebody may have done
+    for number in range(1101):
+        s3.put_object(Bucket=BUCKET, Key=f"artifacts/{number}", Body=b"")
+    s3.put_object(Bucket=BUCKET, Key="artifacts/0", Body=b"again")
+    s3.delete_object(Bucket=BUCKET, Key="artifacts/1")
+    for confirmed in ("", "cats", "y"):
+        with pytest.raises(UserError, match=f"nothing was deleted: .* say CONFIRM={NAME}"):
+            destroy(everything=True, confirmed=confirmed)
+    assert outputs(config.load())
+    monkeypatch.setattr("sys.stdin", Terminal("yes\n"))
+    with pytest.raises(UserError, match="'yes' is not the project's name"):
+        destroy(everything=True)
+    assert f"DELETES the bucket {BUCKET} and repository {NAME}, with all that is in them" in capsys.readouterr().out
+    del aws[:]
+    monkeypatch.setattr("sys.stdin", Terminal(f"{NAME}\n"))
+    destroy(everything=True)
+    assert [len(call["Delete"]["Objects"]) for call in aws.named("DeleteObjects")] == [1000, 103]
+    assert s3.list_buckets()["Buckets"] == []
+    assert boto3.client("ecr").describe_repositories()["repositories"] == []
+    names = ("DeleteStack", "DeleteBucket", "DeleteRepository")
+    check_golden("bootstrap_destroy", [call for call in aws if call[0] in names])
+    destroy(everything=True, confirmed=NAME)  # nothing is left, and that is no error
+
+
+def test_data_that_outlived_the_stack_can_still_be_deleted(aws: Recorder) -> None:
+    make()
+    destroy()
+    destroy(everything=True, confirmed=NAME)
+    assert boto3.client("s3").list_buckets()["Buckets"] == []
+    assert len(aws.named("DeleteStack")) == 1
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_objects_that_cannot_be_deleted_are_named(aws: Recorder) -> None:
+    make()
+    boto3.client("s3").put_object(Bucket=BUCKET, Key="a/b", Body=b"")
+    aws.answers["DeleteObjects"] = {"Errors": [{"Key": "a/b", "Code": "AccessDenied", "Message": "Access Denied"}]}
+    with pytest.raises(UserError, match=rf"a/b in {BUCKET} cannot be deleted: Access Denied \(AccessDenied\)"):
+        destroy(everything=True, confirmed=NAME)
+    assert boto3.client("s3").list_buckets()["Buckets"]
+
+
+def test_destroy_refuses_while_something_runs(aws: Recorder) -> None:
+    make()
+    arn = f"arn:aws:sagemaker:us-east-1:{ACCOUNT}:"
+    endpoints = [NAME, f"{NAME}-canary", "demo", "image-classifiers", "stranger"]
+    aws.answers["ListEndpoints"] = {
+        "Endpoints": [{"EndpointName": name, "EndpointArn": f"{arn}endpoint/{name}"} for name in endpoints]
+    }
+    mine = [{"Key": "project", "Value": NAME}]
+    aws.answers["ListTags"] = lambda call: {"Tags": mine if call["ResourceArn"].endswith("/demo") else []}
+    job = {"TrainingJobName": f"{NAME}-1", "TrainingJobArn": f"{arn}training-job/{NAME}-1"}
+    aws.answers["ListTrainingJobs"] = lambda call: {
+        "TrainingJobSummaries": [job] if call["StatusEquals"] == "Stopping" else []
+    }
+    wanted = f"Endpoint {NAME}, Endpoint {NAME}-canary, Endpoint demo, TrainingJob {NAME}-1; remove endpoints with"
+    for everything in (True, False):
+        with pytest.raises(UserError, match=f"still there: {wanted} `make destroy`"):
+            destroy(everything, NAME)
+    assert not aws.named("DeleteStack")
+
+
+def test_everything_that_can_be_asked_for(aws: Recorder, capsys: pytest.CaptureFixture[str]) -> None:
+    kms = boto3.client("kms")
+    key = kms.create_key()["KeyMetadata"]
+    kms.create_alias(AliasName="alias/cats", TargetKeyId=key["KeyId"])
+    make(*FULL)
+    sent = aws.named("CreateChangeSet")[0]["Parameters"]
+    values = {item["ParameterKey"]: item["ParameterValue"] for item in sent}
+    assert values == {
+        "Project": NAME, "UseVpc": "true", "RemoteDebug": "true", "Email": "me@example.com", "MonthlyUsd": "100",
+        "KmsKey": key["Arn"], "GitHubRepository": "octo/cats", "GitHubBranch": "release",
+        "CreateGitHubProvider": "true",
+        "MoreRepositories": "arn:aws:ecr:us-east-1:999999999999:repository/other",
+    }  # fmt: skip
+    assert {*values} == {*document()["Parameters"]}
+    shown = capsys.readouterr().out
+    assert "workflows of octo/cats, branch release, may run the verbs" in shown
+    assert "AWS sends a mail to me@example.com" in shown
+    role = next(role for role in boto3.client("iam").list_roles()["Roles"] if "GitHub" in role["RoleName"])
+    condition = role["AssumeRolePolicyDocument"]["Statement"][0]["Condition"]["StringEquals"]
+    assert condition == {
+        "token.actions.githubusercontent.com:aud": "sts.amazonaws.com",
+        "token.actions.githubusercontent.com:sub": "repo:octo/cats:ref:refs/heads/release",
+    }
+    execution = outputs(config.load()).role.split("/")[1]
+    text = boto3.client("iam").get_role_policy(RoleName=execution, PolicyName="job")["PolicyDocument"]
+    policy = yaml.safe_load(text)  # moto gives a dictionary's text, not JSON
+    granted = {action for statement in policy["Statement"] for action in listed(statement["Action"])}
+    assert {"ec2:CreateNetworkInterface", "ssmmessages:OpenDataChannel"} <= granted
+
+
+def test_an_account_has_one_provider_for_github(aws: Recorder) -> None:
+    def provider() -> str:
+        sent = aws.named("CreateChangeSet")[-1]["Parameters"]
+        return str(next(item["ParameterValue"] for item in sent if item["ParameterKey"] == "CreateGitHubProvider"))
+
+    iam = boto3.client("iam")
+    make("aws.github=octo/cats")
+    assert provider() == "true"
+    iam.create_open_id_connect_provider(Url="https://token.actions.githubusercontent.com")  # what AWS made by now
+    make("aws.github=octo/dogs")
+    assert provider() == "true"  # the stack's own must not be taken out of it
+    destroy(everything=True, confirmed=NAME)
+    make("aws.github=octo/cats")
+    assert provider() == "false"
+
+
+@pytest.mark.parametrize(
+    ("origin", "wanted"),
+    [
+        ("git@github.com:octo/cats.git", "octo/cats"),
+        ("https://github.com/octo/big.cats/", "octo/big.cats"),
+        ("https://github.com/octo/cats", "octo/cats"),
+        ("https://example.com/octo/cats", None),
+        ("", None),
+    ],
+)
+def test_github_from_git(monkeypatch: pytest.MonkeyPatch, origin: str, wanted: str | None) -> None:
+    monkeypatch.setattr(
+        subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 0, f"{origin}\n", "")
+    )
+    settings = config.load(["aws.github=auto"])
+    if wanted:
+        assert bootstrap._github(settings) == wanted
+    else:
+        with pytest.raises(UserError, match=r"not on github\.com; write owner/name, or none"):
+            bootstrap._github(settings)
+
+
+@pytest.mark.parametrize("setting", ["github=cats", "github=octo/cats/x", "email=me", "monthly_usd=-1"])
+def test_settings_are_checked(setting: str) -> None:
+    with pytest.raises(UserError, match=f"aws.{setting.split('=')[0]} is "):
+        config.load([f"aws.{setting}"])
+
+
+def test_no_is_an_answer(aws: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="say YES=1"):
+        make(yes=False)
+    monkeypatch.setattr("sys.stdin", Terminal("n\n"))
+    with pytest.raises(UserError, match="nothing was done"):
+        make(yes=False)
+    assert not aws.named("ExecuteChangeSet")
+    assert boto3.client("cloudformation").describe_stacks()["Stacks"] == []
+    make()
+    with pytest.raises(UserError, match="nothing was done"):  # Ctrl-D
+        make("compute.remote_debug=true", yes=False)
+    with pytest.raises(UserError, match="nothing was done"):
+        destroy(yes=False)
+    assert outputs(config.load())  # a plan taken back leaves the stack alone
+
+
+@pytest.mark.parametrize(
+    ("operation", "code", "words"),
+    [
+        ("GetCallerIdentity", "ExpiredToken", "the AWS credentials have expired"),
+        ("DescribeStacks", "AccessDenied", "these credentials may not do that"),
+        ("CreateChangeSet", "AccessDenied", "these credentials may not do that"),
+        ("ExecuteChangeSet", "AccessDenied", "these credentials may not do that"),
+        ("CreateChangeSet", "LimitExceededException", "a quota of the account is reached"),
+        ("CreateChangeSet", "Throttling", "5 attempts were refused"),
+    ],
+)
+def test_refused(aws: Recorder, operation: str, code: str, words: str) -> None:
+    aws.answers[operation] = refused(code, operation)
+    with pytest.raises(UserError, match=rf"making the stack {NAME} failed: it says no \({code}\); .*{words}"):
+        make()
+    aws.answers.clear()
+    assert boto3.client("cloudformation").describe_stacks()["Stacks"] == []
+
+
+def test_no_credentials(aws: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    with pytest.raises(UserError, match="there are no AWS credentials; run `aws configure`"):
+        make()
+    assert aws is not None
+
+
+def event(resource: str, status: str, reason: str = "") -> dict[str, Any]:
+    return {"LogicalResourceId": resource, "ResourceType": "AWS::S3::Bucket", "ResourceStatus": status,
+            "StackId": "s", "EventId": "e", "ResourceStatusReason": reason}  # fmt: skip
+
+
+TAKEN = "The requested bucket name is not available."
+EVENTS = [  # newest first
+    event(NAME, "ROLLBACK_COMPLETE"),
+    event("Topic", "DELETE_COMPLETE"),
+    event("ExecutionRole", "CREATE_FAILED", "Resource creation cancelled"),
+    event("Later", "CREATE_FAILED", "another reason"),
+    event("Bucket", "CREATE_FAILED", TAKEN),
+    event("Topic", "CREATE_FAILED", "Resource creation cancelled"),
+    event(NAME, "CREATE_IN_PROGRESS", "User Initiated"),
+    event("Old", "CREATE_FAILED", "of an attempt before"),
+]
+
+
+def answer_statuses(aws: Recorder, *statuses: str) -> None:
+    """`DescribeStacks` says these, one after the other; the last one for ever."""
+    said = itertools.chain(statuses, itertools.repeat(statuses[-1]))
+
+    def answer(_: dict[str, Any]) -> dict[str, Any]:
+        status = next(said)
+        if not status:
+            raise refused("ValidationError", "DescribeStacks", "Stack with id x does not exist")
+        return {"Stacks": [{"StackName": NAME, "StackId": "arn:s", "StackStatus": status}]}
+
+    aws.answers |= {"DescribeStacks": answer, "DescribeStackResources": {"StackResources": []},
+                    "DescribeStackEvents": {"StackEvents": EVENTS}, "ExecuteChangeSet": {},
+                    "DeleteStack": {}}  # fmt: skip
+
+
+def test_a_failed_creation_is_explained_and_removed(aws: Recorder) -> None:
+    """As with a bucket's name that is taken; moto rolls nothing back, so its answers are given here."""
+    answer_statuses(
+        aws, "", "CREATE_IN_PROGRESS", "ROLLBACK_IN_PROGRESS", "ROLLBACK_COMPLETE", "DELETE_IN_PROGRESS",
+        "DELETE_COMPLETE",
+    )  # fmt: skip
+    words = rf"could not be made: Bucket \(AWS::S3::Bucket\): {TAKEN[:-1]}; what there was of it is removed"
+    with pytest.raises(UserError, match=words):
+        make()
+    assert len(aws.named("DeleteStack")) == 1
+
+
+def test_a_failed_update_is_explained_and_left(aws: Recorder) -> None:
+    make()
+    answer_statuses(aws, "CREATE_COMPLETE", "UPDATE_ROLLBACK_IN_PROGRESS", "UPDATE_ROLLBACK_COMPLETE")
+    with pytest.raises(UserError, match=r"was not changed \(UPDATE_ROLLBACK_COMPLETE\): Bucket .*not available; mend"):
+        make("compute.remote_debug=true")
+    assert not aws.named("DeleteStack")
+
+
+def test_what_an_earlier_attempt_left_is_removed_first(aws: Recorder, capsys: pytest.CaptureFixture[str]) -> None:
+    answer_statuses(aws, "ROLLBACK_COMPLETE", "DELETE_COMPLETE", "CREATE_COMPLETE")
+    make()
+    assert "removing what an earlier attempt left of the stack" in capsys.readouterr().out
+    order = [operation for operation, _ in aws if operation in ("DeleteStack", "CreateChangeSet")]
+    assert order == ["DeleteStack", "CreateChangeSet"]
+    assert aws.named("CreateChangeSet")[0]["ChangeSetType"] == "CREATE"
+
+
+@pytest.mark.parametrize(
+    ("status", "words"),
+    [
+        ("UPDATE_IN_PROGRESS", "is being changed just now .* try again"),
+        ("UPDATE_ROLLBACK_FAILED", "is stuck .*: Bucket .*continue-update-rollback --stack-name image-classifier"),
+    ],
+)
+def test_a_stack_that_cannot_be_changed(aws: Recorder, status: str, words: str) -> None:
+    answer_statuses(aws, status)
+    with pytest.raises(UserError, match=words):
+        make()
+    assert not aws.named("CreateChangeSet", "DeleteStack")
+
+
+def test_a_stack_that_cannot_be_removed(aws: Recorder) -> None:
+    answer_statuses(aws, "CREATE_COMPLETE", "DELETE_IN_PROGRESS", "DELETE_FAILED")
+    with pytest.raises(UserError, match=r"cannot be removed: Bucket .*not available; mend that"):
+        destroy()
+
+
+def test_a_plan_that_cloudformation_refuses(aws: Recorder) -> None:
+    aws.answers["DescribeChangeSet"] = {"Status": "FAILED", "StatusReason": "no such thing", "Changes": []}
+    with pytest.raises(UserError, match="CloudFormation cannot make this stack: no such thing"):
+        make()
+    assert boto3.client("cloudformation").describe_stacks()["Stacks"] == []
+
+
+def test_ctrl_c_while_waiting_lets_aws_go_on(aws: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(_: float) -> None:
+        raise KeyboardInterrupt
+
+    answer_statuses(aws, "", "CREATE_IN_PROGRESS")
+    monkeypatch.setattr("time.sleep", interrupt)
+    with pytest.raises(UserError, match="interrupted, but AWS goes on; the same command later") as error:
+        make()
+    assert error.value.code == 130
+    assert not aws.named("DeleteStack")
+
+
+def test_importing_is_quick_and_needs_no_sdk() -> None:
+    modules = "('boto3', 'botocore', 'sagemaker', 'torch')"
+    code = f"import sys, pipelines.bootstrap_destroy; print([m for m in {modules} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+    assert Path(bootstrap.TEMPLATE).is_file()

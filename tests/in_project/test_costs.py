@@ -1,0 +1,486 @@
+"""Prices, `plan`, `status` and `destroy`: what costs is known before, seen, and gone when it should be."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+from botocore.exceptions import ClientError, EndpointConnectionError
+
+from pipelines import aws as cloud
+from pipelines import destroy, engine, inventory, plan, prices, status
+from pipelines.config import Settings, load
+from pipelines.console import UserError
+from pipelines.inventory import Item
+from tests.cloud import Recorder, aws, check_golden
+
+__all__ = ["aws"]  # a fixture
+NAME = engine.project_name()
+TAGS = [{"Key": "project", "Value": NAME}]
+THEIRS = [{"Key": "project", "Value": f"{NAME}-2"}]
+ROLE = "arn:aws:iam::123456789012:role/execution"
+USD = {
+    "Train:ml.p3.2xlarge": 3.825, "Train:ml.g5.xlarge": 1.408, "Host:ml.m5.large": 0.115, "AsyncInf:ml.m5.large": 0.1,
+    "Processing:ml.m5.large": 0.115, "Tsform:ml.m5.large": 0.115, "ServerlessInf:Mem-4GB": 0.00008,
+}  # fmt: skip
+
+
+def offer(usage: str, *usd: float) -> str:
+    steps = {
+        str(number): {"unit": "seconds" if "Inf:Mem" in usage else "Hrs", "pricePerUnit": {"USD": str(price)}}
+        for number, price in enumerate(usd)
+    }
+    return json.dumps(
+        {"product": {"attributes": {"usagetype": usage}}, "terms": {"OnDemand": {"a": {"priceDimensions": steps}}}}
+    )
+
+
+def list_prices(parameters: dict[str, Any]) -> dict[str, Any]:
+    """The API's answer in two pages: near misses first."""
+    usage = next(f["Value"] for f in parameters["Filters"] if f["Field"] == "usagetype")
+    if "NextToken" not in parameters:
+        return {"PriceList": [offer(f"USE1-{usage}-more", 99), offer(f"USE1-Studio{usage}", 99)], "NextToken": "2"}
+    return {"PriceList": [offer(f"USE1-{usage}", 0, USD[usage])] if usage in USD else []}
+
+
+def refusal(code: str, operation: str = "x", message: str = "no") -> ClientError:
+    return ClientError({"Error": {"Code": code, "Message": message}}, operation)
+
+
+@pytest.fixture
+def settings(aws: Recorder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
+    monkeypatch.setattr(prices, "CACHE", tmp_path / "cache" / "prices.json")
+    monkeypatch.setattr(destroy, "PAUSE", 0.0)
+    aws.answers["GetProducts"] = list_prices
+    return load(["aws.region=us-east-1"], {})
+
+
+def test_a_price_is_found_on_any_page_and_asked_once_a_day(
+    aws: Recorder, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert prices.hourly(settings, "training", "ml.g5.xlarge") == 1.408
+    assert prices.hourly(settings, "training", "ml.g5.xlarge") == 1.408
+    assert prices.hourly(settings, "hosting", "ml.m5.large") == 0.115
+    assert len(aws.named("GetProducts")) == 4
+    later = time.time() + prices.DAY
+    monkeypatch.setattr(time, "time", lambda: later)
+    aws.answers["GetProducts"] = {"PriceList": [offer("Train:ml.g5.xlarge", 2)]}
+    assert prices.hourly(settings, "training", "ml.g5.xlarge") == 2.0
+    prices.CACHE.write_text("half a fi")
+    assert prices.hourly(settings, "training", "ml.g5.xlarge") == 2.0
+    check_golden("prices", aws[:1])
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {"PriceList": []},
+        {"PriceList": [offer("USE1-Train:ml.g5.xlarge", 0)]},
+        {"PriceList": ['{"product": {"attributes": {"usagetype": "Train:ml.g5.xlarge"}}}']},
+        {"PriceList": [offer("Train:ml.g5.xlarge", 7).replace("USD", "CNY")]},
+        refusal("AccessDeniedException"),
+        EndpointConnectionError(endpoint_url="x"),
+    ],
+)
+def test_a_price_that_cannot_be_known_is_none_and_asked_again(aws: Recorder, settings: Settings, answer: Any) -> None:
+    aws.answers["GetProducts"] = answer
+    assert prices.hourly(settings, "training", "ml.g5.xlarge") is None
+    aws.answers["GetProducts"] = list_prices
+    assert prices.hourly(settings, "training", "ml.g5.xlarge") == 1.408
+
+
+def test_china_has_no_price_in_dollars(aws: Recorder) -> None:
+    assert prices.hourly(load(["aws.region=cn-north-1"], {}), "training", "ml.g5.xlarge") is None
+    assert not aws
+
+
+@pytest.mark.parametrize(("cost", "allowed"), [(20.0, True), (20.01, False), (None, False)])
+def test_an_unknown_price_is_over_budget(settings: Settings, cost: float | None, allowed: bool) -> None:
+    prices.check_budget(settings, cost, yes=True)
+    if allowed:
+        prices.check_budget(settings, cost, yes=False)
+    else:
+        with pytest.raises(UserError, match=r"over aws.budget_usd \(20 USD\).*YES=1"):
+            prices.check_budget(settings, cost, yes=False)
+
+
+def planned(*overrides: str) -> str:
+    settings = load(["aws.region=us-east-1", "compute.instance_type=ml.g5.xlarge", *overrides], {})
+    return "\n".join([*plan.training(settings), *plan.deployment(settings)])
+
+
+def test_plan_says_the_most_that_it_can_cost_and_creates_nothing(aws: Recorder, settings: Settings) -> None:
+    assert settings
+    text = planned("compute.instances=2", "compute.max_hours=4")
+    assert "on spot instances" in text
+    assert "at most 11.26 USD (1.408 an hour each)" in text
+    assert "at most 0.12 USD an hour" in text
+    assert "at most 0.92 USD in 8 hours" in text
+    assert "at most 83.95 USD a month if it never ended" in text
+    assert "OVER" not in text
+    text = planned("compute.instances=4", "compute.spot=false", "compute.keep_alive_minutes=30", "endpoint.ttl_hours=0")
+    assert "spot" not in text
+    assert "4.5 hours at most, with 30 minutes of warm pool" in text
+    assert "at most 25.34 USD (1.408 an hour each); OVER aws.budget_usd (20 USD)" in text
+    assert "83.95 USD a month, and nothing ends it; OVER" in text
+    text = planned("endpoint.type=async", "endpoint.max_instances=3")
+    assert "up to 3 under load" in text
+    assert "at most 0.30 USD an hour (0.100 an hour each)" in text
+    text = planned("endpoint.type=serverless", "endpoint.memory_mb=4096", "endpoint.max_concurrency=5")
+    assert "at most 1.44 USD an hour (0.288 an hour each)" in text
+    assert "unknown number of USD; OVER" in planned("compute.instance_type=ml.p5.48xlarge")
+    assert {operation for operation, _ in aws} == {"GetProducts"}
+
+
+def make_endpoint(name: str, tags: list[dict[str, str]] = TAGS, count: int = 1) -> None:
+    sagemaker = cloud.client(load(["aws.region=us-east-1"], {}), "sagemaker")
+    unique = f"{name}-v1"
+    sagemaker.create_model(
+        ModelName=unique, ExecutionRoleArn=ROLE, Tags=tags,
+        PrimaryContainer={"Image": "i:1", "ModelDataUrl": "s3://b/model.tar.gz"},
+    )  # fmt: skip
+    variant = {"VariantName": "AllTraffic", "ModelName": unique, "InitialInstanceCount": count}
+    sagemaker.create_endpoint_config(
+        EndpointConfigName=unique, Tags=tags, ProductionVariants=[{**variant, "InstanceType": "ml.m5.large"}]
+    )
+    sagemaker.create_endpoint(EndpointName=name, EndpointConfigName=unique, Tags=tags)
+
+
+def attach(settings: Settings, name: str) -> None:
+    """The end schedule, an alarm and autoscaling of an endpoint."""
+    cloud.client(settings, "scheduler").create_schedule(
+        Name=f"{name}-end", ScheduleExpression="at(2030-01-02T03:04:05)", FlexibleTimeWindow={"Mode": "OFF"},
+        Target={"Arn": "arn:aws:scheduler:::aws-sdk:sagemaker:deleteEndpoint", "RoleArn": ROLE,
+                "Input": json.dumps({"EndpointName": name})},
+    )  # fmt: skip
+    cloud.client(settings, "cloudwatch").put_metric_alarm(
+        AlarmName=f"{name}-backlog", MetricName="HasBacklogWithoutCapacity", Namespace="AWS/SageMaker",
+        Statistic="Average", Dimensions=[{"Name": "EndpointName", "Value": name}], Period=60, EvaluationPeriods=2,
+        Threshold=1, ComparisonOperator="GreaterThanOrEqualToThreshold",
+    )  # fmt: skip
+    cloud.client(settings, "application-autoscaling").register_scalable_target(
+        ServiceNamespace="sagemaker", ResourceId=f"endpoint/{name}/variant/AllTraffic", MinCapacity=1, MaxCapacity=4,
+        ScalableDimension="sagemaker:variant:DesiredInstanceCount",
+    )  # fmt: skip
+
+
+class Jobs:
+    """Jobs as AWS would list them; moto can start none that runs and stop hardly any."""
+
+    KINDS = ("TrainingJob", "ProcessingJob", "TransformJob", "HyperParameterTuningJob")
+
+    def __init__(self, aws: Recorder) -> None:
+        self.running: dict[str, dict[str, str]] = {kind: {} for kind in self.KINDS}
+        self.pools: set[str] = set()
+        self.theirs: set[str] = set()
+        for kind in self.KINDS:
+            aws.answers[f"List{kind}s"] = lambda p, kind=kind: self.listed(kind, p)
+            aws.answers[f"Stop{kind}"] = lambda p, kind=kind: self.stop(kind, p[f"{kind}Name"])
+        machines = {"InstanceType": "ml.m5.large", "InstanceCount": 2, "VolumeSizeInGB": 1}
+        aws.answers["DescribeTrainingJob"] = {
+            "ResourceConfig": machines | {"InstanceType": "ml.p3.2xlarge"}, "EnableManagedSpotTraining": True
+        }  # fmt: skip
+        aws.answers["DescribeProcessingJob"] = {"ProcessingResources": {"ClusterConfig": machines}}
+        aws.answers["DescribeTransformJob"] = {"TransformResources": machines}
+        aws.answers["DescribeHyperParameterTuningJob"] = {}
+        aws.answers["UpdateTrainingJob"] = self.release
+        tags = {"Tags": TAGS}
+        aws.answers["ListTags"] = lambda p: {"Tags": THEIRS} if p["ResourceArn"].split("/")[-1] in self.theirs else tags
+
+    def listed(self, kind: str, parameters: dict[str, Any]) -> dict[str, Any]:
+        """A page for each job."""
+        wanted = parameters.get("StatusEquals")
+        names = [name for name, status in self.running[kind].items() if status == wanted]
+        if "WarmPoolStatusEquals" in parameters:
+            names = sorted(self.pools)
+        first = int(parameters.get("NextToken", 0))
+        summaries = [
+            {f"{kind}Name": name, f"{kind}Arn": f"arn:aws:sagemaker:us-east-1:123456789012:job/{name}",
+             "CreationTime": datetime(2026, 1, 1, tzinfo=UTC), f"{kind}Status": wanted or "Completed",
+             "WarmPoolStatus": {"Status": parameters.get("WarmPoolStatusEquals", "InUse")}}
+            for name in names[first : first + 1]
+        ]  # fmt: skip
+        more = {"NextToken": str(first + 1)} if first + 1 < len(names) else {}
+        kind = "HyperParameterTuningJob" if kind.startswith("Hyper") else kind
+        return {f"{kind}Summaries": summaries, **more}
+
+    def release(self, parameters: dict[str, Any]) -> dict[str, Any]:
+        self.pools.discard(parameters["TrainingJobName"])
+        return {}
+
+    def stop(self, kind: str, name: str) -> dict[str, Any]:
+        """It takes one more look until it is gone."""
+        if self.running[kind].pop(name) == "InProgress":
+            self.running[kind][name] = "Stopping"
+        return {}
+
+
+def furnish(settings: Settings, aws: Recorder) -> Jobs:
+    """One of everything that bills, in this project and in another one whose name begins with this one's."""
+    make_endpoint(NAME, count=2)
+    make_endpoint("by-another-name")
+    make_endpoint(f"{NAME}-2", THEIRS)
+    for name in (NAME, f"{NAME}-2", f"{NAME}-gone"):
+        attach(settings, name)
+    jobs = Jobs(aws)
+    for kind in Jobs.KINDS:
+        jobs.running[kind] = {f"{NAME}-{letter}": "InProgress" for letter in "abc"} | {f"{NAME}-2-job": "InProgress"}
+    jobs.pools = {f"{NAME}-idle", f"{NAME}-2-job"}
+    jobs.theirs = {f"{NAME}-2", f"{NAME}-2-v1", f"{NAME}-2-job"}
+    return jobs
+
+
+def test_status_shows_everything_of_the_project_with_its_price(aws: Recorder, settings: Settings) -> None:
+    furnish(settings, aws)
+    items = inventory.everything(settings)
+    lines = status.table(items)
+    counts: dict[str, int] = {}
+    for item in items:
+        counts[item.kind] = counts.get(item.kind, 0) + 1
+    assert counts == {"tuning job": 3, "training job": 3, "processing job": 3, "transform job": 3, "warm pool": 1,
+                      "endpoint": 2, "endpoint config": 2, "model": 2, "end schedule": 1, "alarm": 2,
+                      "autoscaling": 2}  # fmt: skip
+    assert not [item for item in items if item.name in (f"{NAME}-2", f"{NAME}-2-job", f"{NAME}-2-v1")]
+    text = "\n".join(lines)
+    assert re.search(rf"endpoint +{NAME} .*0\.230 USD/h  2 x ml\.m5\.large, InService  until 2030-01-02", text)
+    assert re.search(r"endpoint +by-another-name .* 0\.115 USD/h .*NO END: nothing deletes it", text)
+    assert re.search(r"training job .*2026-01-01 00:00 +\d+ d +7\.650 USD/h  2 x ml\.p3\.2xlarge, spot", text)
+    assert re.search(rf"warm pool +{NAME}-idle .*7\.650 USD/h", text)
+    total = 4 * 7.65 + 6 * 0.23 + 0.345
+    assert lines[-1] == f"in all at most {total:.3f} USD an hour, storage and requests apart"
+    reading: dict[str, dict[str, Any]] = {}
+    for operation, parameters in aws:
+        if operation.startswith(("List", "Describe", "Get")):
+            reading.setdefault(operation, parameters)
+    check_golden("status", list(reading.items()))
+
+
+def test_status_counts_what_has_no_price(aws: Recorder, settings: Settings) -> None:
+    make_endpoint(NAME)
+    aws.answers["GetProducts"] = refusal("AccessDeniedException")
+    lines = status.table(inventory.everything(settings))
+    assert "price unknown" in lines[0]
+    assert lines[-1].startswith("in all at most 0.000 USD an hour and 1 of unknown price")
+
+
+def test_what_belongs_to_an_endpoint_of_another_name(settings: Settings) -> None:
+    make_endpoint("by-another-name")
+    attach(settings, "by-another-name")
+    lines = status.table(inventory.everything(settings))
+    assert [line.split()[0] for line in lines] == ["endpoint", "endpoint", "model", "end", "alarm", "autoscaling", "in"]
+    assert "until 2030-01-02T03:04:05 UTC" in lines[0]
+
+
+def test_serverless_and_async_endpoints(aws: Recorder, settings: Settings) -> None:
+    make_endpoint(NAME)
+    variant = {"VariantName": "AllTraffic", "ModelName": "m"}
+    serverless = {"ServerlessConfig": {"MemorySizeInMB": 2048, "MaxConcurrency": 5}}
+    aws.answers["DescribeEndpointConfig"] = {"ProductionVariants": [variant | serverless]}
+    (item,) = (item for item in inventory.everything(settings) if item.kind == "endpoint")
+    assert (item.usd, item.bills) == (0, True)
+    aws.answers["DescribeEndpointConfig"] = {
+        "ProductionVariants": [variant | {"InitialInstanceCount": 1, "InstanceType": "ml.m5.large"}],
+        "ShadowProductionVariants": [variant | {"VariantName": "s", "InitialInstanceCount": 2, "InstanceType": "x"}],
+        "AsyncInferenceConfig": {"OutputConfig": {}},
+    }
+    (item,) = (item for item in inventory.everything(settings) if item.kind == "endpoint")
+    assert (item.usd, item.detail) == (None, "1 x ml.m5.large, 2 x x, InService")
+    del aws.answers["DescribeEndpointConfig"]["ShadowProductionVariants"]
+    (item,) = (item for item in inventory.everything(settings) if item.kind == "endpoint")
+    assert item.usd == 0.1  # not the price of a real-time endpoint
+    del aws.answers["DescribeEndpointConfig"]
+    facts = {"EndpointConfigName": f"{NAME}-v1", "EndpointStatus": "InService", "CreationTime": datetime.now(UTC)}
+    zero = [{"VariantName": "AllTraffic", "CurrentInstanceCount": 0, "DesiredInstanceCount": 0}]
+    aws.answers["DescribeEndpoint"] = facts | {"ProductionVariants": zero}
+    (item,) = (item for item in inventory.everything(settings) if item.kind == "endpoint")
+    assert (item.usd, item.detail) == (0.0, "0 x ml.m5.large, InService")
+
+
+def test_status_of_stack_bucket_and_images(aws: Recorder, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "make bootstrap" in status.stored(settings)[0]
+    repository = "123456789012.dkr.ecr.us-east-1.amazonaws.com/repo"
+    made = cloud.Stack(bucket="b", role=ROLE, repository=repository, topic="t", scheduler_role="s")
+    monkeypatch.setattr(cloud, "stack", lambda _: made)
+    assert "RepositoryNotFoundException" in status.stored(settings)[2]
+    aws.answers["DescribeImages"] = lambda p: (
+        {"imageDetails": [{"imageSizeInBytes": 10**9}]} | ({} if p.get("nextToken") else {"nextToken": "2"})
+    )
+    result = {"Id": "size", "Values": [25e8, 1e9]}
+    aws.answers["GetMetricData"] = {"MetricDataResults": [result]}
+    assert status.stored(settings)[1:] == ["bucket b: 2.5 GB yesterday", f"repository {repository}: 2 images, 2.0 GB"]
+
+
+def test_more_than_one_page_of_endpoints_and_tags(
+    aws: Recorder, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from moto.sagemaker.models import PAGINATION_MODEL
+
+    for number in range(5):
+        make_endpoint(f"{NAME}-{number}", [{"Key": f"k{key}", "Value": "v"} for key in range(3)] + TAGS)
+    for operation in ("list_endpoints", "list_endpoint_configs", "list_tags"):
+        monkeypatch.setitem(PAGINATION_MODEL[operation], "limit_default", 2)
+    kinds = [item.kind for item in inventory.everything(settings)]
+    assert (kinds.count("endpoint"), kinds.count("endpoint config"), kinds.count("model")) == (5, 5, 5)
+    assert len(aws.named("ListEndpoints")) == 3
+    assert {"NextToken"} <= {key for call in aws.named("ListTags") for key in call}
+
+
+def test_tags_that_may_not_be_read(aws: Recorder, settings: Settings) -> None:
+    make_endpoint("quite-another")
+    aws.answers["ListTags"] = refusal("AccessDeniedException")
+    assert inventory.everything(settings) == []
+    make_endpoint(NAME)
+    with pytest.raises(UserError, match=r"listing what the project has in AWS failed.*make doctor"):
+        inventory.everything(settings)
+
+
+CHANGES = ("Delete", "Stop", "Update", "Deregister")
+
+
+def changes(calls: Recorder) -> list[tuple[str, dict[str, Any]]]:
+    return [call for call in calls if call[0].startswith(CHANGES)]
+
+
+def test_after_destroy_nothing_of_the_project_bills_and_nothing_of_others_is_touched(
+    aws: Recorder, settings: Settings, capsys: pytest.CaptureFixture[str]
+) -> None:
+    jobs = furnish(settings, aws)
+    busy = [refusal("ValidationException", message="Cannot update in-progress endpoint")]
+    original = cloud.client(settings, "sagemaker")
+    assert original.list_endpoints()["Endpoints"]
+    aws.clear()
+
+    def still_creating(_: dict[str, Any]) -> Any:
+        """The first time an endpoint cannot be deleted, the second time moto does it."""
+        del aws.answers["DeleteEndpoint"]
+        raise busy.pop()
+
+    def stop_and_end(kind: str) -> None:
+        """What is stopping has ended by the next look but one."""
+        listed = jobs.listed
+
+        def later(name: str, parameters: dict[str, Any]) -> dict[str, Any]:
+            answer = listed(name, parameters)
+            if parameters.get("StatusEquals") == "Stopping" and "NextToken" not in answer:
+                stopping = [job for job, status in jobs.running[name].items() if status == "Stopping"]
+                for job in stopping[1:]:
+                    del jobs.running[name][job]
+                if len(stopping) == 1:
+                    del jobs.running[name][stopping[0]]
+            return answer
+
+        aws.answers[f"List{kind}s"] = lambda p: later(kind, p)
+
+    for kind in Jobs.KINDS:
+        stop_and_end(kind)
+    aws.answers["DeleteEndpoint"] = still_creating
+    destroy.destroy(settings, None, yes=True)
+    printed = capsys.readouterr().out
+    assert printed.index("in all at most") < printed.index("removing ")
+    assert f"waiting for tuning job {NAME}-a" in printed
+    assert inventory.everything(settings) == []
+    assert jobs.pools == {f"{NAME}-2-job"}
+    assert all(running == {f"{NAME}-2-job": "InProgress"} for running in jobs.running.values())
+    for listed, name in (
+        ("list_endpoints", "Endpoint"),
+        ("list_endpoint_configs", "EndpointConfig"),
+        ("list_models", "Model"),
+    ):
+        (left,) = getattr(original, listed)()[f"{name}s"]
+        assert left[f"{name}Name"].startswith(f"{NAME}-2")
+    schedules = cloud.client(settings, "scheduler").list_schedules()["Schedules"]
+    (alarm,) = cloud.client(settings, "cloudwatch").describe_alarms()["MetricAlarms"]
+    assert {schedule["Name"] for schedule in schedules} == {f"{NAME}-2-end", f"{NAME}-gone-end"}
+    assert alarm["AlarmName"] == f"{NAME}-2-backlog"
+    check_golden("destroy", changes(aws))
+    aws.clear()
+    destroy.destroy(settings, None, yes=True)
+    assert not changes(aws)
+
+
+def test_destroy_of_one_endpoint_leaves_the_others(aws: Recorder, settings: Settings) -> None:
+    furnish(settings, aws)
+    aws.clear()
+    with pytest.raises(UserError, match=rf"no endpoint {NAME}-2; it has: {NAME}, by-another-name"):
+        destroy.destroy(settings, f"{NAME}-2", yes=True)
+    destroy.destroy(settings, NAME, yes=True)
+    removed = changes(aws)
+    assert [operation for operation, _ in removed] == [
+        "DeregisterScalableTarget", "DeleteEndpoint", "DeleteEndpointConfig", "DeleteModel", "DeleteSchedule",
+        "DeleteAlarms",
+    ]  # fmt: skip
+    check_golden("destroy-endpoint", removed)
+    assert {item.name for item in inventory.everything(settings) if item.kind == "endpoint"} == {"by-another-name"}
+
+
+def test_destroy_of_one_endpoint_leaves_a_model_that_another_may_use() -> None:
+    now = datetime.now(UTC)
+    nothing: tuple[str, str, dict[str, Any]] = ("sagemaker", "delete_model", {})
+    one = Item("endpoint", "one", now, "", nothing, bills=True, uses=("one-v1", "shared", "one-model"))
+    models = [Item("model", name, now, "", nothing) for name in ("shared", "one-model", "one-old")]
+    assert destroy.chosen([one, *models], "one") == [one, models[1]]
+
+
+def test_destroy_asks_first(aws: Recorder, settings: Settings) -> None:
+    make_endpoint(NAME)
+    with pytest.raises(UserError, match=r"nobody is there to answer; say YES=1"):
+        destroy.destroy(settings, None, yes=False)
+    assert not changes(aws)
+
+
+def test_destroy_names_what_it_may_not_remove_and_removes_the_rest(
+    aws: Recorder, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(destroy, "PATIENCE", 5.0)
+    make_endpoint(NAME)
+    make_endpoint(f"{NAME}-b")
+    original, denied = aws.answers, refusal("AccessDeniedException", message="not authorized")
+    seen: list[str] = []
+
+    def only_the_other(parameters: dict[str, Any]) -> Any:
+        seen.append(parameters["EndpointName"])
+        if parameters["EndpointName"] == NAME:
+            raise denied
+        del original["DeleteEndpoint"]
+        try:
+            return cloud.client(settings, "sagemaker").delete_endpoint(**parameters)
+        finally:
+            original["DeleteEndpoint"] = only_the_other
+
+    original["DeleteEndpoint"] = only_the_other
+    with pytest.raises(UserError, match=rf"still there: endpoint {NAME} \(not authorized, not allowed: `make doctor`"):
+        destroy.destroy(settings, None, yes=True)
+    assert sorted(seen) == [NAME, f"{NAME}-b"]
+    assert {item.name for item in inventory.everything(settings) if item.kind == "endpoint"} == {NAME}
+
+
+def test_destroy_gives_up_in_the_end(aws: Recorder, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_endpoint(NAME)
+    attach(settings, NAME)
+    aws.answers["DeleteEndpoint"] = {}
+    monkeypatch.setattr(destroy, "PATIENCE", 0.3)
+    with pytest.raises(UserError, match=rf"still there: endpoint {NAME}\. Do it again"):
+        destroy.destroy(settings, None, yes=True)
+    assert not aws.named("DeleteSchedule", "DeleteModel", "DeleteEndpointConfig")  # it still has to end
+
+
+@pytest.mark.parametrize("operation", ["DeleteModel", "DeleteAlarms", "DeleteSchedule"])
+def test_destroy_names_what_is_left_although_it_bills_nothing(
+    aws: Recorder, settings: Settings, operation: str
+) -> None:
+    make_endpoint(NAME)
+    attach(settings, NAME)
+    aws.answers[operation] = refusal("ThrottlingException", message="slow down")
+    with pytest.raises(UserError, match=r"still there: .*\(slow down\)"):
+        destroy.destroy(settings, None, yes=True)
+
+
+def test_destroy_with_expired_credentials_says_so(aws: Recorder, settings: Settings) -> None:
+    aws.answers["ListTrainingJobs"] = refusal("ExpiredTokenException")
+    with pytest.raises(UserError, match="the AWS credentials have expired"):
+        destroy.destroy(settings, None, yes=True)

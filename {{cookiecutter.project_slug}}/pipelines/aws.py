@@ -1,0 +1,175 @@
+"""What the cloud verbs share: clients in the configured region, the project's stack, AWS's errors as one sentence."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from pipelines import engine
+from pipelines.config import Settings
+from pipelines.console import UserError
+
+ATTEMPTS = 5  # of a request, with growing pauses (botocore's standard mode)
+REASONS = {
+    "no credentials": (
+        "NoCredentials",
+        "PartialCredentials",
+        "ProfileNotFound",
+        "UnauthorizedSSOToken",
+        "SSOTokenLoad",
+    ),
+    "expired": ("ExpiredToken", "ExpiredTokenException", "RequestExpired", "TokenRefreshRequired"),
+    "invalid": ("InvalidClientTokenId", "UnrecognizedClientException", "SignatureDoesNotMatch", "AuthFailure"),
+    "denied": ("AccessDenied", "AccessDeniedException", "UnauthorizedOperation", "AuthorizationError"),
+    "quota": ("ResourceLimitExceeded", "LimitExceeded", "LimitExceededException", "ServiceQuotaExceededException"),
+    "capacity": ("CapacityError", "InsufficientCapacity", "InsufficientInstanceCapacity"),
+    "throttled": ("Throttling", "ThrottlingException", "TooManyRequestsException", "RequestLimitExceeded", "SlowDown"),
+    "network": ("EndpointConnection", "ConnectTimeout", "ReadTimeout", "ConnectionClosed", "SSL", "ProxyConnection"),
+}
+STEPS = {
+    "no credentials": "there are no AWS credentials; run `aws configure` or `aws sso login`, or set AWS_PROFILE",
+    "expired": "the AWS credentials have expired; get new ones, for instance with `aws sso login`",
+    "invalid": "AWS does not accept these credentials; check AWS_PROFILE, the keys, and this machine's clock",
+    "denied": "these credentials may not do that; `make doctor` shows what is missing",
+    "quota": "a quota of the account is reached; ask for more at Service Quotas, or choose another instance type",
+    "capacity": "AWS has no such machines free right now; try again later, another instance type or another region",
+    "trust": "SageMaker may not use the execution role; `make bootstrap` puts its trust policy right",
+    "throttled": f"too many requests, {ATTEMPTS} attempts were refused; try again in a minute",
+    "network": "AWS cannot be reached; check the network, the proxy and aws.region",
+}
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Outputs of the project's CloudFormation stack: what `make bootstrap` made."""
+
+    bucket: str
+    role: str
+    repository: str
+    topic: str
+    scheduler_role: str
+
+
+def client(settings: Settings, service: str, region: str | None = None) -> Any:
+    """A boto3 client, in `aws.region` unless told otherwise, that gives up after a bounded number of attempts."""
+    import boto3
+    from botocore.config import Config
+
+    limits = Config(retries={"mode": "standard", "max_attempts": ATTEMPTS}, connect_timeout=10, read_timeout=60)
+    return boto3.client(service, region_name=region or settings.aws.region, config=limits)
+
+
+@contextlib.contextmanager
+def explained(doing: str) -> Iterator[None]:
+    """Turn AWS's errors inside the block into one sentence with the next step.
+
+    Args:
+        doing: what the block does, as in "starting the training job".
+
+    Raises:
+        UserError: for every error that botocore raises.
+    """
+    from boto3.exceptions import Boto3Error
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    try:
+        yield
+    except (Boto3Error, BotoCoreError, ClientError) as error:
+        cause = error.__context__ if isinstance(error, Boto3Error) and error.__context__ else error  # of a transfer
+        if isinstance(cause, ClientError):
+            details = cause.response.get("Error", {})
+            message = " ".join(str(details.get("Message", cause)).split())
+            reason = "trust" if "could not assume role" in message.lower() else _reason(details.get("Code", ""))
+            step = f"; {STEPS[reason]}" if reason else ""
+            raise UserError(f"{doing} failed: {message.rstrip('.')} ({details.get('Code')}){step}") from error
+        reason = _reason(type(cause).__name__.removesuffix("Error"))
+        text = STEPS.get(reason or "", " ".join(str(cause).split()))
+        raise UserError(f"{doing} failed: {text}") from error
+
+
+def _reason(code: str) -> str | None:
+    return next((reason for reason, codes in REASONS.items() if code in codes), None)
+
+
+def missing(error: Any) -> bool:
+    """Whether a `ClientError` says that the thing asked for does not exist."""
+    details = error.response["Error"]
+    gone = ("does not exist", "could not find", "not found", "cannot find")
+    known = details["Code"] in ("ResourceNotFoundException", "ResourceNotFound", "RepositoryNotFoundException")
+    return (
+        known
+        or (details["Code"] == "ValidationException" and any(w in details["Message"].lower() for w in gone))
+        or (details["Code"] == "ValidationError" and "does not exist" in details["Message"])
+    )
+
+
+def stack(settings: Settings) -> Stack:
+    """The outputs of the project's stack.
+
+    Raises:
+        UserError: when it has not been made, with the command that makes it.
+    """
+    from botocore.exceptions import ClientError
+
+    name = engine.project_name()
+    with explained(f"looking up the stack {name}"):
+        try:
+            found = client(settings, "cloudformation").describe_stacks(StackName=name)["Stacks"][0]
+        except ClientError as error:
+            if not missing(error):
+                raise
+            raise UserError(
+                f"there is no stack {name} in {settings.aws.region}; make it with `make bootstrap`"
+            ) from error
+    outputs = {output["OutputKey"]: output["OutputValue"] for output in found.get("Outputs", [])}
+    names = {"bucket": "Bucket", "role": "ExecutionRole", "repository": "Repository", "topic": "Topic",
+             "scheduler_role": "SchedulerRole"}  # fmt: skip
+    absent = [key for key in names.values() if key not in outputs]
+    if absent:
+        raise UserError(
+            f"the stack {name} has no output {', '.join(absent)}; bring it up to date with `make bootstrap`"
+        )
+    return Stack(**{field: outputs[key] for field, key in names.items()})
+
+
+def tags(settings: Settings) -> list[dict[str, str]]:
+    """On everything that the verbs create; `project` is how `status` and `destroy` find it again."""
+    return [
+        {"Key": key, "Value": value} for key, value in {**settings.aws.tags, "project": engine.project_name()}.items()
+    ]
+
+
+def confirm(plan: str, yes: bool) -> None:
+    """Show what will be created and what it can cost; go on only when told to.
+
+    Raises:
+        UserError: when the answer is no, or nobody is there to give one.
+    """
+    import sys
+
+    print(plan, flush=True)
+    if yes:
+        return
+    if not sys.stdin.isatty():
+        raise UserError("nobody is there to answer; say YES=1 to go on")
+    if ask("go on? [y/N]").lower() not in ("y", "yes"):
+        raise UserError("nothing was done")
+
+
+def ask(question: str) -> str:
+    """What somebody types; nothing when that is the end of the input."""
+    try:
+        return input(f"{question} ").strip()
+    except EOFError:
+        return ""
+
+
+def kms_arn(settings: Settings) -> str | None:
+    """The ARN of `aws.kms_key`: an alias is not taken everywhere. None for the account's default keys."""
+    key = settings.aws.kms_key
+    if key == "none" or ":key/" in key:
+        return None if key == "none" else key
+    with explained(f"looking up {key}, which is aws.kms_key"):
+        return str(client(settings, "kms").describe_key(KeyId=key)["KeyMetadata"]["Arn"])

@@ -1,0 +1,135 @@
+"""Remove the project's stack: `make bootstrap-destroy`. Data and images stay, unless ALL=1 and the name is typed.
+
+    python -m pipelines.bootstrap_destroy --yes
+    python -m pipelines.bootstrap_destroy --all --confirm image-classifier
+
+Refuses while the project has endpoints or running jobs: they need the stack's roles.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from pipelines import aws, console, engine, stack
+from pipelines.bootstrap import bucket_name
+from pipelines.config import Settings, load
+from pipelines.console import UserError
+
+GONE = ("NoSuchBucket", "RepositoryNotFoundException")
+RUNNING = [  # operation, filter, where the names are
+    ("list_endpoints", {}, "Endpoints", "EndpointName"),
+    *(
+        (f"list_{kind}_jobs", {"StatusEquals": status}, f"{kind.title()}JobSummaries", f"{kind.title()}JobName")
+        for kind in ("training", "processing", "transform")
+        for status in ("InProgress", "Stopping")
+    ),
+]
+
+
+def busy(settings: Settings) -> Iterator[str]:
+    """What of the project still runs; by its name, or by its tag when it has another name."""
+    sagemaker, name = aws.client(settings, "sagemaker"), engine.project_name()
+    for operation, condition, items, key in RUNNING:
+        for page in sagemaker.get_paginator(operation).paginate(**condition):
+            for item in page[items]:
+                arn = item[key.replace("Name", "Arn")]
+                if item[key] == name or item[key].startswith(f"{name}-") or _tagged(sagemaker, arn, name):
+                    yield f"{key.removesuffix('Name')} {item[key]}"
+
+
+def _tagged(sagemaker: Any, arn: str, name: str) -> bool:
+    return {"Key": "project", "Value": name} in sagemaker.list_tags(ResourceArn=arn)["Tags"]
+
+
+def destroy(settings: Settings, everything: bool, confirmed: str, yes: bool) -> None:
+    """Remove the stack, and with `everything` also data and images; see the module's docstring."""
+    name = engine.project_name()
+    with aws.explained(f"removing the stack {name}"):
+        running = list(busy(settings))
+        if running:
+            raise UserError(
+                f"still there: {', '.join(running)}; remove endpoints with `make destroy` and stop or await jobs first"
+            )
+        cloud = aws.client(settings, "cloudformation")
+        account = aws.client(settings, "sts").get_caller_identity()["Account"]
+        bucket, found = bucket_name(settings, account), stack.find(cloud, name)
+        where = f"in {settings.aws.region}, account {account}"
+        if found is None and not everything:
+            print(f"there is no stack {name} {where}; ALL=1 deletes bucket and repository, should they be left")
+            return
+        kept = f"bucket {bucket} and repository {name}, with all that is in them"
+        plan = f"removes the stack {name} {where}: roles, notifications" + (
+            f";\nDELETES the {kept}" if everything else ""
+        )
+        plan += "" if everything else f";\nkeeps the {kept}: the next `make bootstrap` takes them back"
+        if everything:
+            _typed(plan, name, confirmed)
+        else:
+            aws.confirm(plan, yes)
+        if found is not None:
+            stack.remove(cloud, found["StackId"])
+        if everything:
+            _delete_bucket(settings, bucket, account)
+            _delete_repository(settings, name, account)
+
+
+def _typed(plan: str, name: str, confirmed: str) -> None:
+    """Go on only when somebody has typed the project's name: YES=1 is not enough to lose data."""
+    print(plan, flush=True)
+    if not confirmed and sys.stdin.isatty():
+        confirmed = aws.ask(f"type {name} to delete it:")
+    if confirmed != name:
+        raise UserError(f"nothing was deleted: {confirmed!r} is not the project's name; say CONFIRM={name}")
+
+
+def _delete_bucket(settings: Settings, bucket: str, account: str) -> None:
+    from botocore.exceptions import ClientError
+
+    s3, owner, deleted = aws.client(settings, "s3"), {"Bucket": bucket, "ExpectedBucketOwner": account}, 0
+    try:
+        while True:
+            page = s3.list_object_versions(**owner)  # at most 1000, which is what one request can delete
+            versions = [*page.get("Versions", []), *page.get("DeleteMarkers", [])]
+            batch = [{"Key": version["Key"], "VersionId": version["VersionId"]} for version in versions]
+            if not batch:
+                break
+            answer = s3.delete_objects(**owner, Delete={"Objects": batch, "Quiet": True})
+            for error in answer.get("Errors", []):
+                raise UserError(f"{error['Key']} in {bucket} cannot be deleted: {error['Message']} ({error['Code']})")
+            deleted += len(batch)
+            print(f"deleting objects: {deleted}", flush=True)
+        s3.delete_bucket(**owner)
+    except ClientError as error:
+        if error.response["Error"]["Code"] not in GONE:
+            raise
+        return
+    print(f"deleted the bucket {bucket}")
+
+
+def _delete_repository(settings: Settings, name: str, account: str) -> None:
+    from botocore.exceptions import ClientError
+
+    try:
+        aws.client(settings, "ecr").delete_repository(registryId=account, repositoryName=name, force=True)
+    except ClientError as error:
+        if error.response["Error"]["Code"] not in GONE:
+            raise
+        return
+    print(f"deleted the repository {name}")
+
+
+def main() -> int:
+    """Command line; see the module's docstring."""
+    parser = console.parser("Remove the project's stack; data and images stay, unless --all.", settings=True)
+    parser.add_argument("--all", action="store_true", help="delete data and images too")
+    parser.add_argument("--confirm", default="", metavar="NAME", help="with --all: the project's name, typed")
+    parser.add_argument("--yes", action="store_true", help="do not ask; with --all it asks all the same")
+    options = parser.parse_args()
+    destroy(load(options.set), options.all, options.confirm, options.yes)
+    return 0
+
+
+if __name__ == "__main__":
+    console.run_verb(main)

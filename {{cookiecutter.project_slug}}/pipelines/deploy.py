@@ -1,0 +1,308 @@
+"""Put an artifact behind an endpoint on SageMaker, or update the endpoint that is there: `make deploy`.
+
+    python -m pipelines.deploy --run 20261121-093000-a1b2 --type async --set endpoint.ttl_hours=2
+    make deploy JOB=<training job>    PACKAGE=<ARN>    ARTIFACT=<file>     # instead of the newest run or RUN=
+    make deploy RUN=<other run> WEIGHT=10           # a second variant beside the first, for 10 % of the requests
+
+INFERENCE_... variables (see src/inference/serve.py) are handed on. The end of the endpoint is scheduled before it is
+created; afterwards the artifact's golden samples go through it.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import tempfile
+import time
+from argparse import Namespace
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from inference.artifact import ArtifactError, unpack
+from pipelines import aws, console, endpoints, image_push, prices, rollout, runs
+from pipelines.config import Settings, load
+from pipelines.console import UserError
+from pipelines.rollout import SECOND, Plan
+
+TOLERANCE = 0.02  # of a golden sample's probabilities, as in src/inference/inference.py
+MONTH = 730  # hours: what an endpoint is counted for that never deletes itself
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checked artifact.
+
+    Attributes:
+        label: what a person calls it.
+        archive: here, perhaps in a temporary folder.
+        samples: its golden samples.
+        uri: where it lies in S3 already.
+        package: the model package that it is of.
+    """
+
+    label: str
+    archive: Path
+    samples: list[dict[str, Any]]
+    uri: str | None = None
+    package: str | None = None
+
+
+def find(settings: Settings, options: Namespace, folder: Path) -> Source:
+    """The artifact that the options name, checked; what lies in S3 only is downloaded into a folder.
+
+    Raises:
+        UserError: when there is none, it is damaged, its job failed, or its package is not approved.
+    """
+    given = [word for word in ("run", "job", "package", "artifact") if getattr(options, word)]
+    if len(given) > 1:
+        raise UserError(f"{' and '.join(word.upper() for word in given)} name an artifact each; give one")
+    uri, sagemaker = None, aws.client(settings, "sagemaker")
+    if options.job:
+        with aws.explained(f"looking up the training job {options.job}"):
+            facts = sagemaker.describe_training_job(TrainingJobName=options.job)
+        if facts["TrainingJobStatus"] != "Completed":
+            raise UserError(f"{options.job} is {facts['TrainingJobStatus']}; only a completed job has an artifact")
+        label, uri = f"job {options.job}", facts["ModelArtifacts"]["S3ModelArtifacts"]
+    elif options.package:
+        with aws.explained(f"looking up the model package {options.package}"):
+            facts = sagemaker.describe_model_package(ModelPackageName=options.package)
+        if facts.get("ModelApprovalStatus", "Approved") != "Approved":
+            raise UserError(f"{options.package} is {facts['ModelApprovalStatus']}; approve it with `make approve`")
+        label, uri = f"package {options.package}", facts["InferenceSpecification"]["Containers"][0]["ModelDataUrl"]
+    elif options.artifact:
+        label, archive = str(options.artifact), options.artifact
+    else:
+        archive = runs.find(options.run) / "model.tar.gz"
+        label = f"run {archive.parent.name}"
+    if uri:
+        bucket, _, key = uri.removeprefix("s3://").partition("/")
+        archive = folder / "model.tar.gz"
+        with aws.explained(f"downloading {uri}"):
+            aws.client(settings, "s3").download_file(bucket, key, str(archive))
+    return Source(label, archive, _checked(archive, folder / "unpacked"), uri, options.package)
+
+
+def _checked(archive: Path, folder: Path) -> list[dict[str, Any]]:
+    """The golden samples of an artifact whose files match their checksums."""
+    try:
+        unpack(archive, folder)
+        for name, digest in json.loads((folder / "model.json").read_text(encoding="utf-8"))["files"].items():
+            if hashlib.sha256((folder / name).read_bytes()).hexdigest() != digest:
+                raise ArtifactError(f"{name} in {archive} does not match its checksum")
+        samples: list[dict[str, Any]] = json.loads((folder / "golden.json").read_text(encoding="utf-8"))["samples"]
+    except ArtifactError as error:
+        raise UserError(str(error)) from error
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{archive} is no artifact of this project: {error}") from error
+    return samples
+
+
+def deploy(settings: Settings, options: Namespace) -> None:
+    """Create or update the endpoint, and see that it answers as the artifact did.
+
+    Raises:
+        UserError: when it does not run as it should; the message says what is left, and how to remove it.
+    """
+    chosen, name, stack = settings.endpoint, endpoints.name(settings, options.endpoint), aws.stack(settings)
+    with tempfile.TemporaryDirectory(prefix="deploy-") as folder:
+        source = find(settings, options, Path(folder))
+        facts = endpoints.describe(settings, name)
+        old = _config(settings, name, facts, options.weight) if facts else {"ProductionVariants": []}
+        _check_limits(settings, old, options.weight)
+        image, config = image_push.uri(settings, stack, "serving"), f"{name}-{runs.new_name()}"
+        plan = Plan(name, config, image, source.uri or "", source.package, old, options.weight)
+        _agree(settings, plan, source.label, options.yes)
+        if not plan.package:
+            image_push.ensure(settings, stack, "serving")
+        plan = replace(plan, uri=plan.uri or _upload(settings, stack, source.archive))
+    before, end = endpoints.end(settings, name), None
+    if chosen.ttl_hours:
+        end = time.strftime("at(%Y-%m-%dT%H:%M:%S)", time.gmtime(time.time() + chosen.ttl_hours * 3600))
+    try:
+        endpoints.set_end(settings, stack, name, end)
+        with aws.explained(f"{'updating' if facts else 'creating'} the endpoint {name}"):
+            rollout.create(settings, stack, plan)
+            rollout.start(settings, plan)
+    except BaseException:
+        rollout.undo(settings, stack, plan, before)
+        raise
+    ends = f"deletes itself on {end[3:13]} at {end[14:19]} UTC" if end else "never deletes itself"
+    remove = f"`make destroy ENDPOINT={name}` removes it"
+    try:
+        difference = _see(settings, plan, source.samples, remove)
+    except KeyboardInterrupt:
+        raise UserError(f"stopped waiting; {name} goes on and bills, and {ends}; {remove}", code=130) from None
+    print(f"{name} is in service, its {len(source.samples)} golden samples agree within {difference:.4f}")
+    print(f"  {endpoints.link(settings, name)}\n  make invoke IMAGE=path/to/an/image ENDPOINT={name}")
+    if plan.weight:
+        print(
+            f"  make shift-traffic VARIANT={SECOND} WEIGHT=50 ENDPOINT={name}; `make deploy` goes back to one variant"
+        )
+    print(f"  it {ends}; {remove}", flush=True)
+
+
+def _see(settings: Settings, plan: Plan, samples: list[dict[str, Any]], remove: str) -> float:
+    """Wait until the endpoint runs, send the golden samples through it, and let it scale.
+
+    Returns:
+        The largest difference of a probability.
+    """
+    facts = endpoints.wait(settings, plan.name)
+    if facts["EndpointStatus"] != "InService" or facts["EndpointConfigName"] != plan.config:
+        healthy = facts["EndpointStatus"] == "InService"
+        what = "went back to what it was" if healthy else f"is {facts['EndpointStatus']}"
+        raise UserError(f"{plan.name} {what}: {facts.get('FailureReason', 'AWS gives no reason')}; {remove}")
+    back = remove
+    if plan.old["ProductionVariants"]:
+        back = (
+            f"go back with `aws sagemaker update-endpoint --endpoint-name {plan.name} --endpoint-config-name "
+            f"{plan.old['EndpointConfigName']} --region {settings.aws.region}`, or {remove}"
+        )
+    difference = _ask_golden(settings, facts, samples, SECOND if plan.weight else None, back)
+    endpoints.scale(settings, plan.name, [variant["VariantName"] for variant in facts["ProductionVariants"]])
+    return difference
+
+
+def _config(settings: Settings, name: str, facts: dict[str, Any], weight: int | None) -> dict[str, Any]:
+    """The configuration of an endpoint that can be updated.
+
+    Raises:
+        UserError: when it is another project's, changes right now, or would change its kind.
+    """
+    sagemaker = aws.client(settings, "sagemaker")
+    with aws.explained(f"looking up the endpoint {name}"):
+        tags = sagemaker.list_tags(ResourceArn=facts["EndpointArn"])["Tags"]
+        if not [tag for tag in aws.tags(settings) if tag["Key"] == "project" and tag in tags]:
+            raise UserError(f"the name {name} is taken by an endpoint of something else; choose another: ENDPOINT=...")
+        if facts["EndpointStatus"] != "InService":
+            failed = facts["EndpointStatus"] in ("Failed", "OutOfService", "UpdateRollbackFailed")
+            step = f"remove it first: `make destroy ENDPOINT={name}`" if failed else "wait until that is over"
+            raise UserError(f"{name} is {facts['EndpointStatus']}, so it cannot be updated; {step}")
+        config: dict[str, Any] = sagemaker.describe_endpoint_config(EndpointConfigName=facts["EndpointConfigName"])
+    if ("AsyncInferenceConfig" in config) != (settings.endpoint.type == "async"):
+        raise UserError(f"{name} would become {settings.endpoint.type}, and its clients could not ask it any more; "
+                        "deploy beside it: ENDPOINT=<another name>")  # fmt: skip
+    if weight:
+        counts = {item["VariantName"]: item.get("DesiredInstanceCount") for item in facts["ProductionVariants"]}
+        for variant in config["ProductionVariants"]:
+            variant["InitialInstanceCount"] = counts[variant["VariantName"]] or variant.get("InitialInstanceCount")
+    return config
+
+
+def _check_limits(settings: Settings, old: dict[str, Any], weight: int | None) -> None:
+    """Refuse what AWS would refuse, or silently leave out."""
+    chosen, serverless = settings.endpoint, settings.endpoint.type == "serverless"
+    refused = {
+        "endpoint.capture_percent": serverless and chosen.capture_percent > 0,
+        "aws.subnets": serverless and bool(settings.aws.subnets),
+        "compute.isolation": serverless and settings.compute.isolation,
+    }
+    for setting in (key for key, value in refused.items() if value):
+        raise UserError(f"AWS's serverless endpoints have no {setting}; unset it, or choose TYPE=realtime")
+    if weight is not None:
+        if not 1 <= weight <= 99:
+            raise UserError(f"WEIGHT is {weight}; the new variant can get from 1 to 99 percent of the requests")
+        if chosen.type != "realtime":
+            raise UserError(f"TYPE is {chosen.type}; only a realtime endpoint has two variants that can be told apart")
+        if not old["ProductionVariants"]:
+            raise UserError("there is no endpoint yet for a second variant to stand beside; deploy without WEIGHT")
+    elif old["ProductionVariants"] and chosen.rollout != "all_at_once" and chosen.instances < 2 and not serverless:
+        raise UserError(f"endpoint.rollout is {chosen.rollout}, whose steps are at most half of the instances; "
+                        "set endpoint.instances to at least 2")  # fmt: skip
+
+
+def _agree(settings: Settings, plan: Plan, label: str, yes: bool) -> None:
+    """Say what will be made, where, and what it can cost; go on only inside the budget, and when told to."""
+    chosen, update = settings.endpoint, bool(plan.old["ProductionVariants"])
+    kind = {"async": "async", "serverless": "serverless"}.get(chosen.type, "hosting")
+    fleet = [(max(chosen.instances, chosen.max_instances), chosen.instance_type)]
+    if chosen.type == "serverless":
+        fleet = [(chosen.max_concurrency, f"Mem-{chosen.memory_mb // 1024}GB")]
+    fleet += [(max(old["InitialInstanceCount"], chosen.max_instances), old["InstanceType"]) for old in plan.beside]
+    each = [(count, prices.hourly(settings, kind, machine)) for count, machine in fleet]
+    hourly = None if any(price is None for _, price in each) else sum(count * (price or 0.0) for count, price in each)
+    hours = (chosen.ttl_hours or MONTH) + (rollout.UPDATE_HOURS if update else 0)
+    lines = [
+        f"{'update' if update else 'create'} the {chosen.type} endpoint {plan.name} in {settings.aws.region}: {label}"
+        f"{f' as {SECOND} for {plan.weight} % of the requests' if plan.weight else ''}",
+        f"  on {' and '.join(f'at most {count} x {machine}' for count, machine in fleet)}, in "
+        f"{'the image of the package' if plan.package else plan.image}",
+        f"  {_usd(hourly)} an hour at most, {_usd(hourly, hours)} "
+        + (f"until it deletes itself after {chosen.ttl_hours:g} hours" if chosen.ttl_hours else "a month"),
+    ]
+    if not chosen.ttl_hours:
+        lines.append(f"  WARNING: endpoint.ttl_hours is 0: it never deletes itself and costs {_usd(hourly, 24)} a day")
+    try:
+        prices.check_budget(settings, None if hourly is None else hourly * hours, yes)
+    except UserError:
+        print("\n".join(lines), flush=True)
+        raise
+    aws.confirm("\n".join(lines), yes)
+
+
+def _usd(hourly: float | None, hours: float = 1) -> str:
+    return "an unknown price" if hourly is None else f"{hourly * hours:.2f} USD"
+
+
+def _upload(settings: Settings, stack: aws.Stack, archive: Path) -> str:
+    """Put an artifact into the bucket, once a content."""
+    from botocore.exceptions import ClientError
+
+    with archive.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    place = {"Bucket": stack.bucket, "Key": f"models/{digest}/model.tar.gz"}
+    uri, s3, key = f"s3://{stack.bucket}/{place['Key']}", aws.client(settings, "s3"), aws.kms_arn(settings)
+    with aws.explained(f"uploading {archive} to {uri}"):
+        try:
+            if s3.head_object(**place)["ContentLength"] == archive.stat().st_size:
+                return uri
+        except ClientError as error:
+            if error.response["Error"]["Code"] != "404":
+                raise
+        encryption = {"ServerSideEncryption": "aws:kms", "SSEKMSKeyId": key} if key else {}
+        s3.upload_file(str(archive), **place, ExtraArgs=encryption)
+    return uri
+
+
+def _ask_golden(
+    settings: Settings, facts: dict[str, Any], samples: list[dict[str, Any]], variant: str | None, back: str
+) -> float:
+    """Compare the endpoint's answers with the artifact's; gives the largest difference of a probability."""
+    largest = 0.0
+    for number, sample in enumerate(samples):
+        try:
+            body = base64.b64decode(sample["body"])
+            answer = endpoints.ask(settings, facts, body, sample["content_type"], variant)
+        except UserError as error:
+            raise UserError(f"golden sample {number} got no answer: {error}; {back}") from error
+        pairs = zip(sample["probabilities"], answer["probabilities"][0], strict=True)
+        difference = max(abs(expected - found) for expected, found in pairs)
+        if answer["labels"][0] != sample["label"] or difference > TOLERANCE:
+            raise UserError(
+                f"golden sample {number} was {sample['label']!r} and is {answer['labels'][0]!r} at "
+                f"{facts['EndpointName']}, with a probability {difference:.3f} apart (allowed: {TOLERANCE}); {back}"
+            )
+        largest = max(largest, difference)
+    return largest
+
+
+def main() -> int:
+    """Command line; see the module's docstring."""
+    parser = console.parser("Put an artifact behind an endpoint on SageMaker.", settings=True)
+    parser.add_argument("--run", help="name of a run (default: the newest)")
+    parser.add_argument("--job", help="a training job whose artifact is taken")
+    parser.add_argument("--package", help="ARN of an approved model package")
+    parser.add_argument("--artifact", type=Path, help="a model.tar.gz")
+    parser.add_argument("--endpoint", help="default: endpoint.name")
+    parser.add_argument("--type", choices=["realtime", "serverless", "async"], help="default: endpoint.type")
+    parser.add_argument("--weight", type=int, help="percent of the requests that a second variant gets")
+    parser.add_argument("--yes", action="store_true", help="do not ask, and go on although it is over budget")
+    options = parser.parse_args()
+    deploy(load([*options.set, *([f"endpoint.type={options.type}"] if options.type else [])]), options)
+    return 0
+
+
+if __name__ == "__main__":
+    console.run_verb(main)

@@ -1,0 +1,123 @@
+"""Remove what costs by the hour: endpoints and all that belongs to them, jobs, warm pools: `make destroy`.
+
+    python -m pipelines.destroy --yes
+    python -m pipelines.destroy --endpoint image-classifier-old
+
+It shows the list and asks, then looks again until nothing that bills is left. The stack, data and images stay: they are
+`make bootstrap-destroy`'s, which follows with ALL=1 after the project's name was typed.
+"""
+
+from __future__ import annotations
+
+import time
+
+from pipelines import aws, console, engine, inventory, status
+from pipelines.config import Settings, load
+from pipelines.console import UserError
+from pipelines.inventory import Item
+
+PAUSE = 10.0  # seconds between two looks
+PATIENCE = 20 * 60.0  # seconds; a job may take minutes to stop, an endpoint as many to go
+LEAVING = ("Stopping", "Deleting")
+DENIED = "not allowed: `make doctor` shows what is missing"
+
+
+def destroy(settings: Settings, endpoint: str | None, yes: bool) -> None:
+    """Remove what bills, then what only belonged to it; see the module's docstring.
+
+    Raises:
+        UserError: with what is left, and why.
+    """
+    found = chosen(inventory.everything(settings), endpoint)
+    where = f"{endpoint or engine.project_name()} in {settings.aws.region}"
+    if not found:
+        print(f"there is nothing of {where} to remove")
+        return
+    aws.confirm("\n".join([f"removes of {where}, keeping data, images and results:", *status.table(found)]), yes)
+    names = {_key(item) for item in found} if endpoint else None
+    scaling = [item for item in found if item.kind == "autoscaling"]
+    kept = _remove(settings, scaling)  # first, or it would start instances meanwhile
+    refused, left = _until_gone(settings, names, found)
+    if not left:  # the schedule that ends an endpoint outlives it, and so does its config, which says what it costs
+        rest = [item for item in found if not item.bills and (item not in scaling or _key(item) in kept)]
+        refused = _remove(settings, rest)
+        left = [item for item in rest if _key(item) in refused]
+    if left:
+        reasons = [f"{item.kind} {item.name}{refused.get(_key(item), '')}" for item in left]
+        raise UserError(f"still there: {'; '.join(reasons)}. Do it again, or see `make status`")
+    print("nothing is left that costs by the hour")
+
+
+def chosen(items: list[Item], endpoint: str | None) -> list[Item]:
+    """All, or one endpoint with what belongs to it.
+
+    Raises:
+        UserError: when the project has no such endpoint.
+    """
+    if endpoint is None:
+        return items
+    mine = next((item for item in items if item.kind == "endpoint" and item.name == endpoint), None)
+    if mine is None:
+        there = ", ".join(item.name for item in items if item.kind == "endpoint") or "none"
+        raise UserError(f"the project has no endpoint {endpoint}; it has: {there}")
+    used = {name for name in mine.uses if name.startswith(endpoint)}  # another one may share a model of another name
+    parts = ("endpoint config", "model")
+    return [item for item in items if item is mine or item.of == endpoint or (item.kind in parts and item.name in used)]
+
+
+def _key(item: Item) -> tuple[str, str]:
+    return item.kind, item.name
+
+
+def _until_gone(
+    settings: Settings, names: set[tuple[str, str]] | None, found: list[Item]
+) -> tuple[dict[tuple[str, str], str], list[Item]]:
+    """Ask for removal and look again until nothing bills, all is refused for good, or patience ends."""
+    left = [item for item in found if item.bills]
+    refused: dict[tuple[str, str], str] = {}
+    deadline = time.monotonic() + PATIENCE
+    while left and time.monotonic() < deadline:
+        refused = _remove(settings, [item for item in left if not item.detail.endswith(LEAVING)])
+        left = [
+            item for item in inventory.everything(settings) if item.bills and (names is None or _key(item) in names)
+        ]
+        if left and all(DENIED in refused.get(_key(item), "") for item in left):
+            break
+        if left:
+            print(f"waiting for {', '.join(f'{item.kind} {item.name}' for item in left)}", flush=True)
+            time.sleep(PAUSE)
+    return refused, left
+
+
+def _remove(settings: Settings, items: list[Item]) -> dict[tuple[str, str], str]:
+    """Ask for the removal of each; returns why AWS refused, where it did: what is there then shows the next look."""
+    from botocore.exceptions import ClientError
+
+    refused = {}
+    for item in items:
+        service, operation, parameters = item.removal
+        with aws.explained(f"removing {item.kind} {item.name}"):
+            try:
+                getattr(aws.client(settings, service), operation)(**parameters)
+                print(f"removing {item.kind} {item.name}", flush=True)
+            except ClientError as error:
+                details = error.response["Error"]
+                if aws.missing(error) or details["Code"] == "ObjectNotFoundException":
+                    continue
+                denied = f", {DENIED}" if details["Code"] in aws.REASONS["denied"] else ""
+                refused[_key(item)] = f" ({' '.join(details['Message'].split())}{denied})"
+    return refused
+
+
+def main() -> int:
+    """Command line; see the module's docstring."""
+    parser = console.parser("Remove what costs by the hour.", settings=True)
+    parser.add_argument("--endpoint", help="only this one, and what belongs to it (default: all of the project)")
+    parser.add_argument("--yes", action="store_true", help="do not ask")
+    options = parser.parse_args()
+    destroy(load(options.set), options.endpoint, options.yes)
+    return 0
+
+
+if __name__ == "__main__":
+    console.run_verb(main)

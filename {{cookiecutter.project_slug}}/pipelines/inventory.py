@@ -1,0 +1,220 @@
+"""What the project has in AWS, since when, at what hourly price, and the request that removes each.
+
+It is the tag `project` that makes a thing the project's: another project's name may begin with this one's.
+"""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from pipelines import aws, engine, prices
+from pipelines.config import Settings
+
+THREADS = 8
+ACTIVE = ("InProgress", "Stopping")
+JOBS = {  # kind: what of SageMaker's names it has, whose price, where its instances are described
+    "tuning job": ("HyperParameterTuningJob", "", ()),
+    "training job": ("TrainingJob", "training", ("ResourceConfig",)),
+    "processing job": ("ProcessingJob", "processing", ("ProcessingResources", "ClusterConfig")),
+    "transform job": ("TransformJob", "transform", ("TransformResources",)),
+}
+SCALING = "application-autoscaling"
+
+
+@dataclass(frozen=True)
+class Item:
+    """One thing in AWS.
+
+    Attributes:
+        kind: what it is, for people.
+        name: its own.
+        since: when it was made.
+        detail: instances, or what else a person wants to know.
+        usd: the most that it costs an hour; None when no price is known.
+        bills: whether it costs something as long as it is there.
+        removal: service, operation and parameters.
+        uses: names of the configs and models of an endpoint.
+        of: the endpoint that it belongs to.
+    """
+
+    kind: str
+    name: str
+    since: datetime
+    detail: str
+    removal: tuple[str, str, dict[str, Any]]
+    usd: float | None = 0.0
+    bills: bool = False
+    uses: tuple[str, ...] = ()
+    of: str = ""
+
+
+def everything(settings: Settings) -> list[Item]:
+    """All that the project has, but for the stack and what is in it.
+
+    Raises:
+        UserError: when AWS does not say.
+    """
+    with aws.explained("listing what the project has in AWS"):
+        sagemaker = aws.client(settings, "sagemaker")
+        found = [item for kind in JOBS for item in _jobs(settings, sagemaker, kind)]
+        listed = _pages(sagemaker, "list_endpoints", "Endpoints")
+        endpoints = [
+            item for summary in _ours(sagemaker, listed, "Endpoint") for item in _endpoint(settings, sagemaker, summary)
+        ]
+        for kind, word in (("endpoint config", "EndpointConfig"), ("model", "Model")):
+            for summary in _ours(sagemaker, _pages(sagemaker, f"list_{_snake(word)}s", f"{word}s"), word):
+                removal = ("sagemaker", f"delete_{_snake(word)}", {f"{word}Name": summary[f"{word}Name"]})
+                endpoints.append(Item(kind, summary[f"{word}Name"], summary["CreationTime"], "", removal))
+        ours, all_names = {item.name for item in endpoints if item.bills}, {item["EndpointName"] for item in listed}
+        return found + endpoints + _attached(settings, ours, all_names)
+
+
+def _pages(client: Any, operation: str, key: str, **parameters: Any) -> list[dict[str, Any]]:
+    return [item for page in client.get_paginator(operation).paginate(**parameters) for item in page[key]]
+
+
+def _snake(word: str) -> str:
+    return "".join(f"_{letter.lower()}" if letter.isupper() else letter for letter in word).strip("_")
+
+
+def _ours(sagemaker: Any, listed: list[dict[str, Any]], word: str) -> list[dict[str, Any]]:
+    """Those that have the project's tag."""
+    from botocore.exceptions import ClientError
+
+    project = engine.project_name()
+
+    def tagged(summary: dict[str, Any]) -> bool:
+        try:
+            return {"Key": "project", "Value": project} in _pages(
+                sagemaker, "list_tags", "Tags", ResourceArn=summary[f"{word}Arn"]
+            )
+        except ClientError as error:
+            denied = error.response["Error"]["Code"] in aws.REASONS["denied"]
+            if aws.missing(error) or (denied and not summary[f"{word}Name"].startswith(project)):
+                return False  # gone since; or another's, whose tags are not for these credentials
+            raise
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        return [summary for summary, mine in zip(listed, pool.map(tagged, listed), strict=True) if mine]
+
+
+def _described(sagemaker: Any, word: str, name: str) -> dict[str, Any] | None:
+    """What AWS says of it; None when it is gone since it was listed."""
+    from botocore.exceptions import ClientError
+
+    try:
+        found: dict[str, Any] = getattr(sagemaker, f"describe_{_snake(word)}")(**{f"{word}Name": name})
+    except ClientError as error:
+        if aws.missing(error):
+            return None
+        raise
+    return found
+
+
+def _jobs(settings: Settings, sagemaker: Any, kind: str) -> list[Item]:
+    """Jobs that run, and the warm pools of those that ended."""
+    word, use, path = JOBS[kind]
+    operation, key = f"list_{_snake(word)}s", f"{word}Summaries"
+    listed = [job for status in ACTIVE for job in _pages(sagemaker, operation, key, StatusEquals=status)]
+    if kind == "training job":
+        idle = _pages(sagemaker, operation, key, WarmPoolStatusEquals="Available")
+        listed += [job for job in idle if job.get("WarmPoolStatus", {}).get("Status") == "Available"]
+    items = []
+    for job in _ours(sagemaker, listed, word):
+        name, status = job[f"{word}Name"], job[f"{word}Status"]
+        place = _described(sagemaker, word, name) or {}
+        spot = ", spot" if place.get("EnableManagedSpotTraining") else ""
+        for step in path:
+            place = place.get(step, {})
+        count, instance = place.get("InstanceCount", 1), place.get("InstanceType", "")
+        usd = _price(settings, use, instance, count) if use else 0.0  # of tuning: its training jobs are listed too
+        detail = f"{count} x {instance}{spot}, {status}" if use else status
+        removal = ("sagemaker", f"stop_{_snake(word)}", {f"{word}Name": name})
+        if status not in ACTIVE:
+            detail = f"{count} x {instance}"
+            removal = ("sagemaker", "update_training_job",
+                       {"TrainingJobName": name, "ResourceConfig": {"KeepAlivePeriodInSeconds": 0}})  # fmt: skip
+        what = kind if status in ACTIVE else "warm pool"
+        items.append(Item(what, name, job["CreationTime"], detail, removal, usd, bills=True))
+    return items
+
+
+def _endpoint(settings: Settings, sagemaker: Any, summary: dict[str, Any]) -> list[Item]:
+    name = summary["EndpointName"]
+    facts = _described(sagemaker, "Endpoint", name)
+    config = _described(sagemaker, "EndpointConfig", facts["EndpointConfigName"]) if facts else None
+    if facts is None:
+        return []
+    both = ("ProductionVariants", "ShadowProductionVariants")
+    now = {variant["VariantName"]: variant for key in both for variant in facts.get(key, [])}
+    details, costs, models = [], [], [facts["EndpointConfigName"]]
+    for variant in (variant for key in both for variant in (config or {}).get(key, [])):
+        models += [variant["ModelName"]] if "ModelName" in variant else []
+        if "ServerlessConfig" in variant:
+            details.append(f"serverless, {variant['ServerlessConfig']['MemorySizeInMB']} MB, bills what it answers")
+            continue
+        current = now.get(variant["VariantName"], {})
+        count = max(current.get("CurrentInstanceCount", 0), current.get("DesiredInstanceCount", 0))
+        count = count if current else variant.get("InitialInstanceCount", 1)
+        instance = variant.get("InstanceType", "")
+        use = "async" if (config or {}).get("AsyncInferenceConfig") else "hosting"
+        details.append(f"{count} x {instance}")
+        costs.append(_price(settings, use, instance, count))
+    known = [cost for cost in costs if cost is not None]
+    usd = sum(known) if config and len(known) == len(costs) else None
+    removal = ("sagemaker", "delete_endpoint", {"EndpointName": name})
+    detail = ", ".join([*details, facts["EndpointStatus"]])
+    return [Item("endpoint", name, facts["CreationTime"], detail, removal, usd, bills=True, uses=tuple(models))]
+
+
+def _price(settings: Settings, use: str, instance: str, count: int) -> float | None:
+    price = prices.hourly(settings, use, instance) if instance else None
+    return None if price is None else price * count
+
+
+def _attached(settings: Settings, ours: set[str], all_names: set[str]) -> list[Item]:
+    """What keeps an endpoint company: the schedule that ends it, alarms, scaling; the last two also when it is gone.
+
+    A schedule without an endpoint fires and deletes itself; it may as well be of one that is about to be made.
+    """
+    project, items = engine.project_name(), list[Item]()
+
+    def belongs(name: str) -> bool:
+        gone = name not in all_names and (name == project or name.startswith(f"{project}-"))
+        return name in ours or gone
+
+    scheduler, cloudwatch = aws.client(settings, "scheduler"), aws.client(settings, "cloudwatch")
+    for prefix in sorted({project, *(name for name in ours if not name.startswith(project))}):
+        for schedule in _pages(scheduler, "list_schedules", "Schedules", NamePrefix=prefix):
+            if not schedule["Target"]["Arn"].endswith(":sagemaker:deleteEndpoint"):
+                continue
+            where = {"Name": schedule["Name"], "GroupName": schedule["GroupName"]}
+            facts = scheduler.get_schedule(**where)
+            endpoint = json.loads(facts["Target"]["Input"])["EndpointName"]
+            when = facts["ScheduleExpression"].removeprefix("at(").removesuffix(")")
+            if endpoint in ours:
+                removal = ("scheduler", "delete_schedule", where)
+                items.append(Item("end schedule", schedule["Name"], facts["CreationDate"], when, removal, of=endpoint))
+        for alarm in _pages(cloudwatch, "describe_alarms", "MetricAlarms", AlarmNamePrefix=prefix):
+            names = [entry["Value"] for entry in alarm.get("Dimensions", []) if entry["Name"] == "EndpointName"]
+            if names and belongs(names[0]):
+                removal = ("cloudwatch", "delete_alarms", {"AlarmNames": [alarm["AlarmName"]]})
+                since, state = alarm["AlarmConfigurationUpdatedTimestamp"], alarm["StateValue"]
+                items.append(Item("alarm", alarm["AlarmName"], since, state, removal, of=names[0]))
+    listed = _pages(
+        aws.client(settings, SCALING), "describe_scalable_targets", "ScalableTargets", ServiceNamespace="sagemaker"
+    )
+    for target in listed:
+        endpoint = target["ResourceId"].split("/")[1]
+        if target["ResourceId"].startswith("endpoint/") and belongs(endpoint):
+            keys = ("ServiceNamespace", "ResourceId", "ScalableDimension")
+            removal = (SCALING, "deregister_scalable_target", {key: target[key] for key in keys})
+            detail = f"{target['MinCapacity']} to {target['MaxCapacity']} instances"
+            items.append(
+                Item("autoscaling", target["ResourceId"], target["CreationTime"], detail, removal, of=endpoint)
+            )
+    return items

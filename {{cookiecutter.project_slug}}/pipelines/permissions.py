@@ -1,0 +1,89 @@
+"""Whether IAM allows what `infrastructure/stack.yaml` says that jobs and verbs need."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from pipelines import aws, bootstrap, engine
+from pipelines.config import Settings
+
+KINDS = re.compile(r"TrainingJob|ProcessingJob|TransformJob|HyperParameterTuningJob|EndpointConfig|Endpoint|Model")
+
+
+@dataclass(frozen=True)
+class Need:
+    """Actions on one thing, with the context that a policy may ask for."""
+
+    actions: list[str]
+    resource: str
+    context: list[dict[str, Any]]
+
+
+def refused(settings: Settings, principal: str, needs: Iterator[Need]) -> list[str]:
+    """Actions that IAM's simulator does not allow a user or role."""
+    simulator = aws.client(settings, "iam").get_paginator("simulate_principal_policy")
+    found = []
+    for need in needs:
+        pages = simulator.paginate(
+            PolicySourceArn=principal, ActionNames=need.actions, ResourceArns=[need.resource],
+            ContextEntries=need.context,
+        )  # fmt: skip
+        results = [result for page in pages for result in page["EvaluationResults"]]
+        found += [result["EvalActionName"] for result in results if result["EvalDecision"] != "allowed"]
+    return found
+
+
+def needs(settings: Settings, stack: aws.Stack, account: str, owner: str) -> Iterator[Need]:
+    """What the template gives an owner: `ExecutionRole` to jobs, `VerbsPolicy` to people.
+
+    Statements that depend on a setting are left out.
+    """
+    partition, region, project = stack.role.split(":")[1], settings.aws.region, engine.project_name()
+    values = {
+        "AWS::Partition": partition, "AWS::Region": region, "AWS::AccountId": account, "AWS::StackName": project,
+        "AWS::URLSuffix": "amazonaws.com.cn" if partition == "aws-cn" else "amazonaws.com", "Project": project,
+        "Bucket.Arn": f"arn:{partition}:s3:::{stack.bucket}", "ExecutionRole.Arn": stack.role,
+        "SchedulerRole.Arn": stack.scheduler_role,
+        "ImageRepository.Arn": f"arn:{partition}:ecr:{region}:{account}:repository/{stack.repository.split('/')[-1]}",
+    }  # fmt: skip
+
+    def concrete(value: Any) -> str:
+        """One example of what a pattern stands for."""
+        if isinstance(value, dict) and "Fn::GetAtt" in value:
+            return values[".".join(value["Fn::GetAtt"])]
+        text = value["Fn::Sub"] if isinstance(value, dict) else value
+        text = re.sub(r"\$\{(.+?)\}", lambda name: values[name[1]], text)
+        return str(text) if text == "*" else str(text.replace("*", "x"))
+
+    document = yaml.safe_load(bootstrap.TEMPLATE.read_text(encoding="utf-8"))["Resources"][owner]["Properties"]
+    policies = document.get("Policies", [document])
+    for statement in (entry for policy in policies for entry in policy["PolicyDocument"]["Statement"]):
+        if "Action" not in statement:
+            continue
+        actions, resources = _list(statement["Action"]), _list(statement["Resource"])
+        context = [
+            {"ContextKeyName": key, "ContextKeyType": "string", "ContextKeyValues": [concrete(_list(value)[0])]}
+            for test in statement.get("Condition", {}).values()
+            for key, value in test.items()
+        ]
+        resource = concrete(resources[0])
+        if ":x/" in resource:  # of SageMaker: each action has a kind of thing of its own
+            for kind in sorted({_kind(action) for action in actions}):
+                yield Need([a for a in actions if _kind(a) == kind], resource.replace(":x/", f":{kind}/"), context)
+        else:
+            yield Need(actions, resource, context)
+
+
+def _kind(action: str) -> str:
+    """CreateTrainingJob acts on a training-job."""
+    found = KINDS.search(action)
+    return re.sub(r"(?<=.)([A-Z])", r"-\1", found[0] if found else "TrainingJob").lower()
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]

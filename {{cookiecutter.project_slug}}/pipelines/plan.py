@@ -1,0 +1,89 @@
+"""What `make train` and `make deploy` would create, where, and the most that it can cost: `make plan`.
+
+    python -m pipelines.plan --set compute.instances=4
+
+It creates nothing, and needs no more than the permission to read prices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from pipelines import console, engine, prices
+from pipelines.config import Settings, load
+from pipelines.console import UserError
+
+MONTH = 730.0  # hours
+
+
+def training(settings: Settings) -> Iterator[str]:
+    """What a training job is and costs."""
+    compute = settings.compute
+    price = prices.hourly(settings, "training", compute.instance_type)
+    hours = compute.max_hours + compute.keep_alive_minutes / 60
+    warm = f", with {compute.keep_alive_minutes} minutes of warm pool" if compute.keep_alive_minutes else ""
+    cost = None if price is None else price * compute.instances * hours
+    yield f"make train: a training job in {_where(settings)}"
+    yield f"  {compute.instances} x {compute.instance_type}, {compute.volume_gb} GB each, {hours:g} hours at most{warm}"
+    if compute.spot:
+        yield f"  on spot instances, {compute.max_wait_hours:g} hours with waiting; the price below is that on demand"
+    yield f"  at most {_dollars(cost)}{_each(price)}{_judged(settings, cost)}"
+
+
+def deployment(settings: Settings) -> Iterator[str]:
+    """What an endpoint is and costs."""
+    endpoint = settings.endpoint
+    name = engine.project_name() if endpoint.name == "auto" else endpoint.name
+    yield f"make deploy: the {endpoint.type} endpoint {name} in {_where(settings)}"
+    if endpoint.type == "serverless":
+        count = endpoint.max_concurrency
+        price = prices.hourly(settings, "serverless", f"Mem-{endpoint.memory_mb // 1024}GB")
+        yield f"  {endpoint.memory_mb} MB, bills while it answers; the most is {count} requests at once all the time"
+    else:
+        count = max(endpoint.instances, endpoint.max_instances)
+        price = prices.hourly(settings, "async" if endpoint.type == "async" else "hosting", endpoint.instance_type)
+        scaling = f", up to {count} under load" if count > endpoint.instances else ""
+        yield f"  {endpoint.instances} x {endpoint.instance_type}{scaling}"
+    cost = None if price is None else price * count
+    end = endpoint.ttl_hours
+    yield f"  at most {_dollars(cost)} an hour{_each(price)}"
+    if end:
+        all_of_it = None if cost is None else cost * end
+        yield f"  at most {_dollars(all_of_it)} in {end:g} hours, when it deletes itself{_judged(settings, all_of_it)}"
+    month = None if cost is None else cost * MONTH
+    if end:
+        yield f"  at most {_dollars(month)} a month if it never ended"
+    else:
+        yield f"  at most {_dollars(month)} a month, and nothing ends it{_judged(settings, month)}"
+
+
+def _where(settings: Settings) -> str:
+    return f"{settings.aws.region}{', inside the VPC of aws.subnets' if settings.aws.subnets else ''}"
+
+
+def _dollars(cost: float | None) -> str:
+    return "an unknown number of USD" if cost is None else f"{cost:.2f} USD"
+
+
+def _each(price: float | None) -> str:
+    return "" if price is None else f" ({price:.3f} an hour each)"
+
+
+def _judged(settings: Settings, cost: float | None) -> str:
+    try:
+        prices.check_budget(settings, cost, yes=False)
+    except UserError:
+        return f"; OVER aws.budget_usd ({settings.aws.budget_usd:g} USD): needs YES=1"
+    return ""
+
+
+def main() -> int:
+    """Command line; see the module's docstring."""
+    settings = load(console.parser("What train and deploy would create and cost.", settings=True).parse_args().set)
+    print("\n".join([*training(settings), *deployment(settings)]))
+    print("storage, traffic and logs apart; what costs now: `make status`")
+    return 0
+
+
+if __name__ == "__main__":
+    console.run_verb(main)

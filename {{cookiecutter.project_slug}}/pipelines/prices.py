@@ -1,0 +1,112 @@
+"""What an instance costs an hour, from AWS's Price List, and whether a sum is inside the budget.
+
+A price is kept for a day in `.cache/prices.json`. One that cannot be known counts as over budget.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+from typing import Any
+
+from pipelines import ROOT, aws
+from pipelines.config import Settings
+from pipelines.console import UserError
+
+CACHE = ROOT / ".cache" / "prices.json"
+DAY = 86400  # seconds
+USAGE = {  # of an instance type; a serverless "instance type" is its memory, as in Mem-4GB
+    "training": "Train", "hosting": "Host", "async": "AsyncInf", "processing": "Processing", "transform": "Tsform",
+    "serverless": "ServerlessInf",
+}  # fmt: skip
+# Where the Price List is asked, else us-east-1: an account's rules may allow no other continent.
+HOME = {"eu": "eu-central-1", "ap": "ap-south-1"}
+
+
+def hourly(settings: Settings, kind: str, instance_type: str) -> float | None:
+    """USD for an hour of one instance, on demand.
+
+    Args:
+        settings: for the region.
+        kind: of use, a key of `USAGE`.
+        instance_type: such as ml.g5.xlarge.
+
+    Returns:
+        None when it cannot be known: no permission, no network, no such product, or another currency (China).
+    """
+    name, known = f"{settings.aws.region} {kind} {instance_type}", _cached()
+    price: float | None
+    price, when = known.get(name, (None, 0.0))
+    if price is None or not 0 <= time.time() - when < DAY:
+        price = _ask(settings, kind, instance_type)
+        if price is not None:
+            CACHE.parent.mkdir(parents=True, exist_ok=True)
+            whole = CACHE.with_suffix(f".{os.getpid()}")
+            whole.write_text(json.dumps(known | {name: (price, time.time())}), encoding="utf-8")
+            whole.replace(CACHE)
+    return price
+
+
+def check_budget(settings: Settings, dollars_at_most: float | None, yes: bool) -> None:
+    """Make sure that a sum is inside `aws.budget_usd`, or that somebody said to go on all the same.
+
+    Raises:
+        UserError: when it is not; None, an unknown price, never is.
+    """
+    known = "a price that is not known" if dollars_at_most is None else f"{dollars_at_most:.2f} USD"
+    if not yes and (dollars_at_most is None or dollars_at_most > settings.aws.budget_usd):
+        raise UserError(
+            f"{known} is over aws.budget_usd ({settings.aws.budget_usd:g} USD), so nothing was created; "
+            "say YES=1 to go on, or raise the budget"
+        )
+
+
+def afford(settings: Settings, plan: str, dollars_at_most: float | None, yes: bool) -> None:
+    """Show what will be created and the most it can cost, and check that against the budget.
+
+    Raises:
+        UserError: when it is over budget.
+    """
+    known = "a price that is not known" if dollars_at_most is None else f"at most {dollars_at_most:.2f} USD"
+    print(f"{plan}\ncosts {known}, storage and traffic apart", flush=True)
+    check_budget(settings, dollars_at_most, yes)
+
+
+def _cached() -> dict[str, Any]:
+    try:
+        known = json.loads(CACHE.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return known if isinstance(known, dict) else {}
+
+
+def _ask(settings: Settings, kind: str, instance_type: str) -> float | None:
+    """The dearest offer on demand: the tier below it may be a free one that is used up."""
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    region, usage = settings.aws.region, f"{USAGE[kind]}:{instance_type}"
+    if region.startswith("cn-"):
+        return None
+    filters = [
+        {"Type": "TERM_MATCH", "Field": "regionCode", "Value": region},
+        {"Type": "CONTAINS", "Field": "usagetype", "Value": usage},
+    ]
+    prices = []
+    try:
+        pricing = aws.client(settings, "pricing", HOME.get(region[:2], "us-east-1"))
+        for page in pricing.get_paginator("get_products").paginate(ServiceCode="AmazonSageMaker", Filters=filters):
+            for product in map(json.loads, page["PriceList"]):
+                if re.fullmatch(rf"([A-Z0-9]+-)?{re.escape(usage)}", product["product"]["attributes"]["usagetype"]):
+                    offers = product["terms"].get("OnDemand", {}).values()
+                    steps = [step for offer in offers for step in offer["priceDimensions"].values()]
+                    prices += [float(step["pricePerUnit"]["USD"]) * _units(step["unit"]) for step in steps]
+    except (BotoCoreError, ClientError, KeyError, ValueError):
+        return None
+    return max(prices, default=0.0) or None
+
+
+def _units(unit: str) -> int:
+    """How many of a unit an hour has."""
+    return {"h": 1, "s": 3600}[unit[0].lower()]  # Hrs; seconds of a serverless endpoint

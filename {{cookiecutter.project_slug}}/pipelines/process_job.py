@@ -1,0 +1,130 @@
+"""Pack images on SageMaker, for folders that no laptop should pack: `make process DATA=s3://bucket/photos`.
+
+    python -m pipelines.process_job --data photos --wait
+
+The cloud twin of `make data`: a Processing job runs the same `src/processing/preprocess.py` in the training image. A
+local folder is uploaded first, once as long as its files stay the same. `make train DATA=<what it prints>` comes next.
+"""
+
+from __future__ import annotations
+
+import os
+
+from pipelines import SOURCE, aws, console, data, image_push, logs, prices, runs, storage
+from pipelines.config import Settings, load
+from pipelines.console import UserError
+from pipelines.jobs import Interrupted
+from pipelines.train import OWN_DISK
+from pipelines.train_local import interruptible
+
+CODE, INPUT, OUTPUT = (f"/opt/ml/processing/{part}" for part in ("input/code", "input/raw", "output"))
+LONGEST = 120  # hours of a Processing job
+
+
+def process(settings: Settings, source: str | None, yes: bool) -> tuple[str, str]:
+    """Start the job.
+
+    Args:
+        settings: of the project.
+        source: folder of raw images or an S3 prefix of one; None: the configured one.
+        yes: go on although it is over budget.
+
+    Returns:
+        The job's name, and where the packed data set will be.
+
+    Raises:
+        UserError: when no job was started.
+    """
+    os.environ.setdefault("SAGEMAKER_VALIDATE_ROLE", "false")
+    compute, source = settings.compute, source or settings.data.source
+    stack = aws.stack(settings)
+    local = None if source.startswith("s3://") else data.raw(source)
+    name, hours = f"{logs.prefix()}-{runs.new_name()}", min(compute.max_hours, LONGEST)
+    image, kind = image_push.uri(settings, stack, "training"), compute.process_instance_type
+    target = f"s3://{stack.bucket}/data/{name}"
+    price = prices.hourly(settings, "processing", kind)
+    plan = (
+        f"{name}: a processing job in {settings.aws.region} on 1 x {kind}, {hours:g} hours at most, in {image}, packs "
+    )
+    prices.afford(settings, f"{plan}{source} into {target}", None if price is None else price * hours, yes)
+    image_push.ensure(settings, stack, "training")
+    uri = storage.upload(settings, local, stack.bucket, f"raw/{data.state(local, [])}") if local else source.rstrip("/")
+    with aws.explained("starting the processing job"):
+        try:
+            with interruptible():  # Processor.run swallows KeyboardInterrupt
+                _run(settings, stack, image, name, uri, target, hours)
+        except Interrupted as error:
+            made = logs.describe(settings, "Processing", name)
+            end = f"{name} runs. {logs.after(settings, 'Processing', name)}" if made else "no job was started"
+            raise UserError(f"stopped by {error}; {end}", code=130) from error
+    return name, f"{target}/images"
+
+
+def _run(settings: Settings, stack: aws.Stack, image: str, name: str, uri: str, target: str, hours: float) -> None:
+    import boto3
+    from sagemaker.core.helper.session_helper import Session
+    from sagemaker.core.network import NetworkConfig
+    from sagemaker.core.processing import Processor
+    from sagemaker.core.shapes import ProcessingInput, ProcessingOutput, ProcessingS3Input, ProcessingS3Output
+
+    compute, key = settings.compute, aws.kms_arn(settings)
+    processor = Processor(
+        image_uri=image,
+        role=stack.role,
+        entrypoint=[
+            "python3",
+            f"{CODE}/processing/preprocess.py",
+        ],  # FrameworkProcessor finds no script in a sub-folder
+        instance_count=1,
+        instance_type=compute.process_instance_type,
+        volume_size_in_gb=compute.volume_gb,
+        volume_kms_key=None if OWN_DISK.match(compute.process_instance_type) else key,
+        output_kms_key=key,
+        max_runtime_in_seconds=round(hours * 3600),
+        sagemaker_session=Session(boto3.Session(region_name=settings.aws.region), default_bucket=stack.bucket),
+        tags=aws.tags(settings),
+        network_config=NetworkConfig(
+            enable_network_isolation=compute.isolation,
+            security_group_ids=settings.aws.security_groups or None,
+            subnets=settings.aws.subnets or None,
+        ),
+    )
+    code = storage.upload(settings, SOURCE, stack.bucket, f"source/{runs.source_hash()}")
+    inputs = [
+        ProcessingInput(
+            input_name=part,
+            s3_input=ProcessingS3Input(
+                s3_uri=f"{where}/", local_path=path, s3_data_type="S3Prefix", s3_input_mode="File"
+            ),
+        )
+        for part, where, path in (("raw", uri, INPUT), ("code", code, CODE))
+    ]
+    packed = ProcessingS3Output(s3_uri=target, local_path=OUTPUT, s3_upload_mode="EndOfJob")
+    processor.run(
+        inputs=inputs,
+        outputs=[ProcessingOutput(output_name="packed", s3_output=packed)],
+        arguments=["--input", INPUT, "--output", f"{OUTPUT}/images", *data.options(settings)],
+        job_name=name,
+        wait=False,
+        logs=False,
+    )
+
+
+def main() -> int:
+    """Command line; see the module's docstring."""
+    parser = console.parser("Pack images on SageMaker.", settings=True)
+    parser.add_argument("--data", help="folder of raw images, here or s3://... (default: data.source)")
+    parser.add_argument("--wait", action="store_true", help="follow the log; fails when the job does")
+    parser.add_argument("--yes", action="store_true", help="go on although it is over budget")
+    options = parser.parse_args()
+    settings = load(options.set)
+    name, packed = process(settings, options.data, options.yes)
+    print(f"started {name}. {logs.after(settings, 'Processing', name)}", flush=True)
+    if options.wait:
+        logs.succeeded("Processing", logs.follow(settings, "Processing", name))
+    print(f"{'then' if not options.wait else 'done;'} train on it with `make train DATA={packed}`")
+    return 0
+
+
+if __name__ == "__main__":
+    console.run_verb(main)

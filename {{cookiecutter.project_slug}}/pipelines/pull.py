@@ -1,0 +1,109 @@
+"""Fetch what a training job on SageMaker made into `artifacts/`: `make pull JOB=<name>`.
+
+    python -m pipelines.pull --job image-classifier-20261121-093000-a1b2-20261121093007
+
+The run's folder has the same files as after `make train-local`. Without a name it takes the project's newest training
+job. An interrupted download is continued by the next one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tarfile
+import zlib
+from pathlib import Path
+from typing import Any
+
+from pipelines import ROOT, aws, console, logs, runs
+from pipelines.config import Settings, load
+from pipelines.console import UserError
+
+WORK = ROOT / ".cache" / "pull"
+ARCHIVES = ("model.tar.gz", "output.tar.gz")
+
+
+def pull(settings: Settings, job: str | None) -> Path:
+    """Download, check and publish the run of a finished training job.
+
+    Raises:
+        UserError: when the job has not succeeded, or what it left is damaged; nothing was published then.
+    """
+    _, facts = logs.find(settings, job, ("Training",))
+    name, run = facts["Name"], run_name(facts)
+    if facts["Status"] not in logs.ENDED:
+        raise UserError(f"{name} is {facts['Status']}; wait for it with `make logs JOB={name}`")
+    logs.succeeded("Training", facts)
+    if (runs.ARTIFACTS / run).is_dir():
+        print(f"{name} is here already")
+        return runs.ARTIFACTS / run
+    work = WORK / name
+    work.mkdir(parents=True, exist_ok=True)
+    model_uri = facts["ModelArtifacts"]["S3ModelArtifacts"]
+    bucket, _, key = model_uri.removeprefix("s3://").partition("/")
+    s3 = aws.client(settings, "s3")
+    for archive in ARCHIVES:
+        with aws.explained(f"downloading {archive} of {name}"):
+            if not (work / archive).exists():  # boto3 renames it to this when it is whole
+                s3.download_file(bucket, f"{key.rpartition('/')[0]}/{archive}", str(work / archive))
+    try:
+        model, output = (_unpacked(work / archive) for archive in ARCHIVES)
+        folder = runs.publish(run, model, output, _facts(facts, output))
+    except (UserError, tarfile.TarError, EOFError, zlib.error, FileNotFoundError, ValueError, KeyError) as error:
+        shutil.rmtree(work)
+        reason = error if isinstance(error, UserError) else f"an archive is damaged ({error}); pull again"
+        raise UserError(f"{name} was not published: {reason}") from error
+    shutil.rmtree(work)
+    return folder
+
+
+def run_name(facts: dict[str, Any]) -> str:
+    """The run of a job is the last part of its checkpoints' address; jobs of a tuner or a pipeline get one by time."""
+    last = facts.get("CheckpointConfig", {}).get("S3Uri", "").rstrip("/").rpartition("/")[2]
+    made = f"{facts['CreationTime']:%Y%m%d-%H%M%S}-{hashlib.sha256(facts['Name'].encode()).hexdigest()[:4]}"
+    return last if runs.NAME.fullmatch(last) else made
+
+
+def _unpacked(archive: Path) -> Path:
+    """The archive's content; of the output, the folder inside that holds the run's files."""
+    folder = archive.with_name(archive.name.partition(".")[0])
+    shutil.rmtree(folder, ignore_errors=True)
+    with tarfile.open(archive) as tar:
+        tar.extractall(folder, filter="data")
+    return next((path.parent for path in folder.rglob("metrics.json")), folder)
+
+
+def _facts(job: dict[str, Any], output: Path) -> dict[str, Any]:
+    """What run.json says of the job, beside what the script wrote."""
+    fingerprint = json.loads((output / "run.json").read_text(encoding="utf-8"))["dataset_fingerprint"]
+    channels = {channel["ChannelName"]: channel for channel in job["InputDataConfig"]}
+    uri = channels["train"]["DataSource"]["S3DataSource"]["S3Uri"].removesuffix("/").removesuffix("/train")
+    here = [
+        str(file.parent.parent.relative_to(ROOT))
+        for file in (ROOT / "data").glob("*/test/dataset.json")
+        if json.loads(file.read_text(encoding="utf-8"))["fingerprint"] == fingerprint
+    ]
+    return {
+        "mode": "sagemaker",
+        "image": job["AlgorithmSpecification"]["TrainingImage"],
+        "instances": job["ResourceConfig"]["InstanceCount"],
+        "data": here[0] if here else uri,
+        "seconds": (job["TrainingEndTime"] - job["CreationTime"]).total_seconds(),
+        "billed_seconds": job.get("BillableTimeInSeconds"),
+        "job": job["Name"],
+        "model_uri": job["ModelArtifacts"]["S3ModelArtifacts"],
+    }
+
+
+def main() -> int:
+    """Command line; see the module's docstring."""
+    parser = console.parser("Fetch what a training job made into artifacts/.", settings=True)
+    parser.add_argument("--job", help="name of a training job (default: the project's newest)")
+    options = parser.parse_args()
+    print(runs.describe(pull(load(options.set), options.job)))
+    return 0
+
+
+if __name__ == "__main__":
+    console.run_verb(main)

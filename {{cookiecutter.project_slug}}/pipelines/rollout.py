@@ -1,0 +1,198 @@
+"""The requests that make an endpoint or update it, and those that take a failed attempt back; for `deploy.py`."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from pipelines import aws, endpoints
+from pipelines.config import Settings
+from pipelines.console import UserError
+
+BAKE = 300  # seconds between two steps of an update, in which an alarm takes it back
+UPDATE_HOURS = 1  # at most, in which old and new machines bill
+FIRST, SECOND = "AllTraffic", "challenger"
+GPU = re.compile(r"ml\.[gp]\d")
+GPU_MACHINE = "al2023-ami-sagemaker-inference-gpu-4-1"  # driver 580: the default's is too old for torch's CUDA 13
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to run.
+
+    Attributes:
+        name: of the endpoint.
+        config: of its new configuration, and of the new model.
+        image: that serves.
+        uri: of the artifact.
+        package: a model package that takes the place of both.
+        old: the configuration that an update replaces; without variants for a new endpoint.
+        weight: percent of the requests for a second variant, which is the new model then.
+    """
+
+    name: str
+    config: str
+    image: str
+    uri: str
+    package: str | None
+    old: dict[str, Any]
+    weight: int | None
+
+    @property
+    def beside(self) -> list[dict[str, Any]]:
+        """The variants that stay as they are."""
+        return [old for old in self.old["ProductionVariants"] if self.weight and old["VariantName"] != SECOND]
+
+
+def create(settings: Settings, stack: aws.Stack, plan: Plan) -> None:
+    """Create the model and the endpoint's configuration."""
+    from sagemaker.core import resources, shapes
+
+    region, key = settings.aws.region, aws.kms_arn(settings)
+    variables = {name: value for name, value in sorted(os.environ.items()) if name.startswith("INFERENCE_")}
+    options: dict[str, Any] = {"tags": _tags(settings), "region": region}
+    model: dict[str, Any] = {"enable_network_isolation": True} if settings.compute.isolation else {}
+    if settings.aws.subnets:
+        network = {"subnets": settings.aws.subnets, "security_group_ids": settings.aws.security_groups}
+        model["vpc_config"] = shapes.VpcConfig(**network)
+    if plan.package:
+        container = shapes.ContainerDefinition(model_package_name=plan.package, environment=variables)
+        model["containers"] = [container]
+    else:
+        container = shapes.ContainerDefinition(image=plan.image, model_data_url=plan.uri, environment=variables)
+        model["primary_container"] = container
+    resources.Model.create(model_name=plan.config, execution_role_arn=stack.role, **options, **model)
+
+    encryption = {"kms_key_id": key} if key else {}
+    if settings.endpoint.type == "async":
+        place = f"s3://{stack.bucket}/async/{plan.name}"
+        output = shapes.AsyncInferenceOutputConfig(
+            s3_output_path=f"{place}/output", s3_failure_path=f"{place}/failure", **encryption
+        )
+        options["async_inference_config"] = shapes.AsyncInferenceConfig(output_config=output)
+    if settings.endpoint.capture_percent:
+        options["data_capture_config"] = shapes.DataCaptureConfig(
+            enable_capture=True,
+            initial_sampling_percentage=settings.endpoint.capture_percent,
+            destination_s3_uri=f"s3://{stack.bucket}/capture",
+            capture_content_type_header=shapes.CaptureContentTypeHeader(json_content_types=["application/json"]),
+            capture_options=[shapes.CaptureOption(capture_mode=mode) for mode in ("Input", "Output")],
+            **encryption,
+        )
+    resources.EndpointConfig.create(
+        endpoint_config_name=plan.config, production_variants=_variants(settings, plan), **options, **encryption
+    )
+
+
+def _tags(settings: Settings) -> list[Any]:
+    from sagemaker.core.shapes import Tag
+
+    return [Tag(key=tag["Key"], value=tag["Value"]) for tag in aws.tags(settings)]
+
+
+def _variants(settings: Settings, plan: Plan) -> list[Any]:
+    from sagemaker.core.shapes import ProductionVariant, ProductionVariantServerlessConfig
+    from sagemaker.core.utils import utils
+
+    utils.SPECIAL_SNAKE_TO_PASCAL_MAPPINGS["memory_size_in_mb"] = "MemorySizeInMB"  # the SDK would send InMb
+    chosen = settings.endpoint
+    machine: dict[str, Any] = {"instance_type": chosen.instance_type, "initial_instance_count": chosen.instances}
+    if chosen.type == "serverless":
+        serverless = {"memory_size_in_mb": chosen.memory_mb, "max_concurrency": chosen.max_concurrency}
+        machine = {"serverless_config": ProductionVariantServerlessConfig(**serverless)}
+    elif GPU.match(chosen.instance_type):
+        machine["inference_ami_version"] = GPU_MACHINE
+    variant, weight = SECOND if plan.weight else FIRST, float(plan.weight or 100)
+    new = ProductionVariant(variant_name=variant, model_name=plan.config, initial_variant_weight=weight, **machine)
+    total = sum(old["InitialVariantWeight"] for old in plan.beside) or 1.0
+    return [
+        *(
+            ProductionVariant(
+                variant_name=old["VariantName"],
+                model_name=old["ModelName"],
+                instance_type=old["InstanceType"],
+                initial_instance_count=old["InitialInstanceCount"],
+                initial_variant_weight=(100 - weight) * old["InitialVariantWeight"] / total,
+                **({"inference_ami_version": old["InferenceAmiVersion"]} if "InferenceAmiVersion" in old else {}),
+            )
+            for old in plan.beside
+        ),
+        new,
+    ]
+
+
+def start(settings: Settings, plan: Plan) -> None:
+    """Create the endpoint, or update it to the new configuration."""
+    from sagemaker.core.resources import Endpoint
+
+    region = settings.aws.region
+    before = {variant["VariantName"] for variant in plan.old["ProductionVariants"]}
+    if not before:
+        Endpoint.create(endpoint_name=plan.name, endpoint_config_name=plan.config, tags=_tags(settings), region=region)
+        return
+    after = {SECOND if plan.weight else FIRST, *(variant["VariantName"] for variant in plan.beside)}
+    endpoints.unscale(settings, plan.name, sorted(before - after))
+    endpoint = Endpoint.get(endpoint_name=plan.name, region=region)
+    endpoint.endpoint_config_name = plan.config
+    options = {}
+    if settings.endpoint.rollout != "all_at_once" or settings.endpoint.alarms:
+        if settings.endpoint.type != "serverless" and before == after:
+            options["deployment_config"] = _steps(settings)
+        else:
+            print("endpoint.rollout and endpoint.alarms do not apply: AWS makes such an update all at once", flush=True)
+    endpoint.update(**options)
+
+
+def _steps(settings: Settings) -> Any:
+    """Blue/green: in steps of whole instances, taken back when an alarm rings."""
+    from sagemaker.core import shapes
+
+    chosen = settings.endpoint
+    steps: dict[str, Any] = {}
+    if chosen.rollout == "canary":
+        steps["canary_size"] = shapes.CapacitySize(type="INSTANCE_COUNT", value=max(chosen.instances // 10, 1))
+    elif chosen.rollout == "linear":
+        steps["linear_step_size"] = shapes.CapacitySize(type="INSTANCE_COUNT", value=math.ceil(chosen.instances / 4))
+    routing = shapes.TrafficRoutingConfig(type=chosen.rollout.upper(), wait_interval_in_seconds=BAKE, **steps)
+    policy = shapes.BlueGreenUpdatePolicy(
+        traffic_routing_configuration=routing,
+        termination_wait_in_seconds=BAKE,
+        maximum_execution_timeout_in_seconds=UPDATE_HOURS * 3600,
+    )
+    alarms = shapes.AutoRollbackConfig(alarms=[shapes.Alarm(alarm_name=alarm) for alarm in chosen.alarms])
+    rollback = {"auto_rollback_configuration": alarms} if chosen.alarms else {}
+    return shapes.DeploymentConfig(blue_green_update_policy=policy, **rollback)
+
+
+def undo(settings: Settings, stack: aws.Stack, plan: Plan, end: str | None) -> None:
+    """After a failure: remove what was made, unless the endpoint uses it; what could not be removed is listed.
+
+    Args:
+        settings: of the project.
+        stack: with the role of the schedule.
+        plan: that failed.
+        end: when the endpoint was to be deleted before.
+    """
+    from botocore.exceptions import ClientError
+
+    sagemaker = aws.client(settings, "sagemaker")
+    try:
+        facts = endpoints.describe(settings, plan.name) or {}
+        states = (facts, facts.get("PendingDeploymentSummary", {}))
+        if plan.config in [state.get("EndpointConfigName") for state in states]:
+            print(f"the endpoint {plan.name} goes on; `make destroy ENDPOINT={plan.name}` removes it", flush=True)
+            return
+        endpoints.set_end(settings, stack, plan.name, end)
+        deletions = {"EndpointConfigName": sagemaker.delete_endpoint_config, "ModelName": sagemaker.delete_model}
+        for argument, delete in deletions.items():
+            with aws.explained(f"removing {plan.config}"):
+                try:
+                    delete(**{argument: plan.config})
+                except ClientError as error:
+                    if not aws.missing(error):
+                        raise
+    except UserError as error:
+        print(f"{error}; what may be left, and costs nothing: a model and a configuration {plan.config}", flush=True)

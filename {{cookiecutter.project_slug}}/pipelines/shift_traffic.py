@@ -1,0 +1,58 @@
+"""Move requests between the variants of an endpoint: `make shift-traffic VARIANT=challenger WEIGHT=50`.
+
+python -m pipelines.shift_traffic --variant challenger --weight 100 --endpoint image-classifier-eu
+"""
+
+from __future__ import annotations
+
+from pipelines import aws, console, endpoints
+from pipelines.config import Settings, load
+from pipelines.console import UserError
+
+
+def shift(settings: Settings, name: str, chosen: str, percent: int) -> dict[str, float]:
+    """Give a variant its percentage; the others share the rest as before. Returns the percentage of each.
+
+    Raises:
+        UserError: when there is no such variant, or only one.
+    """
+    facts = endpoints.running(settings, name)
+    weights = {item["VariantName"]: float(item.get("CurrentWeight") or 0.0) for item in facts["ProductionVariants"]}
+    if chosen not in weights or len(weights) < 2:
+        raise UserError(
+            f"VARIANT is {chosen!r}; {name} has {', '.join(weights)}; `make deploy WEIGHT=10` makes a second one"
+        )
+    if not 0 <= percent <= 100:
+        raise UserError(f"WEIGHT is {percent}; a variant gets from 0 to 100 percent of the requests")
+    others = {key: weight for key, weight in weights.items() if key != chosen}
+    total = sum(others.values())
+    shares = {
+        key: (100 - percent) * (weight / total if total else 1 / len(others)) for key, weight in others.items()
+    } | {chosen: float(percent)}
+    with aws.explained(f"moving requests to {chosen}"):  # by boto3: the SDK leaves a weight of 0 out of the request
+        aws.client(settings, "sagemaker").update_endpoint_weights_and_capacities(
+            EndpointName=name,
+            DesiredWeightsAndCapacities=[{"VariantName": key, "DesiredWeight": share} for key, share in shares.items()],
+        )
+    return shares
+
+
+def main() -> int:
+    """Command line; see the module's docstring."""
+    parser = console.parser("Move requests between the variants of an endpoint.", settings=True)
+    parser.add_argument("--variant", required=True, help="VARIANT=: the one that gets WEIGHT percent")
+    parser.add_argument("--weight", type=int, required=True, help="WEIGHT=: percent of the requests")
+    parser.add_argument("--endpoint", help="default: endpoint.name")
+    options = parser.parse_args()
+    settings = load(options.set)
+    name = endpoints.name(settings, options.endpoint)
+    shares = shift(settings, name, options.variant, options.weight)
+    now = endpoints.wait(settings, name)
+    print(f"{name}: {', '.join(f'{key} {share:g} %' for key, share in sorted(shares.items()))}")
+    if now["EndpointStatus"] != "InService":
+        raise UserError(f"{name} is {now['EndpointStatus']}: {now.get('FailureReason', 'AWS gives no reason')}")
+    return 0
+
+
+if __name__ == "__main__":
+    console.run_verb(main)

@@ -1,0 +1,95 @@
+"""Data in the project's bucket: uploaded once a content, and continued where an interrupted upload stood."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from tqdm import tqdm
+
+from pipelines import aws, data
+from pipelines.config import Settings
+from pipelines.console import UserError
+
+THREADS = 8
+SPLITS = ("train", "validation")  # what a training job is given of a data set
+DONE = ".complete"  # beside the folder's prefix: everything is there
+
+
+def upload(settings: Settings, folder: Path, bucket: str, prefix: str) -> str:
+    """Upload the files of a folder that the bucket does not have yet, and a marker when all are there.
+
+    Args:
+        settings: region and key.
+        folder: local files.
+        bucket: of the stack.
+        prefix: in the bucket, which must name the content: what is there is never replaced by other content.
+
+    Returns:
+        The folder's URI, without a slash at its end.
+    """
+    s3, uri = aws.client(settings, "s3"), f"s3://{bucket}/{prefix}"
+    key = aws.kms_arn(settings)
+    encryption = {"ServerSideEncryption": "aws:kms", "SSEKMSKeyId": key} if key else {}
+    with aws.explained(f"uploading {folder} to {uri} (do it again to continue)"):
+        if s3.list_objects_v2(Bucket=bucket, Prefix=f"{prefix}{DONE}")["KeyCount"]:
+            print(f"{uri} is there already", flush=True)
+            return uri
+        pages = s3.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=f"{prefix}/")
+        there = {item["Key"]: item["Size"] for page in pages for item in page.get("Contents", [])}
+        files = {
+            f"{prefix}/{path.relative_to(folder).as_posix()}": path for path in folder.rglob("*") if path.is_file()
+        }
+        todo = sorted(name for name, path in files.items() if there.get(name) != path.stat().st_size)
+        print(f"uploading {len(todo)} of {len(files)} files to {uri}", flush=True)
+
+        def put(name: str) -> None:
+            s3.upload_file(str(files[name]), bucket, name, ExtraArgs=encryption)
+
+        with ThreadPoolExecutor(THREADS) as pool:
+            list(tqdm(pool.map(put, todo), total=len(todo), unit="file", disable=None))
+        s3.put_object(Bucket=bucket, Key=f"{prefix}{DONE}", Body=b"", **encryption)
+    return uri
+
+
+def dataset(settings: Settings, stack: aws.Stack, folder: Path) -> str:
+    """Upload a packed data set; returns its URI."""
+    info = json.loads((folder / "train" / "dataset.json").read_text(encoding="utf-8"))
+    return upload(settings, folder, stack.bucket, f"data/{info['fingerprint']}")
+
+
+def pretrained(settings: Settings, stack: aws.Stack) -> str | None:
+    """Upload the weights of `data.pretrained`; returns the prefix that holds them, None when there are none."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = data.weights(settings, Path(temporary, "pretrained"))
+        if folder is None:
+            return None
+        with next(folder.iterdir()).open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return upload(settings, folder, stack.bucket, f"pretrained/{digest}") + "/"
+
+
+def checked(settings: Settings, source: str) -> str:
+    """The URI of a packed data set in S3, without a slash at its end.
+
+    Raises:
+        UserError: when this user may look there and finds none.
+    """
+    from botocore.exceptions import ClientError
+
+    uri = source.rstrip("/")
+    bucket, _, key = uri.removeprefix("s3://").partition("/")
+    for split in SPLITS:
+        file = f"{key}/{split}/dataset.json".lstrip("/")
+        with aws.explained(f"looking for s3://{bucket}/{file}"):
+            try:
+                aws.client(settings, "s3").head_object(Bucket=bucket, Key=file)
+            except ClientError as error:
+                if error.response["Error"]["Code"] == "404":
+                    raise UserError(f"{uri} holds no packed data set: there is no {split}/dataset.json") from error
+                if error.response["Error"]["Code"] != "403":  # the job's role may read what this user may not
+                    raise
+    return uri

@@ -1,0 +1,210 @@
+"""Train on SageMaker: `make train`, `make train DATA=s3://bucket/packed WAIT=1`, `make train RUN=<name>` to resume.
+
+    python -m pipelines.train --data photos --wait --set compute.instance_type=ml.g5.2xlarge
+
+The same source, command and hyperparameters as `make train-local`, through SDK V3's `ModelTrainer`. The checkpoints of
+a run have a prefix of their own in the bucket, so that spot interruptions and `RUN=` go on where the run stood.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from pipelines import ROOT, SOURCE, aws, console, data, image_push, logs, prices, runs, storage
+from pipelines.config import Settings, load
+from pipelines.console import UserError
+from pipelines.jobs import LAUNCHER, Interrupted
+from pipelines.train_local import interruptible
+from training.config import parse
+
+NUMBER = "=([0-9.eE+-]+)"
+METRICS = {
+    "train:loss": "train_loss", "validation:loss": "val_loss", "validation:accuracy": "val_accuracy",
+    "train:images_per_second": "images_per_second",
+}  # fmt: skip
+OWN_DISK = re.compile(r"ml\.(g[4-9]|p[4-9]|p3dn|trn|[a-z]+\d+[a-z]*d)")  # encrypted by its hardware: AWS refuses a key
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a job trains: hyperparameters, and S3 prefixes by channel."""
+
+    run: str
+    hyperparameters: dict[str, Any]
+    channels: dict[str, str]
+
+
+def train(settings: Settings, source: str | None, run: str | None, yes: bool) -> str:
+    """Start a training job.
+
+    Args:
+        settings: of the project.
+        source: folder of raw images, or the S3 prefix of a packed data set; None: the configured one.
+        run: a run that was stopped or failed, to resume with its own data and hyperparameters; None: a fresh one.
+        yes: go on although it is over budget.
+
+    Returns:
+        The job's name.
+
+    Raises:
+        UserError: when no job was started.
+    """
+    os.environ.setdefault("SAGEMAKER_VALIDATE_ROLE", "false")  # it simulates policies, which few are allowed to
+    compute, source = settings.compute, source or settings.data.source
+    stack = aws.stack(settings)
+    request = _resumed(settings, run) if run else None
+    local = None if request or source.startswith("s3://") else data.prepare(settings, source)
+    name, image = run or runs.new_name(), image_push.uri(settings, stack, "training")
+    price = prices.hourly(settings, "training", compute.instance_type)
+    hours = round(compute.max_hours + compute.keep_alive_minutes / 60, 2)
+    where = request.channels["train"] if request else local.relative_to(ROOT) if local else source
+    prices.afford(
+        settings,
+        f"run {name}: a training job in {settings.aws.region} on {compute.instances} x {compute.instance_type}"
+        f"{' spot, for less than below' if compute.spot else ''}, {hours:g} hours at most, in {image}, on {where}",
+        None if price is None else price * hours * compute.instances,
+        yes,
+    )
+    if not runs.tried():
+        print("warning: src/ was never trained on this machine as it is now; `make train-local` tries it for nothing")
+    image_push.ensure(settings, stack, "training")
+    if request is None:
+        uri = storage.dataset(settings, stack, local) if local else storage.checked(settings, source)
+        weights = storage.pretrained(settings, stack)
+        channels = {split: f"{uri}/{split}/" for split in storage.SPLITS} | ({"pretrained": weights} if weights else {})
+        request = Request(name, settings.training.as_dict(), channels)
+    return submit(settings, stack, request, image)
+
+
+def submit(settings: Settings, stack: aws.Stack, request: Request, image: str) -> str:
+    """Create the training job; returns its name."""
+    with aws.explained("starting the training job"), contextlib.ExitStack() as signals:
+        signals.enter_context(interruptible())  # ModelTrainer.train swallows KeyboardInterrupt
+        try:
+            made = trainer(settings, stack, request, image)
+            made.train(input_data_config=_inputs(settings, request), wait=False, logs=False)
+        except Interrupted as error:
+            signals.close()
+            job = logs.newest(settings, request.run)
+            end = f"{job} runs. {logs.after(settings, 'Training', job)}" if job else "no job was started"
+            raise UserError(f"stopped by {error}; {end}", code=130) from error
+        return str(made._latest_training_job.training_job_name)
+
+
+def trainer(settings: Settings, stack: aws.Stack, request: Request, image: str) -> Any:
+    """SDK V3's `ModelTrainer` for the cloud, from the settings."""
+    import boto3
+    from sagemaker.core.helper.session_helper import Session
+    from sagemaker.core.training.configs import (
+        CheckpointConfig,
+        Compute,
+        MetricDefinition,
+        Networking,
+        OutputDataConfig,
+        RemoteDebugConfig,
+        SourceCode,
+        StoppingCondition,
+        Tag,
+    )
+    from sagemaker.train.model_trainer import ModelTrainer
+
+    compute, key, region = settings.compute, aws.kms_arn(settings), settings.aws.region
+    optional: dict[str, Any] = {}
+    if compute.keep_alive_minutes:
+        optional["keep_alive_period_in_seconds"] = compute.keep_alive_minutes * 60
+    if key and not OWN_DISK.match(compute.instance_type):
+        optional["volume_kms_key_id"] = key
+    times = {"max_runtime_in_seconds": round(compute.max_hours * 3600)}
+    if compute.spot:
+        times["max_wait_time_in_seconds"] = round(compute.max_wait_hours * 3600)
+    made = ModelTrainer(
+        sagemaker_session=Session(boto3.Session(region_name=region), default_bucket=stack.bucket),
+        role=stack.role,
+        base_job_name=f"{logs.prefix()}-{request.run}",
+        input_s3_key_prefix="jobs",
+        training_image=image,
+        source_code=SourceCode(source_dir=str(SOURCE), command=f"exec python3 {LAUNCHER}"),
+        compute=Compute(
+            instance_type=compute.instance_type, instance_count=compute.instances,
+            volume_size_in_gb=compute.volume_gb, enable_managed_spot_training=compute.spot, **optional,
+        ),
+        stopping_condition=StoppingCondition(**times),
+        networking=Networking(
+            subnets=settings.aws.subnets or None, security_group_ids=settings.aws.security_groups or None,
+            enable_network_isolation=compute.isolation,
+            enable_inter_container_traffic_encryption=compute.encrypt_traffic,
+        ),
+        checkpoint_config=CheckpointConfig(s3_uri=f"s3://{stack.bucket}/checkpoints/{request.run}"),
+        output_data_config=OutputDataConfig(s3_output_path=f"s3://{stack.bucket}/jobs", kms_key_id=key),
+        hyperparameters=request.hyperparameters,
+        environment={"GIT_COMMIT": runs.git_commit(), "PYTHONUNBUFFERED": "1"},
+        tags=[Tag(key=tag["Key"], value=tag["Value"]) for tag in aws.tags(settings)],
+    )  # fmt: skip
+    made.with_metric_definitions([MetricDefinition(name=name, regex=key + NUMBER) for name, key in METRICS.items()])
+    return made.with_remote_debug_config(RemoteDebugConfig(enable_remote_debug=True)) if compute.remote_debug else made
+
+
+def _inputs(settings: Settings, request: Request) -> list[Any]:
+    """Channels; `InputData` would pin all of them to File."""
+    from sagemaker.core.training.configs import Channel, DataSource, S3DataSource
+
+    common = {"s3_data_type": "S3Prefix", "s3_data_distribution_type": "FullyReplicated"}
+    return [
+        Channel(
+            channel_name=name,
+            input_mode=settings.compute.input_mode if name in storage.SPLITS else "File",
+            data_source=DataSource(s3_data_source=S3DataSource(s3_uri=uri, **common)),
+        )
+        for name, uri in request.channels.items()
+    ]
+
+
+def _resumed(settings: Settings, run: str) -> Request:
+    """The data and hyperparameters of the newest job of a run, which must have ended without a result."""
+    if not runs.NAME.fullmatch(run):
+        raise UserError(f"RUN is {run!r}, which names no run; one looks like 20261121-093000-a1b2")
+    job = logs.newest(settings, run)
+    if job is None:
+        raise UserError(
+            f"there is no training job of run {run} in {settings.aws.region}; start a fresh one without RUN"
+        )
+    facts = logs.describe(settings, "Training", job)
+    if facts["Status"] == "Completed":
+        raise UserError(f"run {run} is finished; fetch it with `make pull JOB={job}`, or start a fresh one without RUN")
+    if facts["Status"] not in logs.ENDED:
+        raise UserError(f"run {run} is {facts['Status']} already; see `make logs JOB={job}`")
+    channels = {
+        channel["ChannelName"]: channel["DataSource"]["S3DataSource"]["S3Uri"]
+        for channel in facts["InputDataConfig"]
+        if channel["ChannelName"] not in ("code", "sm_drivers")  # the SDK's: the source of now is used
+    }
+    return Request(run, parse(facts["HyperParameters"]).as_dict(), channels)
+
+
+def main() -> int:
+    """Command line; see the module's docstring."""
+    parser = console.parser("Train on SageMaker.", settings=True)
+    parser.add_argument("--data", help="folder of raw images, or s3://... of a packed data set (default: data.source)")
+    parser.add_argument("--run", help="name of a run that was stopped or failed, to resume (default: a fresh run)")
+    parser.add_argument("--instances", type=int, help="default: compute.instances")
+    parser.add_argument("--wait", action="store_true", help="follow the log; fails when the job does")
+    parser.add_argument("--yes", action="store_true", help="go on although it is over budget")
+    options = parser.parse_args()
+    if options.run and (options.data or any(override.startswith("training.") for override in options.set)):
+        raise UserError(f"run {options.run} resumes with what it was started with; leave the other options out")
+    overrides = [] if options.instances is None else [f"compute.instances={options.instances}"]
+    settings = load([*options.set, *overrides])
+    job = train(settings, options.data, options.run, options.yes)
+    print(f"started {job}. {logs.after(settings, 'Training', job)}", flush=True)
+    if options.wait:
+        logs.succeeded("Training", logs.follow(settings, "Training", job))
+        print(f"done; fetch it with `make pull JOB={job}`")
+    return 0
+
+
+if __name__ == "__main__":
+    console.run_verb(main)
