@@ -107,8 +107,8 @@ def test_make_prints_every_verb_and_every_verb_expands(bake: Bake) -> None:
         verbs = re.findall(r"^  make ([a-z-]+) ", printed.stdout, re.MULTILINE)
         wanted = {
             *"help setup data train-local evaluate predict serve-local batch-local image test bench".split(),
-            *"bench-serve lint format clean bootstrap bootstrap-destroy image-push process train logs pull deploy".split(),
-            *"invoke shift-traffic plan status destroy doctor".split(),
+            *"bench-serve lint format clean bootstrap bootstrap-destroy image-push process train logs pull".split(),
+            *"deploy invoke shift-traffic plan status destroy doctor".split(),
         }
         assert set(verbs) == wanted | ({"track"} if "track.py" in str(project.files()) else set())
         for verb in verbs:
@@ -229,9 +229,7 @@ def test_a_laptop_without_torch_reaches_the_job(bake: Bake) -> None:
     """Everything that `pipelines` imports is in the group `laptop`."""
     project = bake()
     project.make("setup", "ARGS=--group laptop")
-    verbs = ("train_local", "evaluate", "predict", "serve_local", "image", "data")
-    verbs += ("image_push", "process_job", "train", "logs", "pull")
-    code = "import " + ", ".join(f"pipelines.{verb}" for verb in verbs)
+    code = "import " + ", ".join(f"pipelines.{path.stem}" for path in (project.path / "pipelines").glob("[!_]*.py"))
     done = project.run(project.program("python"), "-c", code)
     assert done.returncode == 0, done.stderr
 

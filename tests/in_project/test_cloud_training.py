@@ -62,7 +62,7 @@ def account(aws: Recorder, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, pack
     return aws
 
 
-def started(account: Recorder, *overrides: str, source: str | None = None, run: str | None = None) -> str:
+def started(_: Recorder, *overrides: str, source: str | None = None, run: str | None = None) -> str:
     return train.train(settings(*overrides), source, run, yes=False)
 
 
@@ -96,7 +96,7 @@ def test_an_interrupted_upload_is_continued(account: Recorder, packed: Path, mon
     monkeypatch.setattr(storage, "THREADS", 1)
     real, tried = boto3.client("s3"), 0
 
-    def put(parameters: dict[str, Any]) -> Any:
+    def put(_: dict[str, Any]) -> Any:
         nonlocal tried
         tried += 1
         raise refused("SlowDown", "Reduce your rate.")
@@ -108,7 +108,9 @@ def test_an_interrupted_upload_is_continued(account: Recorder, packed: Path, mon
     real.put_object(Bucket=STACK.bucket, Key=f"{prefix}/{files[4].relative_to(packed)}", Body=b"of another size")
     account.clear()
     account.answers["PutObject"] = put
-    with pytest.raises(UserError, match=r"^uploading .* \(do it again to continue\) failed: Reduce your rate \(SlowDown\)"):
+    with pytest.raises(
+        UserError, match=r"^uploading .* \(do it again to continue\) failed: Reduce your rate \(SlowDown\)"
+    ):
         started(account)
     assert tried < 5
     assert not account.named(*CREATE)
@@ -116,7 +118,9 @@ def test_an_interrupted_upload_is_continued(account: Recorder, packed: Path, mon
     account.clear()
     started(account)
     keys = [request["Key"] for request in account.named("PutObject") if request["Key"].startswith("data/")]
-    assert sorted(keys) == sorted([f"{prefix}/{path.relative_to(packed)}" for path in files[4:]] + [prefix + storage.DONE])
+    assert sorted(keys) == sorted(
+        [f"{prefix}/{path.relative_to(packed)}" for path in files[4:]] + [prefix + storage.DONE]
+    )
 
 
 def test_weights_travel_in_a_channel_of_their_own(account: Recorder, tmp_path: Path) -> None:
@@ -131,7 +135,9 @@ def test_weights_travel_in_a_channel_of_their_own(account: Recorder, tmp_path: P
 
 
 def test_a_data_set_in_s3_is_taken_as_it_is(account: Recorder) -> None:
-    with pytest.raises(UserError, match=r"s3://the-bucket/photos holds no packed data set: there is no train/dataset.json"):
+    with pytest.raises(
+        UserError, match=r"s3://the-bucket/photos holds no packed data set: there is no train/dataset.json"
+    ):
         started(account, source="s3://the-bucket/photos/")
     for split in storage.SPLITS:
         boto3.client("s3").put_object(Bucket=STACK.bucket, Key=f"photos/{split}/dataset.json", Body=b"{}")
@@ -183,7 +189,7 @@ def test_what_is_over_budget_is_refused_unless_told(
 
 
 def test_the_plan_comes_first_and_names_what_where_and_how_much(
-    account: Recorder, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    account: Recorder, capsys: pytest.CaptureFixture[str]
 ) -> None:
     started(account)
     out = capsys.readouterr().out
@@ -210,7 +216,9 @@ def test_an_image_that_is_not_in_the_repository_comes_first(
     assert "is not in the repository" in capsys.readouterr().out
     started(account, "images.training=registry.example/ours:1")
     assert pushed == ["training"]
-    assert account.named("CreateTrainingJob")[-1]["AlgorithmSpecification"]["TrainingImage"] == "registry.example/ours:1"
+    assert (
+        account.named("CreateTrainingJob")[-1]["AlgorithmSpecification"]["TrainingImage"] == "registry.example/ours:1"
+    )
 
 
 TRUST = "Could not assume role arn:aws:iam::1:role/x. Please ensure that the role exists"
@@ -225,7 +233,7 @@ FAILURES = [
     ("CreateTrainingJob", refused("CapacityError", "no capacity"), "no such machines free"),
     ("CreateTrainingJob", refused("ValidationException", TRUST), "`make bootstrap` puts its trust policy right"),
     ("CreateTrainingJob", refused("ValidationException", "No such thing."), r"No such thing \(ValidationException\)$"),
-    ("CreateTrainingJob", refused("ResourceInUse", "Job name taken"), "starting the training job failed: Job name taken"),
+    ("CreateTrainingJob", refused("ResourceInUse", "Job name taken"), "the training job failed: Job name taken"),
 ]  # fmt: skip
 
 
@@ -314,7 +322,11 @@ def states(account: Recorder, *names: str, **changes: Any) -> None:
 
     def answer(parameters: dict[str, Any]) -> dict[str, Any]:
         status = left.pop(0) if len(left) > 1 else left[0]
-        facts = {"TrainingJobName": parameters["TrainingJobName"], "TrainingJobStatus": status, "SecondaryStatus": status}
+        facts = {
+            "TrainingJobName": parameters["TrainingJobName"],
+            "TrainingJobStatus": status,
+            "SecondaryStatus": status,
+        }
         return facts | changes
 
     account.answers["DescribeTrainingJob"] = answer
@@ -471,7 +483,10 @@ def test_pull_takes_the_sdk_s_local_layout_of_the_output_too(account: Recorder, 
     job = finished(account)
     files = {"data/metrics.json": b"{}"}
     assert pull._unpacked(archive(tmp_path / "output.tar.gz", files)) == tmp_path / "output" / "data"
-    assert pull.run_name(account.answers["DescribeTrainingJob"] | {"Name": job}) == job.removeprefix("image-classifier-")[:20]
+    assert (
+        pull.run_name(account.answers["DescribeTrainingJob"] | {"Name": job})
+        == job.removeprefix("image-classifier-")[:20]
+    )
     other = {"Name": "a-tuner-s", "CreationTime": datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)}
     assert runs.NAME.fullmatch(pull.run_name(other))
     assert pull.run_name(other) == pull.run_name(other) != pull.run_name(other | {"Name": "b"})
@@ -503,7 +518,9 @@ def test_what_is_damaged_is_not_published(account: Recorder, tmp_path: Path, dam
     if damage == "truncated":
         s3.put_object(Bucket=STACK.bucket, Key=key, Body=(tmp_path / "output.tar.gz").read_bytes()[:-30])
     elif damage != "checksum":
-        kept = {"metrics.json": b"{}"} | ({"run.json": b'{"dataset_fingerprint": "f"}'} if damage == "file missing" else {})
+        kept = {"metrics.json": b"{}"} | (
+            {"run.json": b'{"dataset_fingerprint": "f"}'} if damage == "file missing" else {}
+        )
         path = archive(tmp_path / "other.tar.gz", kept)
         if damage == "outside":
             with tarfile.open(path, "w:gz") as tar:
@@ -516,7 +533,9 @@ def test_what_is_damaged_is_not_published(account: Recorder, tmp_path: Path, dam
     assert not (pull.WORK / job).exists()
 
 
-@pytest.mark.parametrize(("status", "words"), [("InProgress", "wait for it"), ("Failed", "AlgorithmError"), ("Stopped", "ended without")])
+@pytest.mark.parametrize(
+    ("status", "words"), [("InProgress", "wait for it"), ("Failed", "AlgorithmError"), ("Stopped", "ended without")]
+)
 def test_a_job_without_a_result_is_not_pulled(account: Recorder, status: str, words: str) -> None:
     job = started(account)
     described(account, TrainingJobStatus=status, SecondaryStatus=status, FailureReason="AlgorithmError: no")
@@ -620,7 +639,10 @@ def test_the_processing_job_runs_on_the_files_that_are_sent(account: Recorder, r
         text = text.replace(there, str(path))
     assert specification["ContainerEntrypoint"][0] == "python3"
     subprocess.run([sys.executable, *json.loads(text)], cwd="/", check=True)
-    assert {item["S3Input"]["LocalPath"] for item in request["ProcessingInputs"]} == {process_job.CODE, process_job.INPUT}
+    assert {item["S3Input"]["LocalPath"] for item in request["ProcessingInputs"]} == {
+        process_job.CODE,
+        process_job.INPUT,
+    }
     assert (tmp_path / "images" / "train" / "dataset.json").is_file()
 
 

@@ -95,7 +95,9 @@ def test_settings_that_aws_takes_together() -> None:
     for value in ("alias/our/key", key):
         assert load([f"aws.kms_key={value}"], {}).aws.kms_key == value
     assert load(["aws.subnets=[subnet-0a]", "aws.security_groups=[sg-0a]"], {}).aws.subnets == ["subnet-0a"]
-    assert load(["compute.spot=false", "compute.max_hours=9", "compute.keep_alive_minutes=5"], {}).compute.max_hours == 9
+    assert (
+        load(["compute.spot=false", "compute.max_hours=9", "compute.keep_alive_minutes=5"], {}).compute.max_hours == 9
+    )
 
 
 @pytest.mark.parametrize("section", [name for name in Settings.model_fields if name != "training"])
@@ -132,7 +134,9 @@ def test_an_empty_section_and_a_missing_file_can_be_overridden_or_are_named(tmp_
     with pytest.raises(UserError, match=r"configs: aws\.tags is missing"):
         load(["aws.region=eu-west-1"], {}, folder)
     values = FILES["infrastructure.yaml"]["aws"] | {"region": "eu-west-1"}
-    assert load([f"aws.{key}={json.dumps(value)}" for key, value in values.items()], {}, folder).aws.region == "eu-west-1"
+    assert (
+        load([f"aws.{key}={json.dumps(value)}" for key, value in values.items()], {}, folder).aws.region == "eu-west-1"
+    )
     (folder / "training.yaml").write_text("")
     with pytest.raises(UserError, match=r"training.yaml must hold keys and values, not NoneType"):
         load((), {}, folder)
