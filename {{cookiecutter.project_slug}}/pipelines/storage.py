@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -70,6 +71,31 @@ def pretrained(settings: Settings, stack: aws.Stack) -> str | None:
         with next(folder.iterdir()).open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         return upload(settings, folder, stack.bucket, f"pretrained/{digest}") + "/"
+
+
+def listed(settings: Settings, uri: str) -> Iterator[tuple[str, int]]:
+    """Name, without the prefix, and size of every object below an S3 prefix."""
+    bucket, _, key = f"{uri.rstrip('/')}/".removeprefix("s3://").partition("/")
+    with aws.explained(f"listing {uri}"):
+        pages = aws.client(settings, "s3").get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=key)
+        for item in (item for page in pages for item in page.get("Contents", [])):
+            yield item["Key"].removeprefix(key), item["Size"]
+
+
+def get(settings: Settings, uri: str) -> bytes:
+    """The content of an object."""
+    bucket, _, key = uri.removeprefix("s3://").partition("/")
+    with aws.explained(f"reading {uri}"):
+        return bytes(aws.client(settings, "s3").get_object(Bucket=bucket, Key=key)["Body"].read())
+
+
+def put(settings: Settings, uri: str, content: bytes) -> None:
+    """Write an object, encrypted as the settings say."""
+    bucket, _, name = uri.removeprefix("s3://").partition("/")
+    key = aws.kms_arn(settings)
+    encryption = {"ServerSideEncryption": "aws:kms", "SSEKMSKeyId": key} if key else {}
+    with aws.explained(f"writing {uri}"):
+        aws.client(settings, "s3").put_object(Bucket=bucket, Key=name, Body=content, **encryption)
 
 
 def checked(settings: Settings, source: str) -> str:
