@@ -18,7 +18,6 @@ import tempfile
 import time
 from argparse import Namespace
 from collections import Counter
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,7 @@ from pipelines.train import OWN_DISK
 MEGABYTE = 2**20
 USUAL, MOST = 6, 100  # megabytes of a request; AWS: so many at most, and of all concurrent ones together
 CONCURRENT = 16  # requests at once; the server merges what waits
+COLUMNS = {"label": "labels", "prediction": "predictions", "probabilities": "probabilities"}  # of line and answer
 
 
 def start(settings: Settings, options: Namespace) -> str:
@@ -41,13 +41,16 @@ def start(settings: Settings, options: Namespace) -> str:
     Raises:
         UserError: when no job was started; nothing that costs is left then.
     """
+    from processing.scan import SUFFIXES
+
     chosen, hours = settings.endpoint, settings.compute.max_hours
     if rollout.GPU.match(chosen.instance_type) and settings.images.serving == "project":
         raise UserError(f"endpoint.instance_type is {chosen.instance_type}, and batch transform's GPU machines have a "
                         "driver (535) that is too old for this torch; choose a type without a GPU")  # fmt: skip
     stack, name = aws.stack(settings), f"{engine.project_name()}-{runs.new_name()}"
     local = None if options.data.startswith("s3://") else data.raw(options.data)
-    sizes = dict(_local(local) if local else _listed(settings, options.data))
+    files = storage.below(local) if local else storage.listed(settings, options.data)
+    sizes = {file: size for file, size in files if file.lower().endswith(SUFFIXES) and "/." not in f"/{file}"}
     if not sizes:
         raise UserError(f"{options.data} holds no image; DATA names a folder, or s3://bucket/prefix, that does")
     largest = max(sizes, key=lambda file: sizes[file])
@@ -56,22 +59,21 @@ def start(settings: Settings, options: Namespace) -> str:
         raise UserError(f"{largest} has {sizes[largest]:,} bytes, and batch transform takes {MOST} MB; take it out")
     with tempfile.TemporaryDirectory(prefix="batch-") as folder:
         model = source.find(settings, options, Path(folder))
-        image = image_push.uri(settings, stack, "serving")
-        price = prices.hourly(settings, "transform", chosen.instance_type)
-        prices.afford(
-            settings,
-            f"{name}: a transform job in {settings.aws.region} on {chosen.instances} x {chosen.instance_type}, "
-            f"{hours:g} hours at most, in {'the image of the package' if model.package else image}, classifies "
-            f"{len(sizes)} images of {options.data} with {model.label}",
-            None if price is None else price * hours * chosen.instances,
-            options.yes,
+        image, price = (
+            image_push.uri(settings, stack, "serving"),
+            prices.hourly(settings, "transform", chosen.instance_type),
         )
+        plan = (
+            f"{name}: a transform job in {settings.aws.region} on {chosen.instances} x {chosen.instance_type}, {hours:g} "
+            f"hours at most, in {'the image of the package' if model.package else image}, classifies {len(sizes)} "
+            f"images of {options.data} with {model.label}"
+        )
+        prices.afford(settings, plan, None if price is None else price * hours * chosen.instances, options.yes)
         if not model.package:
             image_push.ensure(settings, stack, "serving")
         uri = model.uri or source.upload(settings, stack, model.archive)
-    place = f"s3://{stack.bucket}/batch/{name}"
     prefix = storage.upload(settings, local, stack.bucket, f"raw/{data.state(local, [])}") if local else options.data
-    manifest = [{"prefix": f"{prefix.rstrip('/')}/"}, *sorted(sizes)]
+    manifest, place = [{"prefix": f"{prefix.rstrip('/')}/"}, *sorted(sizes)], f"s3://{stack.bucket}/batch/{name}"
     end = time.strftime("at(%Y-%m-%dT%H:%M:%S)", time.gmtime(time.time() + hours * 3600))
     try:
         endpoints.set_end(settings, stack, name, end, "transform job")  # a transform job has no limit of its own
@@ -89,29 +91,6 @@ def start(settings: Settings, options: Namespace) -> str:
     return name
 
 
-def _local(folder: Path) -> Iterator[tuple[str, int]]:
-    """Path and size of every image below a folder."""
-    from processing.scan import PackingError, images
-
-    others: list[str] = []
-    try:
-        for name in images(folder, "", others):
-            yield name, (folder / name).stat().st_size
-    except PackingError as error:
-        raise UserError(str(error)) from error
-    if others:
-        print(f"{len(others)} other files are left out, the first: {others[0]!r}")
-
-
-def _listed(settings: Settings, uri: str) -> Iterator[tuple[str, int]]:
-    """The same below a prefix; hidden files do not count."""
-    from processing.scan import SUFFIXES
-
-    for name, size in storage.listed(settings, uri):
-        if name.lower().endswith(SUFFIXES) and not any(part.startswith(".") for part in name.split("/")):
-            yield name, size
-
-
 def _create(settings: Settings, name: str, place: str, payload: int) -> None:
     """A manifest names the images: any other file would fail, and the whole job with it. One image is one request."""
     from sagemaker.core import resources, shapes
@@ -120,29 +99,22 @@ def _create(settings: Settings, name: str, place: str, payload: int) -> None:
     disk = {"volume_kms_key_id": key} if key and not OWN_DISK.match(chosen.instance_type) else {}
     images = shapes.TransformS3DataSource(s3_data_type="ManifestFile", s3_uri=f"{place}/images.manifest")
     resources.TransformJob.create(
-        transform_job_name=name,
-        model_name=name,
-        batch_strategy="SingleRecord",
-        max_payload_in_mb=payload,
-        max_concurrent_transforms=min(CONCURRENT, MOST // payload),
+        transform_job_name=name, model_name=name, region=settings.aws.region, batch_strategy="SingleRecord",
+        max_payload_in_mb=payload, max_concurrent_transforms=min(CONCURRENT, MOST // payload),
         environment={"INFERENCE_MAX_BYTES": str(payload * MEGABYTE)},
         transform_input=shapes.TransformInput(
-            data_source=shapes.TransformDataSource(s3_data_source=images),
-            content_type="application/x-image",
+            data_source=shapes.TransformDataSource(s3_data_source=images), content_type="application/x-image",
             split_type="None",
         ),
         transform_output=shapes.TransformOutput(
-            s3_output_path=f"{place}/output",
-            accept="application/json",
-            assemble_with="None",
+            s3_output_path=f"{place}/output", accept="application/json", assemble_with="None",
             **({"kms_key_id": key} if key else {}),
         ),
         transform_resources=shapes.TransformResources(
             instance_type=chosen.instance_type, instance_count=chosen.instances, **disk
         ),
         tags=[resources.Tag(key=tag["Key"], value=tag["Value"]) for tag in aws.tags(settings)],  # not shapes.Tag
-        region=settings.aws.region,
-    )
+    )  # fmt: skip
 
 
 def _clean(settings: Settings, stack: aws.Stack, name: str) -> None:
@@ -185,22 +157,19 @@ def join(settings: Settings, name: str) -> int:
             return {"file": file, "error": f"batch transform gave no answer; see `make logs JOB={name}`"}
         try:
             answer = json.loads(storage.get(settings, f"{place}/{prefix}{file}.out"))
-            columns = {"label": "labels", "prediction": "predictions", "probabilities": "probabilities"}
-            return {"file": file} | {key: answer[column][0] for key, column in columns.items()}
+            return {"file": file} | {key: answer[column][0] for key, column in COLUMNS.items()}
         except (ValueError, LookupError, TypeError) as error:
             return {"file": file, "error": f"what batch transform wrote is no answer: {error!r}"}
 
     output = runs.ARTIFACTS / "batch" / f"{name}.jsonl"
     output.parent.mkdir(parents=True, exist_ok=True)
-    partial, labels = output.with_name(f"{output.name}.partial"), Counter[str | None]()
-    with partial.open("w", encoding="utf-8") as lines, ThreadPoolExecutor(storage.THREADS) as pool:
-        for entry in tqdm(pool.map(line, names), total=len(names), unit="file", disable=None):
-            lines.write(f"{json.dumps(entry)}\n")
-            labels[entry.get("label")] += 1
-    partial.replace(output)
-    bad = labels.pop(None, 0)
+    with ThreadPoolExecutor(storage.THREADS) as pool:
+        lines = list(tqdm(pool.map(line, names), total=len(names), unit="file", disable=None))
+    output.write_text("".join(f"{json.dumps(entry)}\n" for entry in lines), encoding="utf-8")
+    labels = Counter(entry["label"] for entry in lines if "label" in entry)
+    bad = len(lines) - labels.total()
     print(f"{len(names)} images, {bad} of them without an answer -> {os.path.relpath(output)}")
-    for label, count in sorted(labels.items(), key=str):
+    for label, count in sorted(labels.items()):
         print(f"{count:8}  {label}")
     if facts["Status"] != "Completed":
         print(f"{name} is {facts['Status']}: {' '.join(facts.get('FailureReason', 'no reason given').split())}")

@@ -230,12 +230,11 @@ def ask(settings: Settings, facts: dict[str, Any], body: bytes, kind: str, varia
 
 def _ask_async(settings: Settings, endpoint: Any, facts: dict[str, Any], body: bytes, kind: str) -> bytes:
     """Put the request into the bucket, wait for the answer or the failure there, and clean up."""
-    s3, key = aws.client(settings, "s3"), aws.kms_arn(settings)
+    s3 = aws.client(settings, "s3")
     folder = facts["AsyncInferenceConfig"]["OutputConfig"]["S3OutputPath"].rpartition("/")[0]
     bucket, _, prefix = folder.removeprefix("s3://").partition("/")
     question = {"Bucket": bucket, "Key": f"{prefix}/input/{uuid.uuid4().hex}"}
-    encryption = {"ServerSideEncryption": "aws:kms", "SSEKMSKeyId": key} if key else {}
-    s3.put_object(**question, Body=body, **encryption)
+    s3.put_object(**question, Body=body, **aws.encryption(settings))
     try:
         uri = f"s3://{question['Bucket']}/{question['Key']}"
         made = endpoint.invoke_async(input_location=uri, content_type=kind, region=settings.aws.region)

@@ -68,7 +68,7 @@ def register(settings: Settings, options: Namespace) -> Package:
         archive = options.artifact or runs.find(options.run) / "model.tar.gz"
     with tempfile.TemporaryDirectory(prefix="register-") as temporary:
         found = evidence(archive, Path(temporary))
-        known = registry.holding(settings, found.identity)
+        known = registry.newest(settings, identity=found.identity)
         if known:
             print(f"{archive} is registered already: {known} is {known.status}")
             return known

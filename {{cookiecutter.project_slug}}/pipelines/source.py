@@ -98,7 +98,7 @@ def upload(settings: Settings, stack: aws.Stack, archive: Path) -> str:
     with archive.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     place = {"Bucket": stack.bucket, "Key": f"models/{digest}/model.tar.gz"}
-    uri, s3, key = f"s3://{stack.bucket}/{place['Key']}", aws.client(settings, "s3"), aws.kms_arn(settings)
+    uri, s3 = f"s3://{stack.bucket}/{place['Key']}", aws.client(settings, "s3")
     with aws.explained(f"uploading {archive} to {uri}"):
         try:
             if s3.head_object(**place)["ContentLength"] == archive.stat().st_size:
@@ -106,6 +106,5 @@ def upload(settings: Settings, stack: aws.Stack, archive: Path) -> str:
         except ClientError as error:
             if error.response["Error"]["Code"] != "404":
                 raise
-        encryption = {"ServerSideEncryption": "aws:kms", "SSEKMSKeyId": key} if key else {}
-        s3.upload_file(str(archive), **place, ExtraArgs=encryption)
+        s3.upload_file(str(archive), **place, ExtraArgs=aws.encryption(settings))
     return uri
