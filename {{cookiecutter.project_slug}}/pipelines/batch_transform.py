@@ -64,9 +64,9 @@ def start(settings: Settings, options: Namespace) -> str:
             prices.hourly(settings, "transform", chosen.instance_type),
         )
         plan = (
-            f"{name}: a transform job in {settings.aws.region} on {chosen.instances} x {chosen.instance_type}, {hours:g} "
-            f"hours at most, in {'the image of the package' if model.package else image}, classifies {len(sizes)} "
-            f"images of {options.data} with {model.label}"
+            f"{name}: a transform job in {settings.aws.region} on {chosen.instances} x {chosen.instance_type}, "
+            f"{hours:g} hours at most, in {'the image of the package' if model.package else image}, classifies "
+            f"{len(sizes)} images of {options.data} with {model.label}"
         )
         prices.afford(settings, plan, None if price is None else price * hours * chosen.instances, options.yes)
         if not model.package:

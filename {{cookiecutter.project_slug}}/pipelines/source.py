@@ -42,15 +42,20 @@ def add_options(parser: ArgumentParser, job: str = "a training job whose artifac
     parser.add_argument("--artifact", type=Path, help="a model.tar.gz")
 
 
+def only_one(options: Namespace) -> None:
+    """Refuse options that name more than one artifact."""
+    given = [word.upper() for word in ("run", "job", "package", "artifact") if getattr(options, word, None)]
+    if len(given) > 1:
+        raise UserError(f"{' and '.join(given)} name an artifact each; give one")
+
+
 def find(settings: Settings, options: Namespace, folder: Path) -> Source:
     """The artifact that the options name, checked; what lies in S3 only is downloaded into a folder.
 
     Raises:
         UserError: when there is none, it is damaged, its job failed, or its package is not approved.
     """
-    given = [word for word in ("run", "job", "package", "artifact") if getattr(options, word)]
-    if len(given) > 1:
-        raise UserError(f"{' and '.join(word.upper() for word in given)} name an artifact each; give one")
+    only_one(options)
     uri = arn = None
     if options.job:
         with aws.explained(f"looking up the training job {options.job}"):
