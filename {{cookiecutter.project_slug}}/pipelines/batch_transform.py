@@ -71,7 +71,7 @@ def start(settings: Settings, options: Namespace) -> str:
         prices.afford(settings, plan, None if price is None else price * hours * chosen.instances, options.yes)
         if not model.package:
             image_push.ensure(settings, stack, "serving")
-        uri = model.uri or source.upload(settings, stack, model.archive)
+        uri = model.uri or storage.artifact(settings, stack, model.archive)
     prefix = storage.upload(settings, local, stack.bucket, f"raw/{data.state(local, [])}") if local else options.data
     manifest, place = [{"prefix": f"{prefix.rstrip('/')}/"}, *sorted(sizes)], f"s3://{stack.bucket}/batch/{name}"
     end = time.strftime("at(%Y-%m-%dT%H:%M:%S)", time.gmtime(time.time() + hours * 3600))

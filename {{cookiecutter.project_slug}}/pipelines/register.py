@@ -75,7 +75,7 @@ def register(settings: Settings, options: Namespace) -> Package:
         plan = f"registers {found.run} in the model package group {place} in {settings.aws.region}, with {image}"
         prices.afford(settings, plan, 0.0, yes=False)
         image_push.ensure(settings, stack, "serving")
-        uri = found.facts.get("model_uri") or source.upload(settings, stack, archive)
+        uri = found.facts.get("model_uri") or storage.artifact(settings, stack, archive)
         digest = hashlib.sha256(json.dumps(found.files, sort_keys=True).encode()).hexdigest()
         attached = storage.upload(settings, Path(temporary), stack.bucket, f"registry/{digest}")
         return registry.register(settings, registry.description(found, image, uri, attached))

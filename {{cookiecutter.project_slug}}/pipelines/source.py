@@ -94,22 +94,3 @@ def checked(archive: Path, folder: Path) -> list[dict[str, Any]]:
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{archive} is no artifact of this project: {error}") from error
     return samples
-
-
-def upload(settings: Settings, stack: aws.Stack, archive: Path) -> str:
-    """Put an artifact into the bucket, once a content."""
-    from botocore.exceptions import ClientError
-
-    with archive.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    place = {"Bucket": stack.bucket, "Key": f"models/{digest}/model.tar.gz"}
-    uri, s3 = f"s3://{stack.bucket}/{place['Key']}", aws.client(settings, "s3")
-    with aws.explained(f"uploading {archive} to {uri}"):
-        try:
-            if s3.head_object(**place)["ContentLength"] == archive.stat().st_size:
-                return uri
-        except ClientError as error:
-            if error.response["Error"]["Code"] != "404":
-                raise
-        s3.upload_file(str(archive), **place, ExtraArgs=aws.encryption(settings))
-    return uri
