@@ -8,6 +8,7 @@ import json
 import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -126,22 +127,30 @@ def test_more_of_the_same_is_no_drift(watched: Path, model: inference.Classifier
     assert set(verdicts) == {"no drift"}
 
 
+def compared(before: list[int], now: list[int], limit: float) -> dict[str, Any]:
+    """The comparison of two counts of predictions."""
+    none = {"counts": [0], "edges": [0, 1]}
+    baseline = {"predictions": {str(number): count for number, count in enumerate(before)}}
+    sample = monitor.Sample(labels=Counter({str(number): count for number, count in enumerate(now)}))
+    baseline |= dict.fromkeys(sample.values, none)
+    return monitor.compare(baseline, sample, limit)["predictions"]
+
+
 def test_false_alarms_are_as_rare_as_promised() -> None:
     """Thousands of comparisons of two samples of one distribution, small and large, with few and with many bins."""
-    random, alarms, beyond, trials = np.random.default_rng(0), 0, 0, 0
+    random, usual, strict, plain = np.random.default_rng(0), [], [], []
     shapes = [np.ones(10), np.ones(500), np.array([0.02] * 19 + [20.0]), 1 / np.arange(1, 101), np.array([8.0, 90, 2])]
     for shape in shapes:
         for before, now in [(20, 200), (180, 200), (2048, 200), (2048, 20_000)]:
             for _ in range(500):
-                old, new = (random.multinomial(count, shape / shape.sum()).tolist() for count in (before, now))
-                value, bins = monitor.psi(old, new)
-                chance = monitor.quantile(max(bins - 1, 1), 1 - monitor.CHANCE) * (1 / before + 1 / now)
-                alarms, beyond, trials = alarms + (value > max(0.2, chance)), beyond + (value > chance), trials + 1
-    assert trials == 10_000
-    assert alarms <= beyond <= 6  # 1 is expected; a plain limit of 0.2 would give hundreds
-    tens = np.ones(10) / 10
-    small = [[random.multinomial(count, tens).tolist() for count in (20, 200)] for _ in range(500)]
-    assert sum(monitor.psi(*pair)[0] > 0.2 for pair in small) > 100
+                pair = [random.multinomial(count, shape / shape.sum()).tolist() for count in (before, now)]
+                found = compared(pair[0], pair[1], 0.2)
+                usual.append(found["drift"])
+                strict.append(compared(pair[0], pair[1], 0.0)["drift"])
+                plain.append(found["psi"] > 0.2)
+    assert len(usual) == 10_000
+    assert sum(usual) <= sum(strict) <= 6  # 1 is expected
+    assert sum(plain) > 1000  # what a limit alone would do
 
 
 @pytest.mark.parametrize(
@@ -162,6 +171,10 @@ def test_psi_by_hand_and_what_is_merged() -> None:
     assert monitor.psi([1, 1, 1, 1, 96], [1, 1, 1, 1, 96]) == (0, 2)
     assert monitor.psi([1] * 1000, [1] * 1000) == (0, 20)
     assert np.isfinite(monitor.psi([0, 0], [0, 0])[0])
+
+
+def test_no_value_is_lost_outside_of_the_bins() -> None:
+    assert monitor.counted([-1.0, 0.0, 0.7, 1.0, 1.2], [0.0, 0.5, 1.0]) == [2, 3]
 
 
 SHIFTS = {
@@ -274,6 +287,7 @@ def broken(good: str) -> dict[str, list[str]]:
             json.dumps({**record, "eventMetadata": {"inferenceTime": "yesterday"}}),
             json.dumps({**record, "captureData": {"endpointInput": record["captureData"]["endpointInput"]}}),
             but("endpointInput", data="not base64!"), but("endpointInput", data=None),
+            but("endpointInput", data="!" + record["captureData"]["endpointInput"]["data"]),
         ],
         "not answered with predictions": [
             but("endpointOutput", data='{"error": "too large"}'), but("endpointOutput", data="<html>"),
@@ -285,7 +299,7 @@ def broken(good: str) -> dict[str, list[str]]:
         ],
         "not readable as images": [
             but("endpointInput", data=base64.b64encode(b"no image").decode()),
-            but("endpointInput", observedContentType="text/csv"), but("endpointInput", observedContentType=None),
+            but("endpointInput", observedContentType="text/csv"), but("endpointInput", observedContentType=7),
         ],
         "with another number of images than of predictions": [
             but("endpointOutput", data=json.dumps(answer | {"labels": ["up", "up"]})),
@@ -324,6 +338,12 @@ def test_only_the_period_counts(watched: Path, model: inference.Classifier, tmp_
         assert found["images"] == images
         assert found["skipped"] == {"outside of the period": 6 - images}
         assert found["end"] == "2026-11-21T12:00:00+00:00"
+    for hour, requests in (("10", 1), ("13", 1), ("09", 0), ("14", 0)):  # files of the hours beside it are read
+        place = tmp_path / hour / "captured" / "AllTraffic" / "2026" / "11" / "21" / hour / "a.jsonl"
+        place.parent.mkdir(parents=True)
+        place.write_text(lines[2])
+        found = report(watched, tmp_path / hour / "captured", "--end", "2026-11-21T12:20:00Z")
+        assert (found["requests"], found["images"]) == (requests, requests)
 
 
 def test_the_metrics_are_what_the_alarm_and_the_dashboard_read(
@@ -338,7 +358,7 @@ def test_the_metrics_are_what_the_alarm_and_the_dashboard_read(
     assert directive["Namespace"] == verb_module.NAMESPACE
     assert directive["Dimensions"] == [["EndpointName"]]
     names = {metric["Name"] for metric in directive["Metrics"]}
-    assert names == {"Images", "Skipped", "Drift", *verb_module.MEASURES}
+    assert names == {"Images", "Skipped", *verb_module.MEASURES}
     assert all(isinstance(emitted[name], int | float) for name in names)
     brightness = found["measures"]["brightness"]
     assert emitted["Drift"] >= emitted["Brightness"] == brightness["psi"] / brightness["limit"] > 1
@@ -448,7 +468,7 @@ def test_what_monitor_makes(captured: Hosting, capsys: pytest.CaptureFixture[str
     printed = capsys.readouterr().out
     assert "hourly a processing job on 1 x ml.m5.large of 30 minutes at most, 3 alarms, a dashboard" in printed
     assert (
-        "0.250 USD an hour, 6.00 USD a day at most; with CloudWatch 2.06 USD until the endpoint ends in 8.0" in printed
+        "0.25 USD an hour, 6.00 USD a day at most; with CloudWatch 2.06 USD until the endpoint ends in 8.0" in printed
     )
     assert printed.index("at most") < printed.index("is compared hourly")
     check_golden("monitor", expanded(made))

@@ -2,12 +2,14 @@
 
     python -m pipelines.monitor --set monitoring.schedule=daily
     make monitor DATA=<folder of captured requests> RUN=<name>          # the same comparison here, without AWS
+    aws s3 sync s3://<bucket>/capture/<endpoint> <folder>               # fetches such a folder
 
 A schedule of EventBridge starts a Processing job, src/processing/monitor.py in the project's image (SageMaker's own
 monitoring schedules are closed to new customers since 2026-07-30). Its reports lie in the bucket, its metrics in
 CloudWatch, with alarms for drift, errors and latency that go to the stack's topic, and a dashboard. Run again, it
 updates all of that in place: do so after `make deploy`, for the new model's baseline and the endpoint's new end. The
-schedule deletes itself with the endpoint's end; `make destroy` removes everything.
+schedule deletes itself with the endpoint's end; `make destroy` removes everything. Each job downloads all that the
+bucket keeps of the variant's captured requests, 30 days: with much traffic capture few percent.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ HOURS = 0.5  # of a job, at most
 MONTH = 730  # hours: what is counted when nothing ends the endpoint
 CLOUDWATCH = 5.7  # USD a month at most: 3 alarms, 6 metrics, 1 dashboard, beyond the free ones
 NAMESPACE = "ModelDrift"  # as in src/processing/monitor.py
-MEASURES = ("Predictions", "Confidence", "Brightness", "Contrast")
+MEASURES = ("Drift", "Predictions", "Confidence", "Brightness", "Contrast")  # the first is their maximum
 FOLDERS = {name: f"/opt/ml/processing/{name}" for name in ("artifact", "captured", "report")}
 
 
@@ -108,14 +110,11 @@ def _agree(settings: Settings, watched: Watched, end: datetime | None, yes: bool
     hours = (end - datetime.now(UTC)).total_seconds() / 3600 if end else MONTH
     price, jobs = prices.hourly(settings, "processing", chosen.instance_type), int(hours / EVERY[chosen.schedule]) + 1
     cost = None if price is None else price * HOURS * jobs + CLOUDWATCH * hours / MONTH
-    hourly = "at an unknown price" if price is None else (
-        f"{price * HOURS / EVERY[chosen.schedule]:.3f} USD an hour, {price * HOURS * 24 / EVERY[chosen.schedule]:.2f} "
-        "USD a day at most"
-    )  # fmt: skip
+    hourly = None if price is None else price * HOURS / EVERY[chosen.schedule]
     lines = [
         f"monitor the variant {watched.variant} of {watched.endpoint} in {region}: {chosen.schedule} a processing job "
         f"on 1 x {chosen.instance_type} of {HOURS * 60:.0f} minutes at most, 3 alarms, a dashboard",
-        f"  {hourly}; with CloudWatch {'an unknown sum' if cost is None else f'{cost:.2f} USD'} "
+        f"  {_usd(hourly)} an hour, {_usd(hourly, 24)} a day at most; with CloudWatch {_usd(cost)} "
         + (f"until the endpoint ends in {hours:.1f} hours" if end else "a month"),
     ]
     if hours < EVERY[chosen.schedule]:
@@ -129,23 +128,25 @@ def _agree(settings: Settings, watched: Watched, end: datetime | None, yes: bool
     aws.confirm("\n".join(lines), yes)
 
 
+def _usd(sum_or_none: float | None, times: int = 1) -> str:
+    return "an unknown price" if sum_or_none is None else f"{sum_or_none * times:.2f} USD"
+
+
 def job(settings: Settings, stack: aws.Stack, watched: Watched, image: str, code: str, key: str | None) -> Any:
     """The request of each comparison; EventBridge puts in what is in angle brackets."""
     chosen, name = settings.monitoring, watched.endpoint
     sources = {"code": (f"{code}/", CODE), "artifact": (watched.artifact, FOLDERS["artifact"]),
                "captured": (f"{watched.captured}/", FOLDERS["captured"])}  # fmt: skip
-    machine: dict[str, Any] = {
-        "InstanceCount": 1,
-        "InstanceType": chosen.instance_type,
-        "VolumeSizeInGB": settings.compute.volume_gb,
-    }
+    machine = dict[str, Any](
+        InstanceCount=1, InstanceType=chosen.instance_type, VolumeSizeInGB=settings.compute.volume_gb
+    )
     if key and not OWN_DISK.match(chosen.instance_type):
         machine["VolumeKmsKeyId"] = key
     network: dict[str, Any] = {"EnableNetworkIsolation": settings.compute.isolation}
     if settings.aws.subnets:
         network["VpcConfig"] = {"Subnets": settings.aws.subnets, "SecurityGroupIds": settings.aws.security_groups}
-    report = {"S3Uri": f"s3://{stack.bucket}/monitoring/{name}", "LocalPath": FOLDERS["report"],
-              "S3UploadMode": "EndOfJob"}  # fmt: skip
+    place = {"S3Uri": f"s3://{stack.bucket}/monitoring/{name}", "LocalPath": FOLDERS["report"]}
+    report = {"OutputName": "report", "S3Output": place | {"S3UploadMode": "EndOfJob"}}
     return {
         "ProcessingJobName": f"{logs.prefix()}-monitor-<aws.scheduler.execution-id>",
         "RoleArn": stack.role,
@@ -164,9 +165,7 @@ def job(settings: Settings, stack: aws.Stack, watched: Watched, image: str, code
                                             "S3InputMode": "File"}}
             for part, (where, path) in sources.items()
         ],
-        "ProcessingOutputConfig": {
-            "Outputs": [{"OutputName": "report", "S3Output": report}], **({"KmsKeyId": key} if key else {}),
-        },
+        "ProcessingOutputConfig": {"Outputs": [report], **({"KmsKeyId": key} if key else {})},
         "ProcessingResources": {"ClusterConfig": machine},
         "StoppingCondition": {"MaxRuntimeInSeconds": round(HOURS * 3600)},
         "NetworkConfig": network,
@@ -222,19 +221,17 @@ def alarms(settings: Settings, watched: Watched) -> list[dict[str, Any]]:
 
 def widgets(settings: Settings, watched: Watched) -> list[dict[str, Any]]:
     """The dashboard: requests, errors, latency, drift, and how many instances bill."""
-    endpoint, variant = ["EndpointName", watched.endpoint], ["VariantName", watched.variant]
-    asked, machines = ["AWS/SageMaker"], ["/aws/sagemaker/Endpoints"]
-    latencies = [[*asked, "ModelLatency", *endpoint, *variant, {"stat": stat}] for stat in ("p50", "p99")]
-    errors = [[*asked, f"Invocation{kind}XXErrors", *endpoint, *variant] for kind in (4, 5)]
-    drift = [[NAMESPACE, name, *endpoint, {"stat": "Maximum", "period": 3600}] for name in ("Drift", *MEASURES)]
+    asked, own = "AWS/SageMaker", ["EndpointName", watched.endpoint]
+    both = [*own, "VariantName", watched.variant]
+    drift = {"stat": "Maximum", "period": 3600}
     graphs = {
-        "requests": [[*asked, "Invocations", *endpoint, *variant]],
-        "errors": errors,
-        "latency in microseconds": [*latencies, [*asked, "OverheadLatency", *endpoint, *variant, {"stat": "p99"}]],
-        "drift, by its limit: more than 1 is too much": drift,
-        "images compared": [[NAMESPACE, "Images", *endpoint, {"period": 3600}]],
-        # one sample a minute of each
-        "instances": [[*machines, "CPUUtilization", *endpoint, *variant, {"stat": "SampleCount", "period": 60}]],
+        "requests": [[asked, "Invocations", *both]],
+        "errors": [[asked, f"Invocation{kind}XXErrors", *both] for kind in (4, 5)],
+        "latency in microseconds": [[asked, "ModelLatency", *both, {"stat": stat}] for stat in ("p50", "p99")],
+        "drift, by its limit: more than 1 is too much": [[NAMESPACE, name, *own, drift] for name in MEASURES],
+        "images compared": [[NAMESPACE, "Images", *own, {"period": 3600}]],
+        # each gives one sample a minute
+        "instances": [["/aws/sagemaker/Endpoints", "CPUUtilization", *both, {"stat": "SampleCount", "period": 60}]],
     }
     return [
         {"type": "metric", "x": 12 * (number % 2), "y": 6 * (number // 2), "width": 12, "height": 6,

@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import base64
 import json
+import re
 import sys
 import tempfile
 import time
@@ -60,12 +61,9 @@ class Sample:
 
 def image_statistics(pixels: NDArray[Any]) -> dict[str, list[float]]:
     """Brightness and contrast: mean and deviation of each image of a batch, as shares of the range of its pixels."""
-    scale = 255 if pixels.dtype == np.uint8 else 1
-    axes = (1, 2, 3)
-    return {
-        "brightness": (pixels.mean(axis=axes) / scale).tolist(),
-        "contrast": (pixels.std(axis=axes) / scale).tolist(),
-    }
+    scale, axes = 255 if pixels.dtype == np.uint8 else 1, (1, 2, 3)
+    means, deviations = pixels.mean(axis=axes) / scale, pixels.std(axis=axes) / scale
+    return {"brightness": means.tolist(), "contrast": deviations.tolist()}
 
 
 def counted(values: Sequence[float], edges: Sequence[float]) -> list[int]:
@@ -82,7 +80,7 @@ def collect(folder: Path, facts: dict[str, Any], start: datetime | None, end: da
         start, end: of the period, by when the model answered; None: all.
     """
     sample = Sample()
-    for path in sorted(folder.rglob("*.jsonl")):
+    for path in (path for path in sorted(folder.rglob("*.jsonl")) if _near(path, start, end)):
         with path.open("rb") as lines:
             for line in filter(bytes.strip, lines):
                 sample.requests += 1
@@ -91,6 +89,15 @@ def collect(folder: Path, facts: dict[str, Any], start: datetime | None, end: da
                 except Skipped as reason:
                     sample.skipped[str(reason)] += 1
     return sample
+
+
+def _near(path: Path, start: datetime | None, end: datetime | None) -> bool:
+    """Whether a file's folder, .../yyyy/mm/dd/hh, is of the period or of the hours beside it; others are not read."""
+    hour = "".join(path.parts[-5:-1])
+    if start is None or end is None or not re.fullmatch(r".*\d{10}", hour):
+        return True
+    when, beside = datetime.strptime(hour[-10:], "%Y%m%d%H").replace(tzinfo=UTC), timedelta(hours=1)
+    return start - beside <= when <= end + beside
 
 
 def _take(sample: Sample, line: bytes, facts: dict[str, Any], start: datetime | None, end: datetime | None) -> None:
