@@ -130,7 +130,7 @@ def test_more_of_the_same_is_no_drift(watched: Path, model: inference.Classifier
 def compared(before: list[int], now: list[int], limit: float) -> dict[str, Any]:
     """The comparison of two counts of predictions."""
     none = {"counts": [0], "edges": [0, 1]}
-    baseline = {"predictions": {str(number): count for number, count in enumerate(before)}}
+    baseline: dict[str, Any] = {"predictions": {str(number): count for number, count in enumerate(before)}}
     sample = monitor.Sample(labels=Counter({str(number): count for number, count in enumerate(now)}))
     baseline |= dict.fromkeys(sample.values, none)
     return monitor.compare(baseline, sample, limit)["predictions"]
