@@ -16,7 +16,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 
 from pipelines import ROOT
 from pipelines.console import UserError
@@ -138,10 +147,16 @@ class Range(Section):
         return value
 
 
+Choice = Annotated[  # told apart by their look, so that a mistake in one is not explained as one in the other
+    Annotated[Range, Tag("range")] | Annotated[list[bool | int | float | str], Tag("list")],
+    Discriminator(lambda value: "list" if isinstance(value, list) else "range"),
+]
+
+
 class Tuning(Section):
     """What `tune` and `tune-local` search, and for what."""
 
-    ranges: dict[str, Range | list[bool | int | float | str]] = Field(min_length=1, max_length=30)
+    ranges: dict[str, Choice] = Field(min_length=1, max_length=30)
     objective: Literal["validation:accuracy", "validation:loss", "train:loss", "train:images_per_second"]
     goal: Literal["Maximize", "Minimize"]
     strategy: Literal["Bayesian", "Random"]
@@ -272,12 +287,17 @@ def _keys(section: str) -> list[str]:
 def _explain(error: ValidationError) -> str:
     """The first problem as one sentence."""
     problem = min(error.errors(), key=lambda item: item["type"] == "missing")  # a misspelt key explains a missing one
-    where = ".".join(str(part) for part in problem["loc"][:2])
+    depth = 3 if problem["loc"][:2] == ("tuning", "ranges") else 2  # a range has a name
+    where = ".".join(str(part) for part in problem["loc"][:depth])
     section, key = str(problem["loc"][0]), str(problem["loc"][-1])
-    if problem["type"] == "extra_forbidden":
+    if problem["type"] == "extra_forbidden" and depth == 2:
         known = _keys(section) if len(problem["loc"]) > 1 else list(Settings.model_fields)
         return f"configs: unknown key {where} (value {shown(problem['input'])}); {nearest(key, known)}"
-    if problem["type"] == "missing":
+    if problem["type"] == "missing" and depth == 2:
         return f"configs: {where} is missing; add it, or take the file of the template"
-    reasons = [item["msg"] for item in error.errors() if item["loc"][:2] == problem["loc"][:2]]
+    reasons = [
+        f"{'.'.join(map(str, item['loc'][4:]))} {item['msg']}".strip()
+        for item in error.errors()
+        if item["loc"][:depth] == problem["loc"][:depth]
+    ]
     return f"configs: {where} is {shown(problem['input'])}: {' or '.join(dict.fromkeys(reasons))}"

@@ -70,7 +70,7 @@ def describe(settings: Settings, kind: str, name: str) -> dict[str, Any]:
     """What SageMaker knows of a job, its status as `Status`; empty when there is none."""
     from botocore.exceptions import ClientError
 
-    call = getattr(aws.client(settings, "sagemaker"), f"describe_{_words(kind, '_')}_job")
+    call = getattr(aws.client(settings, "sagemaker"), f"describe_{words(kind, '_')}_job")
     with aws.explained(f"looking up the job {name}"):
         try:
             facts: dict[str, Any] = call(**{f"{kind}JobName": name})
@@ -147,7 +147,7 @@ def succeeded(kind: str, facts: dict[str, Any]) -> None:
 
 def after(settings: Settings, kind: str, name: str) -> str:
     """How to look at a job that runs, and how to stop it."""
-    word = _words(kind, "-")
+    word = words(kind, "-")
     region, verb = settings.aws.region, f"stop-{word}-job --{word}-job-name"
     look = f"make {'tune' if kind == TUNING else 'logs'} JOB={name}"
     domain = {"cn-": "amazonaws.cn", "us-gov": "amazonaws-us-gov.com"}
@@ -158,7 +158,8 @@ def after(settings: Settings, kind: str, name: str) -> str:
     )
 
 
-def _words(kind: str, between: str) -> str:
+def words(kind: str, between: str) -> str:
+    """A name of AWS's in small letters: `HyperParameterTuning` is hyper-parameter-tuning."""
     return re.sub(r"(?<!^)(?=[A-Z])", between, kind).lower()
 
 

@@ -145,7 +145,7 @@ def follow(settings: Settings, name: str, once: bool) -> dict[str, Any]:
             if not facts:
                 raise UserError(f"there is no tuning job {name!r} in {settings.aws.region}")
             counts = facts.get("TrainingJobStatusCounters", {})
-            line = ", ".join(f"{count} {word.lower()}" for word, count in counts.items() if count)
+            line = ", ".join(f"{count} {logs.words(word, ' ')}" for word, count in counts.items() if count)
             if shown != (shown := f"[{facts['Status']}] {line}".rstrip()):
                 print(shown, flush=True)
             if once or facts["Status"] in logs.ENDED:

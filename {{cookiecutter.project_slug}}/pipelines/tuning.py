@@ -95,7 +95,7 @@ def plot(tuning: Tuning, trials: Sequence[Trial]) -> str:
             steps = [(x, pick(y for _, y in points[: place + 1])) for place, (x, _) in enumerate(points)]
             line = " ".join(f"{x:.1f},{y:.1f}" for x, y in steps)
             parts.append(f'<polyline points="{line}" fill="none" stroke="{GREY}" stroke-width="1.5"/>')
-        for (x, y), (_, trial) in zip(points, done, strict=True):
+        for (x, y), (_, trial) in sorted(zip(points, done, strict=True), key=lambda point: point[1][1] is first):
             look = f'r="6" fill="{GREEN}"' if trial is first else f'r="4" fill="{BLUE}" fill-opacity="0.65"'
             parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" {look}/>')
         parts.append("</g>")
