@@ -9,22 +9,29 @@ import re
 import signal
 import subprocess
 import sys
-import tarfile
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import boto3
 import pytest
-
-from pipelines import aws as cloud
-from pipelines import config, destroy, engine, inventory, logs, plan, pull, status, train, train_local, tune
-from pipelines import tune_local, tuning
+from pipelines import (
+    destroy,
+    engine,
+    inventory,
+    logs,
+    plan,
+    status,
+    tune,
+    tune_local,
+    tuning,
+)
 from pipelines.console import UserError
 from tests.cloud import Recorder, aws, check_golden
 from tests.helpers import Verb, verb_environment
-from tests.test_cloud_training import KEY, NETWORK, STACK, account, refused, settings
+from tests.test_cloud_training import KEY, NETWORK, account, refused, settings
 
 __all__ = ["account", "aws"]  # fixtures
 pytestmark = pytest.mark.filterwarnings(
@@ -33,6 +40,7 @@ pytestmark = pytest.mark.filterwarnings(
 )
 NAME = "the-search-261121093000"
 CREATE = "CreateHyperParameterTuningJob"
+AWS_IMAGE = "763104351884.dkr.ecr.us-east-1.amazonaws.com/pytorch-training:2.8-cpu"
 FINAL = "FinalHyperParameterTuningJobObjectiveMetric"
 
 
@@ -113,9 +121,9 @@ def test_ranges_that_training_would_not_take_are_refused(override: str, words: s
         ([], r"48\.00 USD is over aws.budget_usd"),
         (["compute.instances=2", "tuning.max_jobs=2"], r"24\.00 USD is over"),
         (["compute.keep_alive_minutes=60", "compute.spot=false", "tuning.max_jobs=4"], r"24\.00 USD is over"),
-        (["images.training=763104351884.dkr.ecr.us-east-1.amazonaws.com/pytorch-training:2.8-cpu", "compute.instances=2"],
+        ([f"images.training={AWS_IMAGE}", "compute.instances=2"],
          "trains on one instance"),
-        (["images.training=763104351884.dkr.ecr.us-east-1.amazonaws.com/pytorch-training:2.8", "compute.isolation=true"],
+        ([f"images.training={AWS_IMAGE}", "compute.isolation=true"],
          "takes its source from S3"),
     ],
 )  # fmt: skip
@@ -179,8 +187,8 @@ def test_a_search_is_followed_to_its_table(
     assert re.search(rf"\n {{22,}}.*0\.05 .* Failed +{NAME}-002-abcd\n", out)
     assert f"make pull JOB={NAME}-003-abcd" in out
     assert 'ARGS="--set training.batch_size=64 --set training.learning_rate=0.01' in out
-    check_golden("tune_follow", [next(call for call in search if call[0] == name) for name in
-                                 ("DescribeHyperParameterTuningJob", "ListTrainingJobsForHyperParameterTuningJob")])  # fmt: skip
+    asked = ("DescribeHyperParameterTuningJob", "ListTrainingJobsForHyperParameterTuningJob")
+    check_golden("tune_follow", [next(call for call in search if call[0] == name) for name in asked])
     assert run_main(monkeypatch, "--job", NAME, "--set", "tuning.goal=Minimize") == 0  # it is the job's own that counts
     assert f"make pull JOB={NAME}-003-abcd" in capsys.readouterr().out
     assert len(search.named(CREATE)) == 1
@@ -208,7 +216,7 @@ def test_a_search_none_of_whose_jobs_succeeded_is_an_error(search: Recorder, mon
     with pytest.raises(UserError, match="there is no tuning job 'x' in us-east-1"):
         run_main(monkeypatch, "--job", "x")
     search.answers[CREATE] = refused("ResourceLimitExceeded", "The limit is 0 Instances.")
-    with pytest.raises(UserError, match="starting the tuning job failed: .* a quota of the account is reached"):
+    with pytest.raises(UserError, match=r"starting the tuning job failed: .* a quota of the account is reached"):
         run_main(monkeypatch, "--yes")
 
 
@@ -258,9 +266,8 @@ def test_status_shows_a_search_that_runs_and_destroy_stops_it(
 
 
 def test_plan_has_a_line_for_tuning(search: Recorder) -> None:
-    assert list(plan.tuning(settings())) == [
-        "make tune: at most 8 such jobs without warm pools, at most 48.00 USD; OVER aws.budget_usd (20 USD): needs YES=1"
-    ]
+    (line,) = plan.tuning(settings())
+    assert line.startswith("make tune: at most 8 such jobs without warm pools, at most 48.00 USD; OVER aws.budget_usd")
     assert search
 
 
@@ -391,3 +398,134 @@ def test_a_tuners_job_with_a_value_that_training_does_not_take_says_so(job: Cont
     done = subprocess.run(job(batch_size="0"), capture_output=True, text=True, timeout=300)
     assert done.returncode == 2
     assert "batch_size is 0; it must be at least 1" in (tmp_path / "ml" / "output" / "failure").read_text()
+
+
+LOCAL = ["--set", "training.epochs=1", "--set", "tuning.strategy=Random"]
+
+
+def searches(project: Path) -> list[Path]:
+    return sorted((project / "artifacts" / "tuning").iterdir())
+
+
+def rows(folder: Path) -> list[list[str]]:
+    return [line.lstrip("*").split() for line in (folder / "trials.txt").read_text().splitlines()[1:]]
+
+
+def test_a_search_on_this_machine_ends_with_a_table_and_a_plot_and_can_be_extended(
+    verb: Verb, project: Path, raw: Path
+) -> None:
+    words = ["--data", str(raw), "--mode", "process", *LOCAL]
+    done = verb("tune_local", *words, "--set", "tuning.max_jobs=2")
+    assert done.returncode == 0, done.stderr
+    (folder,) = searches(project)
+    assert len(rows(folder)) == 2
+    result = json.loads((folder / "result.json").read_text())
+    best = json.loads((project / "artifacts" / result["best"] / "run.json").read_text())
+    assert {key: best["hyperparameters"][key] for key in result["values"]} == result["values"]
+    assert set(result["values"]) == {"learning_rate", "batch_size", "weight_decay"}
+    metrics = [json.loads(file.read_text())["val_accuracy"] for file in project.glob("artifacts/2*/metrics.json")]
+    assert result["validation:accuracy"] == max(metrics)
+    assert f"make evaluate RUN={result['best']}" in done.stdout
+    assert ElementTree.parse(folder / "plot.svg").getroot().tag.endswith("svg")
+    again = verb("tune_local", "--run", folder.name, "--mode", "process", "--set", "tuning.max_jobs=3")
+    assert again.returncode == 0, again.stderr
+    assert searches(project) == [folder]
+    assert "trial 3 of 3: " in again.stdout
+    assert "trial 2 of 3" not in again.stdout
+    assert len({tuple(row[1:4]) for row in rows(folder)}) == 3  # and no guess came twice
+    for extra, sentence in (
+        (["--run", folder.name, "--data", str(raw)], "goes on with what it was started with"),
+        (["--run", folder.name, "--set", "training.epochs=3"], "goes on with what it was started with"),
+        (["--run", "other"], f"there is no search 'other'; there is {folder.name}"),
+        (["--set", "tuning.ranges={epoch: {min: 1, max: 2}}"], "epoch is no hyperparameter"),
+    ):
+        refusal = verb("tune_local", *extra)
+        assert refusal.returncode == 1
+        assert sentence in refusal.stderr.splitlines()[-1]
+        assert "Traceback" not in refusal.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_a_search_that_was_stopped_goes_on_with_the_trial_that_was_half_done(
+    verb: Verb, project: Path, raw: Path, number: signal.Signals
+) -> None:
+    """Killed: with the newest unfinished search. Stopped: with the one that the message names, from its checkpoint."""
+    settings = ["--set", "training.epochs=60", "--set", "tuning.max_jobs=2", "--set", "tuning.strategy=Random"]
+    words = ["--data", str(raw), "--mode", "process", *settings]
+    command = [sys.executable, "-m", "pipelines.tune_local", *words]
+    with subprocess.Popen(
+        command, cwd=project, env=verb_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as first:
+        assert first.stdout is not None
+        assert first.stderr is not None
+        lines = []
+        for line in first.stdout:
+            lines.append(line)
+            if line.startswith("epoch=10 ") and any(line.startswith("trial 2 of 2") for line in lines):
+                break
+        trained = subprocess.run(["pgrep", "-P", str(first.pid)], capture_output=True, text=True).stdout.split()
+        first.send_signal(number)
+        first.wait(timeout=60)
+        for pid in trained if number == signal.SIGKILL else ():  # training has a process group of its own
+            os.kill(int(pid), number)
+        error = first.stderr.read()
+    (folder,) = searches(project)
+    if number != signal.SIGKILL:
+        assert first.returncode == 130
+        assert error.splitlines()[-1].endswith(f"the search goes on with `make tune-local RUN={folder.name}`")
+        words = ["--run", folder.name, "--mode", "process"]
+    done = verb("tune_local", *words)
+    assert done.returncode == 0, done.stderr
+    assert ("going on with the search" in done.stdout) == (number == signal.SIGKILL)
+    assert searches(project) == [folder]
+    half = next(line for line in lines if line.startswith("trial 2 of 2"))
+    assert half in done.stdout.splitlines(keepends=True)
+    assert "trial 1 of 2" not in done.stdout
+    assert "epoch=1 " not in done.stdout  # it had a checkpoint
+    names = [line.split()[1] for line in lines if line.startswith("run ")]
+    assert [row[-1] for row in rows(folder)] == names
+    assert len(names) == 2
+
+
+def test_a_trial_that_fails_is_noted_and_the_search_goes_on(verb: Verb, project: Path, raw: Path) -> None:
+    words = ["--data", str(raw), "--mode", "process", *LOCAL, "--set", "tuning.max_jobs=3"]
+    done = verb("tune_local", *words, "--set", "tuning.ranges={model: [cnn, nonesuch]}")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("the trial failed: training failed: ") >= 1
+    (folder,) = searches(project)
+    assert sorted({tuple(row[-3:-1]) for row in rows(folder)}) == [("cnn", "Completed"), ("nonesuch", "Failed")]
+    failed = verb("tune_local", *words, "--set", "tuning.ranges={model: [none1, none2]}", "--set", "tuning.max_jobs=2")
+    assert failed.returncode == 1
+    assert failed.stderr.splitlines()[-1] == "error: none of the 2 trials succeeded; each said why above"
+    other = searches(project)[1]
+    assert json.loads((other / "result.json").read_text())["best"] is None
+
+
+def test_one_search_is_run_by_one_process(tmp_path: Path) -> None:
+    with tune_local._alone(tmp_path), pytest.raises(UserError, match="runs already"), tune_local._alone(tmp_path):
+        pass
+
+
+def test_tables_and_plots_of_any_search() -> None:
+    """The best is the least where that is wanted, never one that was stopped; text, switches and equal values."""
+    search = settings(
+        "tuning.goal=Minimize", "tuning.objective=validation:loss",
+        "tuning.ranges={learning_rate: {min: 0.001, max: 1.0, scale: log}, horizontal_flip: [true, false], "
+        "model: [cnn, resnet18], epochs: {min: 1, max: 5}}",
+    ).tuning  # fmt: skip
+    values = {"learning_rate": 0.01, "horizontal_flip": True, "model": "cnn", "epochs": 3}
+    trials = [
+        tuning.Trial("a", values, 0.5, "Completed"),
+        tuning.Trial("b", values | {"horizontal_flip": False, "model": "resnet18"}, 0.25, "Completed"),
+        tuning.Trial("c", values, 0.1, "Stopped"),
+        tuning.Trial("d", values, None, "Failed"),
+    ]
+    best = tuning.best(search, trials)
+    assert best is trials[1]
+    assert [line[0] for line in tuning.table(search, trials).splitlines()] == [" ", " ", "*", " ", " "]
+    assert "--set training.horizontal_flip=False --set training.model=resnet18" in tuning.options(best)
+    for some in (trials, trials[:1], trials[3:], []):
+        root = ElementTree.fromstring(tuning.plot(search, some))
+        circles = [circle for circle in root.iter() if circle.tag.endswith("circle")]
+        assert len(circles) == 5 * sum(one.objective is not None for one in some)
+        assert all(0 <= float(circle.attrib[axis]) <= 240 for circle in circles for axis in ("cx", "cy"))
