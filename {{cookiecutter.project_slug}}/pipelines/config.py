@@ -287,17 +287,17 @@ def _keys(section: str) -> list[str]:
 def _explain(error: ValidationError) -> str:
     """The first problem as one sentence."""
     problem = min(error.errors(), key=lambda item: item["type"] == "missing")  # a misspelt key explains a missing one
-    depth = 3 if problem["loc"][:2] == ("tuning", "ranges") else 2  # a range has a name
-    where = ".".join(str(part) for part in problem["loc"][:depth])
+    nested = problem["loc"][:2] == ("tuning", "ranges")  # by name
+    where = ".".join(str(part) for part in problem["loc"][:2])
     section, key = str(problem["loc"][0]), str(problem["loc"][-1])
-    if problem["type"] == "extra_forbidden" and depth == 2:
+    if problem["type"] == "extra_forbidden" and not nested:
         known = _keys(section) if len(problem["loc"]) > 1 else list(Settings.model_fields)
         return f"configs: unknown key {where} (value {shown(problem['input'])}); {nearest(key, known)}"
-    if problem["type"] == "missing" and depth == 2:
+    if problem["type"] == "missing" and not (nested and problem["loc"][2:]):
         return f"configs: {where} is missing; add it, or take the file of the template"
-    reasons = [
-        f"{'.'.join(map(str, item['loc'][4:]))} {item['msg']}".strip()
-        for item in error.errors()
-        if item["loc"][:depth] == problem["loc"][:depth]
-    ]
+    depth = 3 if nested else 2
+    reasons = [item["msg"] for item in error.errors() if item["loc"][:depth] == problem["loc"][:depth]]
+    if nested:
+        name = ".".join(str(part) for part in problem["loc"][2:] if part not in ("range", "list"))
+        reasons = [f"{name} {reasons[0]}".strip()]
     return f"configs: {where} is {shown(problem['input'])}: {' or '.join(dict.fromkeys(reasons))}"
