@@ -338,7 +338,7 @@ def test_everything_that_can_be_asked_for(aws: Recorder, capsys: pytest.CaptureF
     sent = aws.named("CreateChangeSet")[0]["Parameters"]
     values = {item["ParameterKey"]: item["ParameterValue"] for item in sent}
     assert values == {
-        "Project": NAME, "UseVpc": "true", "RemoteDebug": "true", "Email": "me@example.com", "MonthlyUsd": "100",
+        "Project": NAME, "ShortProject": NAME, "UseVpc": "true", "RemoteDebug": "true", "Email": "me@example.com", "MonthlyUsd": "100",
         "KmsKey": key["Arn"], "GitHubRepository": "octo/cats", "GitHubBranch": "release",
         "CreateGitHubProvider": "true",
         "MoreRepositories": "arn:aws:ecr:us-east-1:999999999999:repository/other",

@@ -77,6 +77,9 @@ class Folders:
                 f"{' and '.join(missing)} not set; start the script through `make train-local`, or set them to folders"
             )
         checkpoints = Path(environment.get("SM_CHANNEL_CHECKPOINTS") or "/opt/ml/checkpoints")
+        if environment.get("CHECKPOINTS_PER_JOB") and checkpoints.is_dir():  # the jobs of a tuner share the folder
+            checkpoints /= environment["TRAINING_JOB_NAME"]
+            checkpoints.mkdir(exist_ok=True)
         train, validation, model, output = (Path(environment[name]) for name in names)
         pretrained = Path(environment["SM_CHANNEL_PRETRAINED"]) if environment.get("SM_CHANNEL_PRETRAINED") else None
         return cls(train, validation, model, output, checkpoints if checkpoints.is_dir() else None, pretrained)
