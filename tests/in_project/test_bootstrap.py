@@ -47,7 +47,8 @@ ANYWHERE = {  # actions that AWS cannot scope to a resource, and why the verbs o
         "a shell in a running container; only when asked for",
     ),
     **dict.fromkeys(
-        ("sagemaker:ListEndpointConfigs", "sagemaker:ListEndpoints", "sagemaker:ListModels", "sagemaker:ListModelPackages",
+        ("sagemaker:ListEndpointConfigs", "sagemaker:ListEndpoints", "sagemaker:ListModels",
+         "sagemaker:ListModelPackages",
          "sagemaker:ListHyperParameterTuningJobs", "sagemaker:ListTransformJobs",
          "sagemaker:ListProcessingJobs", "sagemaker:ListTrainingJobs", "scheduler:ListSchedules",
          "application-autoscaling:DescribeScalableTargets", "application-autoscaling:DescribeScalingPolicies",
@@ -338,7 +339,8 @@ def test_everything_that_can_be_asked_for(aws: Recorder, capsys: pytest.CaptureF
     sent = aws.named("CreateChangeSet")[0]["Parameters"]
     values = {item["ParameterKey"]: item["ParameterValue"] for item in sent}
     assert values == {
-        "Project": NAME, "ShortProject": NAME, "UseVpc": "true", "RemoteDebug": "true", "Email": "me@example.com", "MonthlyUsd": "100",
+        "Project": NAME, "ShortProject": NAME, "UseVpc": "true", "RemoteDebug": "true",
+        "Email": "me@example.com", "MonthlyUsd": "100",
         "KmsKey": key["Arn"], "GitHubRepository": "octo/cats", "GitHubBranch": "release",
         "CreateGitHubProvider": "true",
         "MoreRepositories": "arn:aws:ecr:us-east-1:999999999999:repository/other",

@@ -86,7 +86,9 @@ def test_from_a_run_to_an_endpoint_of_the_champion(
     printed = capsys.readouterr().out
     assert f"registers {SECOND} in the model package group {NAME} in us-east-1" in printed
     assert printed.index("costs at most 0.00 USD") < printed.index("uploading")
-    assert f"{NAME}/1 (run {SECOND}, accuracy 0.950000, accuracy_low 0.930000, accuracy_high 0.965000): Pending" in printed
+    assert (
+        f"{NAME}/1 (run {SECOND}, accuracy 0.950000, accuracy_low 0.930000, accuracy_high 0.965000): Pending" in printed
+    )
     (request,) = calls.named("CreateModelPackage")
     card = {"ModelCard": request["ModelCard"] | {"ModelCardContent": "<its own test>"}}
     shown = [(name, asked | card if asked is request else asked) for name, asked in calls]

@@ -17,6 +17,7 @@ from xml.etree import ElementTree
 
 import boto3
 import pytest
+
 from pipelines import (
     destroy,
     engine,
@@ -222,7 +223,7 @@ def test_a_search_none_of_whose_jobs_succeeded_is_an_error(search: Recorder, mon
 
 def test_ctrl_c_while_waiting_leaves_the_search_alone(search: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
     go_on(search, "InProgress")
-    monkeypatch.setattr(tune.time, "sleep", lambda _: os.kill(os.getpid(), signal.SIGINT))
+    monkeypatch.setattr("pipelines.tune.time.sleep", lambda _: os.kill(os.getpid(), signal.SIGINT))
     with pytest.raises(UserError, match=f"{NAME} runs on.*stop it with `aws sagemaker stop-hyper-") as error:
         tune.follow(settings(), started(), once=False)
     assert error.value.code == 130
