@@ -130,6 +130,12 @@ class EndpointSettings(Section):
     alarms: list[str]
 
 
+class Tracking(Section):
+    """Where finished runs are logged; a project without MLflow has no such section."""
+
+    uri: str = Field(pattern=r"^(local|[a-z][a-z0-9+]*://\S+|arn:aws[a-z-]*:sagemaker:[a-z0-9-]+:\d{12}:mlflow-\S+)$")
+
+
 class Settings(Section):
     """All of `configs/`: `training` is training.yaml, the other sections are those of infrastructure.yaml."""
 
@@ -139,6 +145,7 @@ class Settings(Section):
     compute: Compute
     data: Data
     endpoint: EndpointSettings
+    tracking: Tracking = Tracking(uri="local")
 
 
 def load(
