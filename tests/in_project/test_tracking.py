@@ -284,7 +284,7 @@ def test_an_arn_is_a_signed_conversation_with_sagemaker(
         assert track.log(run, ARN) == f"logged run {RUN} to {ARN}"
         assert track.log(run, ARN) == f"run {RUN} is in {ARN} already"
     finally:
-        mlflow.set_tracking_uri(None)
+        mlflow.set_tracking_uri("")
     assert {request.url.partition("/api")[0] for request in asked if request.url} == {
         "https://eu-west-1.experiments.sagemaker.aws"
     }
@@ -305,7 +305,7 @@ def records(file: Path) -> list[bytes]:
 
 
 def test_events_are_those_of_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(board.time, "time", lambda: 1.5)
+    monkeypatch.setattr(time, "time", lambda: 1.5)
     board.Board([tmp_path]).add([{"epoch": 300, "step": 1, "loss": 0.5, "accuracy": 0.75}])
     assert (tmp_path / board.NAME).read_bytes().hex() == EVENTS
 
