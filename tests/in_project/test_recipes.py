@@ -1,6 +1,6 @@
 """The pages of `docs/recipes/`: every block of Python runs, and what it asks of AWS is valid and as stored.
 
-A block whose first line names a file is written there first, beside the others. What no stub can show is said on the page.
+A block whose first line names a file is written there first. What no stub can show is said on the page.
 """
 
 from __future__ import annotations
@@ -36,8 +36,9 @@ FILE = re.compile(r"# (\S+\.py)\n")
 pytestmark = pytest.mark.filterwarnings("ignore")  # the SDK's own
 HUB = {  # of the fields that the SDK needs, what a document of JumpStart has
     "Url": "https://pytorch.org/hub", "ModelTypes": ["OPEN_WEIGHTS"], "TrainingSupported": True, "Capabilities": [],
-    "IncrementalTrainingSupported": False, "ResourceNameBase": "pt-ic-resnet50", "DefaultTrainingInstanceType": "ml.g5.xlarge",
-    "SupportedTrainingInstanceTypes": ["ml.g5.xlarge"], "TrainingEcrUri": "763104351884.dkr.ecr.us-east-1.amazonaws.com/pt",
+    "IncrementalTrainingSupported": False, "ResourceNameBase": "pt-ic-resnet50",
+    "DefaultTrainingInstanceType": "ml.g5.xlarge", "SupportedTrainingInstanceTypes": ["ml.g5.xlarge"],
+    "TrainingEcrUri": "763104351884.dkr.ecr.us-east-1.amazonaws.com/pt",
     "TrainingScriptUri": "s3://jumpstart-cache-prod-us-east-1/source-directory/train.tar.gz",
     "TrainingArtifactUri": "s3://jumpstart-cache-prod-us-east-1/pytorch-training/train-resnet50.tar.gz",
     "DynamicContainerDeploymentSupported": False, "HostingEcrUri": "763104351884.dkr.ecr.us-east-1.amazonaws.com/pt",
@@ -114,8 +115,8 @@ def validate(service: str, operation: str, parameters: dict[str, Any]) -> None:
 
 def test_jumpstart(aws: Recorder, page: Callable[[str], dict[str, Any]]) -> None:
     aws.answers["DescribeHubContent"] = {
-        "HubContentName": "pytorch-ic-resnet50", "HubContentType": "Model", "HubContentVersion": "1.0.0", "HubName": "x",
-        "HubContentArn": "arn:aws:sagemaker:us-east-1:aws:hub-content/SageMakerPublicHub/Model/pytorch-ic-resnet50/1.0.0",
+        "HubContentName": "pytorch-ic-resnet50", "HubContentType": "Model", "HubContentVersion": "1.0.0",
+        "HubName": "x", "HubContentArn": "arn:aws:sagemaker:us-east-1:aws:hub-content/x/Model/pytorch-ic-resnet50/1.0.0",
         "HubArn": "arn:aws:sagemaker:us-east-1:aws:hub/SageMakerPublicHub", "DocumentSchemaVersion": "2.3.0",
         "HubContentDocument": json.dumps(HUB), "HubContentStatus": "Available", "CreationTime": 1,
     }  # fmt: skip
@@ -136,9 +137,7 @@ def test_remote_function(aws: Recorder, page: Callable[[str], dict[str, Any]]) -
     check_golden("recipe_remote_function", [("CreateTrainingJob", request)])
 
 
-def test_custom_driver(
-    aws: Recorder, page: Callable[[str], dict[str, Any]], packed: Path, tmp_path: Path
-) -> None:
+def test_custom_driver(aws: Recorder, page: Callable[[str], dict[str, Any]], packed: Path, tmp_path: Path) -> None:
     names = page("custom-driver")
     check_golden("recipe_custom_driver", wanted(aws, "CreateTrainingJob"))
     uploaded = [request["Key"] for request in aws.named("PutObject")]
@@ -149,7 +148,8 @@ def test_custom_driver(
         "SM_ENTRY_SCRIPT": names["trainer"].source_code.entry_script, "SM_HPS": '{"epochs": 1, "batch_size": 16}',
         "SM_DISTRIBUTED_CONFIG": json.dumps({"before": ["env", "GIT_COMMIT=driven"]}),
     }  # fmt: skip
-    subprocess.run([sys.executable, "-u", str(tmp_path / "driver" / "drive.py")], cwd=SOURCE, env=environment, check=True)
+    command = [sys.executable, "-u", str(tmp_path / "driver" / "drive.py")]
+    subprocess.run(command, cwd=SOURCE, env=environment, check=True)
     facts = json.loads((tmp_path / "output" / "run.json").read_text())
     assert facts["git_commit"] == "driven"
     assert facts["hyperparameters"]["epochs"] == 1
