@@ -116,7 +116,7 @@ def validate(service: str, operation: str, parameters: dict[str, Any]) -> None:
 def test_jumpstart(aws: Recorder, page: Callable[[str], dict[str, Any]]) -> None:
     aws.answers["DescribeHubContent"] = {
         "HubContentName": "pytorch-ic-resnet50", "HubContentType": "Model", "HubContentVersion": "1.0.0",
-        "HubName": "x", "HubContentArn": "arn:aws:sagemaker:us-east-1:aws:hub-content/x/Model/pytorch-ic-resnet50/1.0.0",
+        "HubName": "x", "HubContentArn": "arn:aws:sagemaker:us-east-1:aws:hub-content/x/pytorch-ic-resnet50/1.0.0",
         "HubArn": "arn:aws:sagemaker:us-east-1:aws:hub/SageMakerPublicHub", "DocumentSchemaVersion": "2.3.0",
         "HubContentDocument": json.dumps(HUB), "HubContentStatus": "Available", "CreationTime": 1,
     }  # fmt: skip
