@@ -24,7 +24,6 @@ VOLATILE = [  # in this order
     (re.compile(r"\d{8}-\d{6}-[0-9a-f]{4}"), "<run>"),
     (re.compile(r"\d{14}"), "<time>"),
     (re.compile(r"\b[0-9a-f]{64}\b"), "<sha256>"),
-    (re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}"), "<uuid>"),
     (re.compile(r"(training|serving)-[0-9a-f]{12}"), r"\1-<hash>"),
     (re.compile(r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d(\.\d+)?(\+00:00|Z)?"), "<date>"),
 ]

@@ -170,9 +170,9 @@ def test_an_alias_is_sent_as_its_arn_and_never_for_disks_with_hardware_keys(
     ("price", "overrides", "words"),
     [
         (None, [], "a price that is not known is over aws.budget_usd (20 USD)"),
-        (6.0, [], "at most 24.00 USD is over"),
-        (3.0, ["compute.instances=2"], "at most 24.00 USD is over"),
-        (4.0, ["compute.spot=false", "compute.max_hours=4.5", "compute.keep_alive_minutes=60"], "at most 22.00 USD is"),
+        (6.0, [], "24.00 USD is over"),
+        (3.0, ["compute.instances=2"], "24.00 USD is over"),
+        (4.0, ["compute.spot=false", "compute.max_hours=4.5", "compute.keep_alive_minutes=60"], "22.00 USD is over"),
     ],
 )
 def test_what_is_over_budget_is_refused_unless_told(
@@ -194,7 +194,7 @@ def test_the_plan_comes_first_and_names_what_where_and_how_much(
     started(account)
     out = capsys.readouterr().out
     plan = out.splitlines()
-    assert "training job in us-east-1 on 1 x ml.g5.xlarge spot" in plan[0]
+    assert "training job in us-east-1 on 1 x ml.g5.xlarge spot, cheaper than the price below" in plan[0]
     assert "4 hours at most" in plan[0]
     assert plan[1].startswith("costs at most 6.00 USD")
     assert "warning: src/ was never trained on this machine" in out

@@ -130,6 +130,16 @@ class EndpointSettings(Section):
     alarms: list[str]
 
 
+class Monitoring(Section):
+    """How `monitor` watches an endpoint."""
+
+    schedule: Literal["hourly", "daily"]
+    instance_type: str = Field(pattern=INSTANCE)
+    limit: float = Field(gt=0, le=100)
+    minimum: int = Field(ge=1, le=1_000_000)
+    latency_ms: float = Field(gt=0, le=60_000)
+
+
 class Tracking(Section):
     """Where finished runs are logged; a project without MLflow has no such section."""
 
@@ -145,6 +155,7 @@ class Settings(Section):
     compute: Compute
     data: Data
     endpoint: EndpointSettings
+    monitoring: Monitoring
     tracking: Tracking = Tracking(uri="local")
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from inference.artifact import ArtifactError, unpack
-from pipelines import aws, console, endpoints, image_push, prices, rollout, runs
+from pipelines import aws, console, endpoints, image_push, prices, rollout, runs, storage
 from pipelines.config import Settings, load
 from pipelines.console import UserError
 from pipelines.rollout import SECOND, Plan
@@ -116,7 +116,7 @@ def deploy(settings: Settings, options: Namespace) -> None:
         _agree(settings, plan, source.label, options.yes)
         if not plan.package:
             image_push.ensure(settings, stack, "serving")
-        plan = replace(plan, uri=plan.uri or _upload(settings, stack, source.archive))
+        plan = replace(plan, uri=plan.uri or storage.artifact(settings, stack, source.archive))
     before, end = endpoints.end(settings, name), None
     if chosen.ttl_hours:
         end = time.strftime("at(%Y-%m-%dT%H:%M:%S)", time.gmtime(time.time() + chosen.ttl_hours * 3600))
@@ -133,7 +133,8 @@ def deploy(settings: Settings, options: Namespace) -> None:
     try:
         difference = _see(settings, plan, source.samples, remove)
     except KeyboardInterrupt:
-        raise UserError(f"stopped waiting; {name} goes on and bills, and {ends}; {remove}", code=130) from None
+        again = "its golden samples were not asked and its scaling is not set: `make deploy` again does that"
+        raise UserError(f"stopped waiting; {name} goes on and bills, and {ends}; {again}; {remove}", code=130) from None
     print(f"{name} is in service, its {len(source.samples)} golden samples agree within {difference:.4f}")
     print(f"  {endpoints.link(settings, name)}\n  make invoke IMAGE=path/to/an/image ENDPOINT={name}")
     if plan.weight:
@@ -244,26 +245,6 @@ def _agree(settings: Settings, plan: Plan, label: str, yes: bool) -> None:
 
 def _usd(hourly: float | None, hours: float = 1) -> str:
     return "an unknown price" if hourly is None else f"{hourly * hours:.2f} USD"
-
-
-def _upload(settings: Settings, stack: aws.Stack, archive: Path) -> str:
-    """Put an artifact into the bucket, once a content."""
-    from botocore.exceptions import ClientError
-
-    with archive.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    place = {"Bucket": stack.bucket, "Key": f"models/{digest}/model.tar.gz"}
-    uri, s3, key = f"s3://{stack.bucket}/{place['Key']}", aws.client(settings, "s3"), aws.kms_arn(settings)
-    with aws.explained(f"uploading {archive} to {uri}"):
-        try:
-            if s3.head_object(**place)["ContentLength"] == archive.stat().st_size:
-                return uri
-        except ClientError as error:
-            if error.response["Error"]["Code"] != "404":
-                raise
-        encryption = {"ServerSideEncryption": "aws:kms", "SSEKMSKeyId": key} if key else {}
-        s3.upload_file(str(archive), **place, ExtraArgs=encryption)
-    return uri
 
 
 def _ask_golden(

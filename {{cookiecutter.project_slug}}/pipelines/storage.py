@@ -72,6 +72,26 @@ def pretrained(settings: Settings, stack: aws.Stack) -> str | None:
         return upload(settings, folder, stack.bucket, f"pretrained/{digest}") + "/"
 
 
+def artifact(settings: Settings, stack: aws.Stack, archive: Path) -> str:
+    """Upload an artifact, once a content; returns its URI."""
+    from botocore.exceptions import ClientError
+
+    with archive.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    place = {"Bucket": stack.bucket, "Key": f"models/{digest}/model.tar.gz"}
+    uri, s3, key = f"s3://{stack.bucket}/{place['Key']}", aws.client(settings, "s3"), aws.kms_arn(settings)
+    with aws.explained(f"uploading {archive} to {uri}"):
+        try:
+            if s3.head_object(**place)["ContentLength"] == archive.stat().st_size:
+                return uri
+        except ClientError as error:
+            if error.response["Error"]["Code"] != "404":
+                raise
+        encryption = {"ServerSideEncryption": "aws:kms", "SSEKMSKeyId": key} if key else {}
+        s3.upload_file(str(archive), **place, ExtraArgs=encryption)
+    return uri
+
+
 def checked(settings: Settings, source: str) -> str:
     """The URI of a packed data set in S3, without a slash at its end.
 
