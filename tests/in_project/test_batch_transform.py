@@ -1,4 +1,4 @@
-"""`batch`: its requests, what it writes from AWS's files, what it leaves, what fails; the server's side in a container."""
+"""`batch`: its requests, what it writes from AWS's files, what it leaves, what fails; the server's side."""
 
 from __future__ import annotations
 

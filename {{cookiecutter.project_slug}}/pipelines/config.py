@@ -191,6 +191,12 @@ class Monitoring(Section):
     latency_ms: float = Field(gt=0, le=60_000)
 
 
+class Tracking(Section):
+    """Where finished runs are logged; a project without MLflow has no such section."""
+
+    uri: str = Field(pattern=r"^(local|[a-z][a-z0-9+]*://\S+|arn:aws[a-z-]*:sagemaker:[a-z0-9-]+:\d{12}:mlflow-\S+)$")
+
+
 class Settings(Section):
     """All of `configs/`: `training` is training.yaml, the other sections are those of infrastructure.yaml."""
 
@@ -202,6 +208,7 @@ class Settings(Section):
     tuning: Tuning
     endpoint: EndpointSettings
     monitoring: Monitoring
+    tracking: Tracking = Tracking(uri="local")
 
 
 def load(

@@ -27,6 +27,7 @@ METRICS = {
     "train:loss": "train_loss", "validation:loss": "val_loss", "validation:accuracy": "val_accuracy",
     "train:images_per_second": "images_per_second",
 }  # fmt: skip
+LIVE = "/opt/ml/output/tensorboard"  # what is written there SageMaker puts into the bucket, while the job runs
 OWN_DISK = re.compile(r"ml\.(g[4-9]|p[4-9]|p3dn|trn|[a-z]+\d+[a-z]*d)")  # encrypted by its hardware: AWS refuses a key
 
 
@@ -120,6 +121,7 @@ def trainer(settings: Settings, stack: aws.Stack, request: Request, image: str) 
         SourceCode,
         StoppingCondition,
         Tag,
+        TensorBoardOutputConfig,
     )
     from sagemaker.train.model_trainer import ModelTrainer
 
@@ -152,9 +154,12 @@ def trainer(settings: Settings, stack: aws.Stack, request: Request, image: str) 
         checkpoint_config=CheckpointConfig(s3_uri=f"s3://{stack.bucket}/checkpoints/{request.run}"),
         output_data_config=OutputDataConfig(s3_output_path=f"s3://{stack.bucket}/jobs", kms_key_id=key),
         hyperparameters=request.hyperparameters,
-        environment={"GIT_COMMIT": runs.git_commit(), "PYTHONUNBUFFERED": "1"},
+        environment={"GIT_COMMIT": runs.git_commit(), "PYTHONUNBUFFERED": "1", "TENSORBOARD_FOLDER": LIVE},
         tags=[Tag(key=tag["Key"], value=tag["Value"]) for tag in aws.tags(settings)],
     )  # fmt: skip
+    made.with_tensorboard_output_config(
+        TensorBoardOutputConfig(s3_output_path=f"s3://{stack.bucket}/jobs", local_path=LIVE)
+    )
     made.with_metric_definitions([MetricDefinition(name=name, regex=key + NUMBER) for name, key in METRICS.items()])
     return made.with_remote_debug_config(RemoteDebugConfig(enable_remote_debug=True)) if compute.remote_debug else made
 
