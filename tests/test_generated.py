@@ -50,6 +50,7 @@ def test_its_own_tests_pass_with_every_other_answer(bake: Bake, ready: Project) 
 
 
 FAULTS = "tests/test_faults.py"
+TRACKING = "tests/test_tracking.py"  # needs the answer mlflow
 OTHER_HOSTS = {"RAY_PYTHON": "ray", "TORCHSERVE_PYTHON": "torchserve"}  # variable of the tests, name of the host
 
 
@@ -74,7 +75,7 @@ def test_hostile_data_settings_and_machines(bake: Bake, ready: Project, tmp_path
         done = project.run(ready.program(words[0]), *words[1:], **caches)
         assert done.returncode == 0, done.stdout + done.stderr
     assert len(names) >= 8
-    elsewhere = {FAULTS, *(f"tests/test_{name}.py" for name in OTHER_HOSTS.values())}
+    elsewhere = {FAULTS, TRACKING, *(f"tests/test_{name}.py" for name in OTHER_HOSTS.values())}
     run_tests(project, *(name for name in names if name not in elsewhere))
 
 
@@ -238,6 +239,8 @@ def test_a_laptop_without_torch_reaches_the_job(bake: Bake) -> None:
 def test_mlflow_logs_a_run_once_and_never_fails_training(bake: Bake, ready: Project) -> None:
     project = bake(mlflow=True)
     (project.path / ".venv").symlink_to(ready.path / ".venv")
+    assert TRACKING in add_tests(project)
+    run_tests(project, TRACKING)
     words = ("train-local", "LOCAL_MODE=process", "ARGS=--set training.epochs=2")
     done = project.make(*words)
     assert "logged run" in done.stdout
