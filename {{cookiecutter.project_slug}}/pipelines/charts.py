@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from typing import Any
 
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 360, 220, 46, 8, 8, 32
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 360, 220, 46, 12, 8, 32
 LEVELS = 5  # of opacity in the heat map
 Scale = Callable[[float], float]
 
@@ -22,7 +22,7 @@ def lines(series: Mapping[str, Sequence[tuple[float, Any]]], title: str) -> str:
               for name, values in series.items()}  # fmt: skip
     drawn = [point for values in points.values() for point in values]
     if not drawn:
-        return f"<p>No finite {escape(title.lower())} was logged.</p>"
+        return f"<p>No finite value of {escape(title.lower())} was logged.</p>"
     low, high = min(y for _, y in drawn), max(y for _, y in drawn)
     margin = (high - low) * 0.05 or abs(high) * 0.1 or 1.0
     body, x_of, y_of = _axes((1, max(2, *(x for x, _ in drawn))), (low - margin, high + margin), "epoch")

@@ -2,22 +2,18 @@
 
     python -m pipelines.compare --a 20261120-093000-a1b2 --b 20261121-093000-c3d4
 
-What differs in settings, code, data and environment, and every metric with its difference. The same as a page with both
-learning curves is `compare-<a>.html` in the folder of run B.
+What differs in settings, code, data and environment, every metric, and whether the test accuracies really differ.
 """
 
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from pipelines import ROOT, charts, console, markup, page, runs
+from pipelines import console, page, runs
 from pipelines.charts import number_text
 from pipelines.console import UserError
-from pipelines.markup import text
 from pipelines.page import Record
 
 FACTS = ("git_commit", "data", "dataset_fingerprint", "mode", "image", "instances", "device")
@@ -27,38 +23,27 @@ Row = tuple[str, ...]  # name, A, B, difference
 def differences(a: Record, b: Record) -> list[Row]:
     """What the two were made from, where it is not the same."""
     sides = [
-        {name: record.run.get(name) for name in FACTS}
-        | record.run.get("versions", {})
-        | record.run.get("hyperparameters", {})
-        for record in (a, b)
-    ]
+        {name: record.run.get(name) for name in FACTS} | record.run.get("versions", {})
+        | record.run.get("hyperparameters", {}) for record in (a, b)
+    ]  # fmt: skip
     names = dict.fromkeys([*sides[0], *sides[1]])
     return [(name, *(str(side.get(name)) for side in sides), "") for name in names
             if sides[0].get(name) != sides[1].get(name)]  # fmt: skip
 
 
 def metrics(a: Record, b: Record) -> list[Row]:
-    """Every metric that either has, with the difference where both have it."""
-    sides: list[dict[str, Any]] = [
-        {f"test {name}": found["value"] for name, found in record.evaluation.get("metrics", {}).items()}
-        | record.metrics
-        for record in (a, b)
-    ]
-    intervals = [
-        {f"test {name}": f" ({found['ci_low']:.4f} to {found['ci_high']:.4f})"
-         for name, found in record.evaluation.get("metrics", {}).items() if "ci_low" in found} for record in (a, b)
+    """Every metric that either has, with its interval, and the difference where both have it."""
+    sides: list[dict[str, dict[str, Any]]] = [
+        {f"test {name}": found for name, found in record.evaluation.get("metrics", {}).items()}
+        | {name: {"value": value} for name, value in record.metrics.items()} for record in (a, b)
     ]  # fmt: skip
     rows = []
     for name in dict.fromkeys([*sides[0], *sides[1]]):
-        first, second = (side.get(name) for side in sides)
-        change = ""
-        if isinstance(first, int | float) and isinstance(second, int | float):
-            change = f"{'+' if second > first else ''}{number_text(second - first)}"
-        shown = (
-            number_text(side.get(name)) + interval.get(name, "")
-            for side, interval in zip(sides, intervals, strict=True)
-        )
-        rows.append((name, *shown, change))
+        found = [side.get(name, {}) for side in sides]
+        shown = [number_text(each.get("value")) + (f" ({each['ci_low']:.4f} to {each['ci_high']:.4f})"
+                                                   if "ci_low" in each else "") for each in found]  # fmt: skip
+        change = found[1]["value"] - found[0]["value"] if all(found) else 0
+        rows.append((name, *shown, f"{'+' if change > 0 else ''}{number_text(change)}" if change else ""))
     return rows
 
 
@@ -91,22 +76,6 @@ def names(a: str | None, b: str | None) -> tuple[Path, Path]:
     return runs.find(a or older[-1]), second
 
 
-def _write(a: Record, b: Record, tables: Iterable[tuple[str, list[Row]]]) -> Path:
-    titles = [record.run["run"] for record in (a, b)]
-    sections = [f'<p class="note">{text(verdict(a, b))}</p>']
-    for title, rows in tables:
-        cells = (f'<th scope="row">{text(row[0])}</th>' + "".join(f"<td>{text(cell)}</td>" for cell in row[1:])
-                 for row in rows)  # fmt: skip
-        sections.append(f"<h2>{title}</h2>" + markup.table(["", "A", "B", "B - A"], cells, "stack"))
-    curves = (
-        charts.lines({side: [(row.get("epoch", 0), row.get(name)) for row in record.epochs]
-                      for side, record in (("A", a), ("B", b))}, title)
-        for name, title in (("val_loss", "Validation loss"), ("val_accuracy", "Validation accuracy"))
-    )  # fmt: skip
-    sections.append(f'<h2>Learning curves</h2><div class="charts">{"".join(curves)}</div>')
-    return markup.save(b.folder / f"compare-{a.folder.name}.html", f"A {titles[0]} and B {titles[1]}", sections)
-
-
 def main() -> int:
     """Command line; see the module's docstring."""
     parser = console.parser("Set two finished runs side by side.")
@@ -122,7 +91,6 @@ def main() -> int:
         for row in rows:
             print("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
     print(f"\n{verdict(a, b)}")
-    print(f"-> {Path(os.path.relpath(_write(a, b, tables), ROOT))}")
     return 0
 
 

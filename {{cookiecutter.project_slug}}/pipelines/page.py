@@ -38,6 +38,10 @@ class Record:
     model: dict[str, Any]
     notes: list[str]
 
+    def curve(self, name: str) -> list[tuple[float, Any]]:
+        """A metric by epoch."""
+        return [(epoch.get("epoch", 0), epoch.get(name)) for epoch in self.epochs]
+
 
 def read(folder: Path) -> Record:
     """Read a run's files.
@@ -99,43 +103,35 @@ def attach(folder: Path) -> str:
 def write(folder: Path) -> Path:
     """Render `report.html` into a run's folder."""
     record = read(folder)
-    sections = [*_summary(record), *_curves(record), *_evaluation(record), *_cost(record), *_environment(record)]
+    sections = [*_summary(record), *_curves(record), *_evaluation(record), *_machine(record)]
     return save(folder / NAME, f"Run {record.run.get('run', folder.name)}", sections)
 
 
 def _summary(record: Record) -> Iterable[str]:
-    run, metrics, evaluation = record.run, record.metrics, record.evaluation
-    cards: list[tuple[str, str, str]] = []
-    found = evaluation.get("metrics", {})
-    if accuracy := found.get("accuracy"):
-        interval = f"95 %: {accuracy['ci_low']:.4f} to {accuracy['ci_high']:.4f}"
-        cards.append(("test accuracy", number_text(accuracy["value"]), interval))
-        for name, title in (
-            ("macro_f1", "test F1, mean of classes"),
-            ("expected_calibration_error", "calibration error"),
-        ):
-            cards.append((title, number_text(found.get(name, {}).get("value")), ""))
-    cards.append(("validation accuracy", number_text(metrics.get("val_accuracy")), ""))
-    cards.append(("validation loss", number_text(metrics.get("val_loss")), ""))
-    yield (
-        '<dl class="cards">'
-        + "".join(
-            f"<div><dt>{title}</dt><dd>{value}{f'<small>{more}</small>' if more else ''}</dd></div>"
-            for title, value, more in cards
-        )
-        + "</dl>"
-    )
+    run, found, evaluation = record.run, record.evaluation.get("metrics", {}), record.evaluation
+    cards = [
+        ("validation accuracy", record.metrics.get("val_accuracy")),
+        ("validation loss", record.metrics.get("val_loss")),
+    ]
+    interval = ""
+    if evaluation:
+        interval = f"<small>95 %: {found['accuracy']['ci_low']:.4f} to {found['accuracy']['ci_high']:.4f}</small>"
+        shown = {"test accuracy": "accuracy", "mean F1": "macro_f1", "calibration error": "expected_calibration_error"}
+        cards = [*((title, found[name]["value"]) for title, name in shown.items()), *cards]
+    yield '<dl class="cards">' + "".join(
+        f"<div><dt>{title}</dt><dd>{number_text(value)}{interval if title == 'test accuracy' else ''}</dd></div>"
+        for title, value in cards
+    ) + "</dl>"  # fmt: skip
     notes = list(record.notes)
     if not evaluation:
         notes.append("Not evaluated on the test split yet: `make evaluate` adds it to this page.")
     elif evaluation.get("dataset_fingerprint") != evaluation.get("model_dataset_fingerprint"):
         notes.append("The test split is of another data set than the one that the model was trained on.")
     yield "".join(f'<p class="note">{text(note)}</p>' for note in notes)
-    classes = record.model.get("classes", evaluation.get("classes", []))
     commit = run.get("git_commit") or "none: the project is in no repository"
     yield facts([
-        ("model", f"{record.model.get('architecture', 'unknown')}, {len(classes)} classes"),
-        ("image size", f"{record.model['image_size']} pixels a side" if "image_size" in record.model else None),
+        ("model", f"{record.model.get('architecture', 'unknown')}, {len(record.model.get('classes', []))} classes"),
+        ("image size", record.model.get("image_size")),
         ("data set", run.get("data")),
         ("fingerprint", run.get("dataset_fingerprint")),
         ("commit", commit.replace("-dirty", ", with changes that are in no commit")),
@@ -144,14 +140,9 @@ def _summary(record: Record) -> Iterable[str]:
 
 
 def _curves(record: Record) -> Iterable[str]:
-    yield "<h2>Learning curves</h2>"
-
-    def curve(name: str) -> list[tuple[float, Any]]:
-        return [(epoch.get("epoch", 0), epoch.get(name)) for epoch in record.epochs]
-
-    loss = charts.lines({"training": curve("train_loss"), "validation": curve("val_loss")}, "Loss")
-    accuracy = charts.lines({"validation": curve("val_accuracy")}, "Accuracy")
-    yield f'<div class="charts">{loss}{accuracy}</div>'
+    loss = charts.lines({"training": record.curve("train_loss"), "validation": record.curve("val_loss")}, "Loss")
+    accuracy = charts.lines({"validation": record.curve("val_accuracy")}, "Accuracy")
+    yield f'<h2>Learning curves</h2><div class="charts">{loss}{accuracy}</div>'
 
 
 def _evaluation(record: Record) -> Iterable[str]:
@@ -207,26 +198,17 @@ def _picture(mistake: dict[str, Any]) -> str:
     )
 
 
-def _cost(record: Record) -> Iterable[str]:
+def _machine(record: Record) -> Iterable[str]:
     run, metrics = record.run, record.metrics
-    speed = charts.lines(
-        {"": [(row.get("epoch", 0), row.get("images_per_second")) for row in record.epochs]}, "Images/s"
-    )
+    speed = charts.lines({"": record.curve("images_per_second")}, "Images a second")
     yield "<h2>Throughput and time</h2>" + facts([
-        ("training images a second", number_text(metrics.get("train_images_per_second"))),
-        ("epochs, steps", f"{metrics.get('epochs', 'unknown')}, {metrics.get('steps', 'unknown')}"),
-        ("seconds in the script", metrics.get("seconds") and f"{metrics['seconds']:.1f}"),
-        ("seconds in all", run.get("seconds") and f"{run['seconds']:.1f}"),
-        ("seconds to the first step", run.get("seconds_to_first_step")),
-        ("billed seconds", run.get("billed_seconds")),
+        ("images a second", number_text(metrics.get("train_images_per_second"))),
+        ("epochs, steps", f"{number_text(metrics.get('epochs'))}, {number_text(metrics.get('steps'))}"),
+        ("seconds in all", run.get("seconds")), ("to the first step", run.get("seconds_to_first_step")),
+        ("of the script", round(metrics.get("seconds", 0), 2) or None), ("billed", run.get("billed_seconds")),
     ]) + f'<div class="one">{speed}</div>'  # fmt: skip
-
-
-def _environment(record: Record) -> Iterable[str]:
-    run = record.run
     yield "<h2>Environment</h2>" + facts([
-        ("mode", run.get("mode")), ("image", run.get("image")), ("job", run.get("job")), ("device", run.get("device")),
-        ("instances, ranks", f"{run.get('instances', 1)}, {record.metrics.get('world_size', 1)}"),
-        *run.get("versions", {}).items(),
+        ("instances, ranks", f"{run.get('instances', 1)}, {metrics.get('world_size', 1)}"),
+        *((name, run.get(name)) for name in ("mode", "image", "job", "device")), *run.get("versions", {}).items(),
     ])  # fmt: skip
     yield "<h2>Hyperparameters</h2>" + facts(run.get("hyperparameters", {}).items())

@@ -135,16 +135,11 @@ def calibration(truth: NDArray[np.int64], scores: NDArray[np.float64]) -> dict[s
     return {
         "expected_calibration_error": float(np.abs(hits - sums).sum() / len(truth)),
         "bins": [
-            {
-                "low": index / BINS,
-                "high": (index + 1) / BINS,
-                "images": int(images[index]),
-                "confidence": float(sums[index] / images[index]),
-                "accuracy": float(hits[index] / images[index]),
-            }
-            for index in np.flatnonzero(images).tolist()
+            {"low": at / BINS, "high": (at + 1) / BINS, "images": int(images[at]),
+             "confidence": float(sums[at] / images[at]), "accuracy": float(hits[at] / images[at])}
+            for at in np.flatnonzero(images).tolist()
         ],
-    }
+    }  # fmt: skip
 
 
 def mistakes(
@@ -162,12 +157,9 @@ def mistakes(
         picture.thumbnail((PIXELS, PIXELS))
         picture.save(file, "JPEG", quality=90, subsampling=0)
         found.append({
-            "row": row,
-            "source": sources[row] if len(sources) == len(truth) else None,
-            "true": classes[truth[row]],
-            "predicted": classes[predicted[row]],
-            "probability": float(confidence[row]),
-            "probability_of_true": float(scores[row, truth[row]]),
+            "row": row, "source": sources[row] if len(sources) == len(truth) else None,
+            "true": classes[truth[row]], "predicted": classes[predicted[row]],
+            "probability": float(confidence[row]), "probability_of_true": float(scores[row, truth[row]]),
             "jpeg": base64.b64encode(file.getvalue()).decode("ascii"),
         })  # fmt: skip
     return found
