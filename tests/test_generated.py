@@ -106,9 +106,9 @@ def test_make_prints_every_verb_and_every_verb_expands(bake: Bake) -> None:
         assert printed.stdout == project.make("help").stdout
         verbs = re.findall(r"^  make ([a-z-]+) ", printed.stdout, re.MULTILINE)
         wanted = {
-            *"help setup data train-local evaluate report compare predict serve-local batch-local image test bench".split(),
+            *"help setup data train-local evaluate predict serve-local batch-local image test bench".split(),
             *"bench-serve lint format clean bootstrap bootstrap-destroy image-push process train logs pull".split(),
-            *"deploy invoke shift-traffic plan status destroy doctor".split(),
+            *"report compare deploy invoke shift-traffic monitor plan status destroy doctor".split(),
         }
         assert set(verbs) == wanted | ({"track"} if "track.py" in str(project.files()) else set())
         for verb in verbs:

@@ -130,6 +130,16 @@ class EndpointSettings(Section):
     alarms: list[str]
 
 
+class Monitoring(Section):
+    """How `monitor` watches an endpoint."""
+
+    schedule: Literal["hourly", "daily"]
+    instance_type: str = Field(pattern=INSTANCE)
+    limit: float = Field(gt=0, le=100)
+    minimum: int = Field(ge=1, le=1_000_000)
+    latency_ms: float = Field(gt=0, le=60_000)
+
+
 class Settings(Section):
     """All of `configs/`: `training` is training.yaml, the other sections are those of infrastructure.yaml."""
 
@@ -139,6 +149,7 @@ class Settings(Section):
     compute: Compute
     data: Data
     endpoint: EndpointSettings
+    monitoring: Monitoring
 
 
 def load(

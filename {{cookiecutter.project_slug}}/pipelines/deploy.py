@@ -133,7 +133,8 @@ def deploy(settings: Settings, options: Namespace) -> None:
     try:
         difference = _see(settings, plan, source.samples, remove)
     except KeyboardInterrupt:
-        raise UserError(f"stopped waiting; {name} goes on and bills, and {ends}; {remove}", code=130) from None
+        again = "its golden samples were not asked and its scaling is not set: `make deploy` again does that"
+        raise UserError(f"stopped waiting; {name} goes on and bills, and {ends}; {again}; {remove}", code=130) from None
     print(f"{name} is in service, its {len(source.samples)} golden samples agree within {difference:.4f}")
     print(f"  {endpoints.link(settings, name)}\n  make invoke IMAGE=path/to/an/image ENDPOINT={name}")
     if plan.weight:
