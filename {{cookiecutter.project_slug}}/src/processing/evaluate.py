@@ -30,7 +30,7 @@ from inference.artifact import Artifact, ArtifactError, open_artifact
 
 BATCH = 64
 BINS = 15  # of the reliability diagram, as in the paper
-MISTAKES, PIXELS = 24, 96  # pictures that are kept, and their longest side: at most some 300 kB in all
+MISTAKES, PIXELS = 24, 96  # pictures that are kept, and their longest side: at most 0.6 MB in all
 
 
 class EvaluationError(ValueError):
