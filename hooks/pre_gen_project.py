@@ -23,7 +23,7 @@ TAKEN = (
     "colorlog configs contourpy cookiecutter cryptography cuda cuda_bindings cuda_pathfinder cuda_toolkit "
     "cycler data databricks databricks_sdk dateutil deepdiff distlib docker docs dotenv fastapi fb303 filelock "
     "flask flask_cors fonttools frozenlist fsspec functorch git gitdb gitpython google google_auth graphene "
-    "graphql graphql_core graphql_relay gunicorn h11 hive_metastore huey identify idna imaging "
+    "graphql graphql_core graphql_relay greenlet gunicorn h11 hive_metastore huey identify idna imaging "
     "importlib_metadata inference infrastructure iniconfig invoke isympy itsdangerous jinja2 jmespath joblib "
     "joserfc json5 jsonpatch jsonpointer jsonschema jsonschema_path jsonschema_specifications kiwisolver "
     "lazy_object_proxy librt mako markdown_it markdown_it_py markupsafe matplotlib mdurl mlflow mlflow_skinny "

@@ -39,7 +39,7 @@ def written(folder: Path, section: str, key: str | None, value: object) -> Path:
     if key is None:
         place[section] = value
     else:
-        place[section][key] = value
+        place.setdefault(section, {})[key] = value  # tracking is there with MLflow only
     for name, document in documents.items():
         (folder / name).write_text(yaml.safe_dump(document), encoding="utf-8")
     return folder

@@ -14,7 +14,7 @@ import time
 
 import yaml
 
-from pipelines import ROOT, aws, console, engine, stack
+from pipelines import ROOT, aws, console, engine, logs, stack
 from pipelines.config import Settings, load
 from pipelines.console import UserError
 
@@ -54,7 +54,11 @@ def parameters(settings: Settings, identity: str, current: dict[str, str]) -> di
         identity: ARN of the caller, for the partition.
         current: those of the stack as it is.
     """
-    found = {"Project": engine.project_name(), "UseVpc": str(bool(settings.aws.subnets)).lower()}
+    found = {
+        "Project": engine.project_name(),
+        "ShortProject": logs.short(),
+        "UseVpc": str(bool(settings.aws.subnets)).lower(),
+    }
     found["RemoteDebug"] = str(settings.compute.remote_debug).lower()
     found["Email"] = "" if settings.aws.email == "none" else settings.aws.email
     if settings.aws.region in BUDGET_REGIONS:

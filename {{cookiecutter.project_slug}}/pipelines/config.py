@@ -6,15 +6,26 @@ Unknown keys are refused with the nearest known one.
 
 from __future__ import annotations
 
+import math
 import os
 import re
+import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 
 from pipelines import ROOT
 from pipelines.console import UserError
@@ -114,6 +125,46 @@ class Data(Section):
     pretrained: str = Field(min_length=1)
 
 
+class Range(Section):
+    """Where a number is searched."""
+
+    min: float
+    max: float
+    scale: Literal["linear", "log"] = "linear"
+
+    @field_validator("max")
+    @classmethod
+    def _above_the_least(cls, value: float, info: ValidationInfo) -> float:
+        if value <= info.data.get("min", -math.inf):
+            raise ValueError("it must be above min")
+        return value
+
+    @field_validator("scale")
+    @classmethod
+    def _logarithms_are_of_what_is_positive(cls, value: str, info: ValidationInfo) -> str:
+        if value == "log" and info.data.get("min", 1) <= 0:
+            raise ValueError("on a log scale min must be above 0")
+        return value
+
+
+Choice = Annotated[  # told apart by their look, so that a mistake in one is not explained as one in the other
+    Annotated[Range, Tag("range")] | Annotated[list[bool | int | float | str], Tag("list")],
+    Discriminator(lambda value: "list" if isinstance(value, list) else "range"),
+]
+
+
+class Tuning(Section):
+    """What `tune` and `tune-local` search, and for what."""
+
+    ranges: dict[str, Choice] = Field(min_length=1, max_length=30)
+    objective: Literal["validation:accuracy", "validation:loss", "train:loss", "train:images_per_second"]
+    goal: Literal["Maximize", "Minimize"]
+    strategy: Literal["Bayesian", "Random"]
+    max_jobs: int = Field(ge=1, le=750)
+    max_parallel_jobs: int = Field(ge=1, le=100)
+    early_stopping: bool
+
+
 class EndpointSettings(Section):
     """What `deploy` makes."""
 
@@ -140,6 +191,12 @@ class Monitoring(Section):
     latency_ms: float = Field(gt=0, le=60_000)
 
 
+class Tracking(Section):
+    """Where finished runs are logged; a project without MLflow has no such section."""
+
+    uri: str = Field(pattern=r"^(local|[a-z][a-z0-9+]*://\S+|arn:aws[a-z-]*:sagemaker:[a-z0-9-]+:\d{12}:mlflow-\S+)$")
+
+
 class Settings(Section):
     """All of `configs/`: `training` is training.yaml, the other sections are those of infrastructure.yaml."""
 
@@ -148,8 +205,10 @@ class Settings(Section):
     images: Images
     compute: Compute
     data: Data
+    tuning: Tuning
     endpoint: EndpointSettings
     monitoring: Monitoring
+    tracking: Tracking = Tracking(uri="local")
 
 
 def load(
@@ -177,11 +236,33 @@ def load(
         _override(document, path.strip(), value, f"--set {override}")
     try:
         document["training"] = parse(document["training"])  # the same checks as in the container
-        return Settings.model_validate(document)
+        settings = Settings.model_validate(document)
     except ConfigurationError as error:
         raise UserError(f"configs: training.{error}") from None
     except ValidationError as error:
         raise UserError(_explain(error)) from None
+    for name, choice in settings.tuning.ranges.items():
+        _check_range(name, choice, settings.training.as_dict())
+    return settings
+
+
+def number(name: str) -> type | None:
+    """The type of a hyperparameter that is a number, int or float; None for text and switches."""
+    kind = typing.get_type_hints(Hyperparameters)[name]
+    return next((choice for choice in (int, float) if choice in (kind, *typing.get_args(kind))), None)
+
+
+def _check_range(name: str, choice: Range | list[Any], training: dict[str, Any]) -> None:
+    """Make sure that training takes every value of a range, by the container's own checks."""
+    try:
+        for value in choice if isinstance(choice, list) else (choice.min, choice.max):
+            parse(training | {name: value})
+    except ConfigurationError as error:
+        raise UserError(f"configs: tuning.ranges: {error}") from None
+    if isinstance(choice, list) and not 1 < len(set(map(str, choice))) == len(choice) <= 30:
+        raise UserError(f"configs: tuning.ranges: {name} is {shown(choice)}; give 2 to 30 different values")
+    if not isinstance(choice, list) and number(name) is None:
+        raise UserError(f"configs: tuning.ranges: {name} is no number, so it has no min and max; give a list of values")
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -224,12 +305,17 @@ def _keys(section: str) -> list[str]:
 def _explain(error: ValidationError) -> str:
     """The first problem as one sentence."""
     problem = min(error.errors(), key=lambda item: item["type"] == "missing")  # a misspelt key explains a missing one
+    nested = problem["loc"][:2] == ("tuning", "ranges")  # by name
     where = ".".join(str(part) for part in problem["loc"][:2])
     section, key = str(problem["loc"][0]), str(problem["loc"][-1])
-    if problem["type"] == "extra_forbidden":
+    if problem["type"] == "extra_forbidden" and not nested:
         known = _keys(section) if len(problem["loc"]) > 1 else list(Settings.model_fields)
         return f"configs: unknown key {where} (value {shown(problem['input'])}); {nearest(key, known)}"
-    if problem["type"] == "missing":
+    if problem["type"] == "missing" and not (nested and problem["loc"][2:]):
         return f"configs: {where} is missing; add it, or take the file of the template"
-    reasons = [item["msg"] for item in error.errors() if item["loc"][:2] == problem["loc"][:2]]
+    depth = 3 if nested else 2
+    reasons = [item["msg"] for item in error.errors() if item["loc"][:depth] == problem["loc"][:depth]]
+    if nested:
+        name = ".".join(str(part) for part in problem["loc"][2:] if part not in ("range", "list"))
+        reasons = [f"{name} {reasons[0]}".strip()]
     return f"configs: {where} is {shown(problem['input'])}: {' or '.join(dict.fromkeys(reasons))}"

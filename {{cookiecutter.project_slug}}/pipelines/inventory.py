@@ -70,7 +70,8 @@ def everything(settings: Settings) -> list[Item]:
                 removal = ("sagemaker", f"delete_{_snake(word)}", {f"{word}Name": summary[f"{word}Name"]})
                 endpoints.append(Item(kind, summary[f"{word}Name"], summary["CreationTime"], "", removal))
         ours, all_names = {item.name for item in endpoints if item.bills}, {item["EndpointName"] for item in listed}
-        return found + endpoints + _attached(settings, ours, all_names)
+        running = {item.name for item in found if item.kind == "transform job"}
+        return found + endpoints + _attached(settings, ours, all_names, running)
 
 
 def _pages(client: Any, operation: str, key: str, **parameters: Any) -> list[dict[str, Any]]:
@@ -176,8 +177,8 @@ def _price(settings: Settings, use: str, instance: str, count: int) -> float | N
     return None if price is None else price * count
 
 
-def _attached(settings: Settings, ours: set[str], all_names: set[str]) -> list[Item]:
-    """What keeps an endpoint company: its end, monitoring, alarms, dashboard, scaling; all but the first also alone.
+def _attached(settings: Settings, ours: set[str], all_names: set[str], running: set[str]) -> list[Item]:
+    """What belongs to an endpoint, and the end of a transform job; monitoring, alarms, dashboard, scaling also alone.
 
     An end without an endpoint fires and deletes itself; it may as well be of one that is about to be made.
     """
@@ -191,7 +192,8 @@ def _attached(settings: Settings, ours: set[str], all_names: set[str]) -> list[I
     for prefix in sorted({project, *(name for name in ours if not name.startswith(project))}):
         for schedule in _pages(scheduler, "list_schedules", "Schedules", NamePrefix=prefix):
             starts = schedule["Target"]["Arn"].partition(":sagemaker:")[2]
-            if starts not in ("deleteEndpoint", "createProcessingJob"):
+            ended = {"deleteEndpoint": ours, "stopTransformJob": running}.get(starts, set())
+            if not ended and starts != "createProcessingJob":
                 continue
             where = {"Name": schedule["Name"], "GroupName": schedule["GroupName"]}
             facts = scheduler.get_schedule(**where)
@@ -199,7 +201,7 @@ def _attached(settings: Settings, ours: set[str], all_names: set[str]) -> list[I
             when = facts["ScheduleExpression"].removeprefix("at(").removesuffix(")")
             if starts == "createProcessingJob" and {"Key": "project", "Value": project} in request.get("Tags", []):
                 items.append(_monitoring(settings, facts, request, removal))
-            elif starts == "deleteEndpoint" and (endpoint := request["EndpointName"]) in ours:
+            elif ended and (endpoint := next(iter(request.values()))) in ended:
                 items.append(Item("end schedule", schedule["Name"], facts["CreationDate"], when, removal, of=endpoint))
         for alarm in _pages(cloudwatch, "describe_alarms", "MetricAlarms", AlarmNamePrefix=prefix):
             names = [entry["Value"] for entry in alarm.get("Dimensions", []) if entry["Name"] == "EndpointName"]

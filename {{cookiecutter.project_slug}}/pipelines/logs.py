@@ -8,6 +8,7 @@ looking; the job runs on.
 
 from __future__ import annotations
 
+import re
 import time
 from typing import Any
 
@@ -18,12 +19,23 @@ from pipelines.console import UserError
 KINDS = ("Training", "Processing", "Transform")
 ENDED = ("Completed", "Failed", "Stopped")
 POLL = 10.0  # seconds
-PAGES = {"Training": "jobs", "Processing": "processing-jobs", "Transform": "transform-jobs"}
+TUNING = "HyperParameterTuning"  # a kind without a log of its own
+PAGES = {
+    "Training": "jobs",
+    "Processing": "processing-jobs",
+    "Transform": "transform-jobs",
+    TUNING: "hyper-tuning-jobs",
+}
 
 
 def prefix() -> str:
     """What the names of this project's jobs begin with; leaves room for a run's name and the SDK's time stamp."""
     return engine.project_name()[:27]
+
+
+def short() -> str:
+    """What the names of its tuning jobs begin with: these have at most 32 characters."""
+    return engine.project_name()[:19].rstrip("-")
 
 
 def newest(settings: Settings, part: str) -> str | None:
@@ -58,7 +70,7 @@ def describe(settings: Settings, kind: str, name: str) -> dict[str, Any]:
     """What SageMaker knows of a job, its status as `Status`; empty when there is none."""
     from botocore.exceptions import ClientError
 
-    call = getattr(aws.client(settings, "sagemaker"), f"describe_{kind.lower()}_job")
+    call = getattr(aws.client(settings, "sagemaker"), f"describe_{words(kind, '_')}_job")
     with aws.explained(f"looking up the job {name}"):
         try:
             facts: dict[str, Any] = call(**{f"{kind}JobName": name})
@@ -135,13 +147,20 @@ def succeeded(kind: str, facts: dict[str, Any]) -> None:
 
 def after(settings: Settings, kind: str, name: str) -> str:
     """How to look at a job that runs, and how to stop it."""
-    region, verb = settings.aws.region, f"stop-{kind.lower()}-job --{kind.lower()}-job-name"
+    word = words(kind, "-")
+    region, verb = settings.aws.region, f"stop-{word}-job --{word}-job-name"
+    look = f"make {'tune' if kind == TUNING else 'logs'} JOB={name}"
     domain = {"cn-": "amazonaws.cn", "us-gov": "amazonaws-us-gov.com"}
     host = next((domain[part] for part in domain if region.startswith(part)), "aws.amazon.com")
     return (
-        f"Follow it with `make logs JOB={name}`, stop it with `aws sagemaker {verb} {name} --region {region}`, see it "
+        f"Follow it with `{look}`, stop it with `aws sagemaker {verb} {name} --region {region}`, see it "
         f"at https://{region}.console.{host}/sagemaker/home?region={region}#/{PAGES[kind]}/{name}"
     )
+
+
+def words(kind: str, between: str) -> str:
+    """A name of AWS's in small letters: `HyperParameterTuning` is hyper-parameter-tuning."""
+    return re.sub(r"(?<!^)(?=[A-Z])", between, kind).lower()
 
 
 def main() -> int:

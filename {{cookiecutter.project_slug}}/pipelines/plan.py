@@ -1,4 +1,4 @@
-"""What `make train` and `make deploy` would create, where, and the most that it can cost: `make plan`.
+"""What `make train`, `make tune` and `make deploy` would create, where, and the most that it can cost: `make plan`.
 
     python -m pipelines.plan --set compute.instances=4
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from pipelines import console, engine, prices
+from pipelines import console, engine, prices, tune
 from pipelines.config import Settings, load
 from pipelines.console import UserError
 
@@ -28,6 +28,13 @@ def training(settings: Settings) -> Iterator[str]:
     if compute.spot:
         yield f"  on spot instances, {compute.max_wait_hours:g} hours with waiting; the price below is that on demand"
     yield f"  at most {_dollars(cost)}{_each(price)}{_judged(settings, cost)}"
+
+
+def tuning(settings: Settings) -> Iterator[str]:
+    """What a tuning job costs."""
+    cost = tune.most(settings, prices.hourly(settings, "training", settings.compute.instance_type))
+    jobs = f"{settings.tuning.max_jobs} such jobs without warm pools"
+    yield f"make tune: at most {jobs}, at most {_dollars(cost)}{_judged(settings, cost)}"
 
 
 def deployment(settings: Settings) -> Iterator[str]:
@@ -79,8 +86,10 @@ def _judged(settings: Settings, cost: float | None) -> str:
 
 def main() -> int:
     """Command line; see the module's docstring."""
-    settings = load(console.parser("What train and deploy would create and cost.", settings=True).parse_args().set)
-    print("\n".join([*training(settings), *deployment(settings)]))
+    settings = load(
+        console.parser("What train, tune and deploy would create and cost.", settings=True).parse_args().set
+    )
+    print("\n".join([*training(settings), *tuning(settings), *deployment(settings)]))
     print("storage, traffic and logs apart; what costs now: `make status`")
     return 0
 

@@ -21,6 +21,7 @@ from typing import Any
 
 from pipelines import ROOT, SOURCE, console
 from pipelines.console import UserError
+from training import board
 
 ARTIFACTS = ROOT / "artifacts"
 WORK = ROOT / ".cache" / "local"
@@ -102,7 +103,7 @@ def publish(name: str, model: Path, output: Path, facts: dict[str, Any]) -> Path
     temporary = ARTIFACTS / f".{name}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    for file in FILES:
+    for file in (*FILES, *([board.NAME] if (output / board.NAME).is_file() else [])):
         shutil.copyfile(output / file, temporary / file)
     run = json.loads((output / "run.json").read_text(encoding="utf-8"))
     (temporary / "run.json").write_text(json.dumps({"run": name} | run | facts, indent=2) + "\n", encoding="utf-8")

@@ -12,6 +12,7 @@ import contextlib
 import os
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from pipelines import ROOT, SOURCE, aws, console, data, image_push, logs, prices, runs, storage
@@ -26,6 +27,7 @@ METRICS = {
     "train:loss": "train_loss", "validation:loss": "val_loss", "validation:accuracy": "val_accuracy",
     "train:images_per_second": "images_per_second",
 }  # fmt: skip
+LIVE = "/opt/ml/output/tensorboard"  # what is written there SageMaker puts into the bucket, while the job runs
 OWN_DISK = re.compile(r"ml\.(g[4-9]|p[4-9]|p3dn|trn|[a-z]+\d+[a-z]*d)")  # encrypted by its hardware: AWS refuses a key
 
 
@@ -70,15 +72,24 @@ def train(settings: Settings, source: str | None, run: str | None, yes: bool) ->
         None if price is None else price * hours * compute.instances,
         yes,
     )
+    stage_image(settings, stack)
+    if request is None:
+        request = Request(name, settings.training.as_dict(), stage_data(settings, stack, source, local))
+    return submit(settings, stack, request, image)
+
+
+def stage_image(settings: Settings, stack: aws.Stack) -> None:
+    """Make sure that SageMaker finds the image, and say so when nobody has tried the source."""
     if not runs.tried():
         print("warning: src/ was never trained on this machine as it is now; `make train-local` tries it for nothing")
     image_push.ensure(settings, stack, "training")
-    if request is None:
-        uri = storage.dataset(settings, stack, local) if local else storage.checked(settings, source)
-        weights = storage.pretrained(settings, stack)
-        channels = {split: f"{uri}/{split}/" for split in storage.SPLITS} | ({"pretrained": weights} if weights else {})
-        request = Request(name, settings.training.as_dict(), channels)
-    return submit(settings, stack, request, image)
+
+
+def stage_data(settings: Settings, stack: aws.Stack, source: str, local: Path | None) -> dict[str, str]:
+    """Upload the packed data set `local`, or look at the one in S3 when there is none; returns the channels."""
+    uri = storage.dataset(settings, stack, local) if local else storage.checked(settings, source)
+    weights = storage.pretrained(settings, stack)
+    return {split: f"{uri}/{split}/" for split in storage.SPLITS} | ({"pretrained": weights} if weights else {})
 
 
 def submit(settings: Settings, stack: aws.Stack, request: Request, image: str) -> str:
@@ -87,7 +98,7 @@ def submit(settings: Settings, stack: aws.Stack, request: Request, image: str) -
         signals.enter_context(interruptible())  # ModelTrainer.train swallows KeyboardInterrupt
         try:
             made = trainer(settings, stack, request, image)
-            made.train(input_data_config=_inputs(settings, request), wait=False, logs=False)
+            made.train(input_data_config=inputs(settings, request), wait=False, logs=False)
         except Interrupted as error:
             signals.close()
             job = logs.newest(settings, request.run)
@@ -110,6 +121,7 @@ def trainer(settings: Settings, stack: aws.Stack, request: Request, image: str) 
         SourceCode,
         StoppingCondition,
         Tag,
+        TensorBoardOutputConfig,
     )
     from sagemaker.train.model_trainer import ModelTrainer
 
@@ -142,14 +154,17 @@ def trainer(settings: Settings, stack: aws.Stack, request: Request, image: str) 
         checkpoint_config=CheckpointConfig(s3_uri=f"s3://{stack.bucket}/checkpoints/{request.run}"),
         output_data_config=OutputDataConfig(s3_output_path=f"s3://{stack.bucket}/jobs", kms_key_id=key),
         hyperparameters=request.hyperparameters,
-        environment={"GIT_COMMIT": runs.git_commit(), "PYTHONUNBUFFERED": "1"},
+        environment={"GIT_COMMIT": runs.git_commit(), "PYTHONUNBUFFERED": "1", "TENSORBOARD_FOLDER": LIVE},
         tags=[Tag(key=tag["Key"], value=tag["Value"]) for tag in aws.tags(settings)],
     )  # fmt: skip
+    made.with_tensorboard_output_config(
+        TensorBoardOutputConfig(s3_output_path=f"s3://{stack.bucket}/jobs", local_path=LIVE)
+    )
     made.with_metric_definitions([MetricDefinition(name=name, regex=key + NUMBER) for name, key in METRICS.items()])
     return made.with_remote_debug_config(RemoteDebugConfig(enable_remote_debug=True)) if compute.remote_debug else made
 
 
-def _inputs(settings: Settings, request: Request) -> list[Any]:
+def inputs(settings: Settings, request: Request) -> list[Any]:
     """Channels; `InputData` would pin all of them to File."""
     from sagemaker.core.training.configs import Channel, DataSource, S3DataSource
 

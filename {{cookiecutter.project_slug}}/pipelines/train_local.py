@@ -29,8 +29,9 @@ STARTED = time.monotonic()
 
 
 def train(
-    settings: Settings, source: str | None, run: str | None, mode: LocalMode, instances: int, verbose: bool
-) -> Path:
+    settings: Settings, source: str | None, run: str | None, mode: LocalMode, instances: int, verbose: bool,
+    name: str | None = None, started: float = STARTED,
+) -> Path:  # fmt: skip
     """Train once and publish the run.
 
     Args:
@@ -41,6 +42,8 @@ def train(
         mode: container, process, or auto.
         instances: containers (or nodes of processes) that train together.
         verbose: show everything that the container prints.
+        name: of a fresh run; None: one by time.
+        started: when, by the monotonic clock, its time began.
 
     Returns:
         The folder of the published run.
@@ -55,7 +58,7 @@ def train(
     hyperparameters = settings.training.as_dict()
     dataset = data.prepare(settings, source)
     image = engine.choose(settings, "training", mode, instances)
-    name = run or runs.new_name()
+    name = run or name or runs.new_name()
     checkpoints = runs.CHECKPOINTS / name
     checkpoints.mkdir(parents=True, exist_ok=True)
     kept = checkpoints / "pretrained"  # of a run that is resumed: its first checkpoint may not have been written yet
@@ -74,7 +77,7 @@ def train(
     first_step: list[float] = []
     tried = runs.source_hash()
     view = TrainingView(job.root / "job.log", image is not None, verbose)
-    view.on_first_step = lambda: first_step.append(time.monotonic() - STARTED)
+    view.on_first_step = lambda: first_step.append(time.monotonic() - started)
     try:
         with contextlib.closing(view), interruptible():
             outputs = container.run(job, image, view) if image else process.run(job, view)
@@ -89,7 +92,7 @@ def train(
         "instances": instances,
         "data": str(dataset.relative_to(ROOT)),
         "source": tried,
-        "seconds": round(time.monotonic() - STARTED, 2),
+        "seconds": round(time.monotonic() - started, 2),
         "seconds_to_first_step": round(first_step[0], 2) if first_step else 0.0,
     }
     folder = runs.publish(name, outputs.model, outputs.data, facts)

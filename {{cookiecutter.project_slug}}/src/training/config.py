@@ -180,7 +180,8 @@ def from_command_line(arguments: Sequence[str], environment: Mapping[str, str]) 
         ConfigurationError: for an unknown name, a missing value or one that does not fit.
     """
     if not arguments:
-        return parse(json.loads(environment.get("SM_HPS") or "{}"))
+        given = json.loads(environment.get("SM_HPS") or "{}")  # a tuner adds names of its own to them
+        return parse({name: value for name, value in given.items() if not name.startswith(("sagemaker_", "_"))})
     parser = argparse.ArgumentParser(allow_abbrev=False, exit_on_error=False, description="Train an image classifier.")
     for option in fields(Hyperparameters):
         assert option.default is not MISSING

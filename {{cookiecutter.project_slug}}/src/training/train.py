@@ -39,6 +39,7 @@ import safetensors  # noqa: E402
 import torch  # noqa: E402
 
 from training import config, data, distributed  # noqa: E402
+from training.board import Board  # noqa: E402
 from training.checkpoint import CheckpointError  # noqa: E402
 from training.export import write_artifact  # noqa: E402
 from training.loop import fit  # noqa: E402
@@ -77,6 +78,9 @@ class Folders:
                 f"{' and '.join(missing)} not set; start the script through `make train-local`, or set them to folders"
             )
         checkpoints = Path(environment.get("SM_CHANNEL_CHECKPOINTS") or "/opt/ml/checkpoints")
+        if environment.get("CHECKPOINTS_PER_JOB") and checkpoints.is_dir():  # the jobs of a tuner share the folder
+            checkpoints /= environment["TRAINING_JOB_NAME"]
+            checkpoints.mkdir(exist_ok=True)
         train, validation, model, output = (Path(environment[name]) for name in names)
         pretrained = Path(environment["SM_CHANNEL_PRETRAINED"]) if environment.get("SM_CHANNEL_PRETRAINED") else None
         return cls(train, validation, model, output, checkpoints if checkpoints.is_dir() else None, pretrained)
@@ -102,9 +106,13 @@ def train(hyperparameters: config.Hyperparameters, folders: Folders, world: dist
                     len(train_split), len(validation), len(train_split.classes), world.size, world.device)  # fmt: skip
         logger.info("hyperparameters: %s", " ".join(choices))
 
+    live = os.environ.get("TENSORBOARD_FOLDER")  # SageMaker uploads it while the job runs
+    board = Board([folders.output, *([Path(live)] if live else [])])
+
     def record(history: list[dict[str, Any]]) -> None:
         lines = [json.dumps(epoch) + "\n" for epoch in history]
         (folders.output / "metrics.jsonl").write_text("".join(lines), encoding="utf-8")
+        board.add(history)
 
     trained, history = fit(model, train_split, validation, settled, world, folders.checkpoints, record)
     if world.is_main:

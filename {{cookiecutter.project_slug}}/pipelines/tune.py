@@ -1,0 +1,222 @@
+"""Search hyperparameters with SageMaker's tuner: `make tune`, `make tune DATA=s3://bucket/packed WAIT=1`.
+
+    python -m pipelines.tune --data photos --wait --set tuning.max_jobs=4
+
+Ranges, objective and limits are the section `tuning` of configs/infrastructure.yaml. A tuner can give its jobs no
+command: the image's own `train` starts the script that the SDK uploads, and it the same command as `make train`. AWS's
+PyTorch images have a `train` of their own, which finds the source by hyperparameters. `JOB=` looks at a search again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import time
+from typing import Any
+
+from pipelines import ROOT, SOURCE, aws, console, data, image_push, logs, prices, train, tuning
+from pipelines.config import Range, Settings, load, number
+from pipelines.console import UserError
+from pipelines.jobs import LAUNCHER, Interrupted
+from pipelines.train_local import interruptible
+
+KIND = logs.TUNING
+TOOLKIT = re.compile(r"/[\w.-]*pytorch[\w.-]*training[\w.-]*[:@]")  # images that bring AWS's sagemaker-training
+
+
+def most(settings: Settings, price: float | None) -> float | None:
+    """USD that a tuning job can cost at most; the tuner keeps no warm pools."""
+    compute = settings.compute
+    return None if price is None else price * compute.instances * compute.max_hours * settings.tuning.max_jobs
+
+
+def new_name() -> str:
+    """A name for a tuning job: at most 32 characters, and its jobs' names begin with it."""
+    return f"{logs.short()}-{time.strftime('%y%m%d%H%M%S')}"
+
+
+def tune(settings: Settings, source: str | None, yes: bool) -> str:
+    """Start a tuning job.
+
+    Args:
+        settings: of the project.
+        source: folder of raw images, or the S3 prefix of a packed data set; None: the configured one.
+        yes: go on although it is over budget.
+
+    Returns:
+        The tuning job's name.
+
+    Raises:
+        UserError: when none was started.
+    """
+    os.environ.setdefault("SAGEMAKER_VALIDATE_ROLE", "false")
+    compute, search, source = settings.compute, settings.tuning, source or settings.data.source
+    if TOOLKIT.search(settings.images.training) and (compute.isolation or compute.instances > 1):
+        raise UserError(
+            f"under a tuner {settings.images.training} takes its source from S3 and trains on one instance: set "
+            "compute.isolation to false and compute.instances to 1, or images.training to project"
+        )
+    stack = aws.stack(settings)
+    local = None if source.startswith("s3://") else data.prepare(settings, source)
+    image = image_push.uri(settings, stack, "training")
+    name = new_name()
+    spot = " spot, for less than below" if compute.spot else ""
+    price = prices.hourly(settings, "training", compute.instance_type)
+    prices.afford(
+        settings,
+        f"search {name}: {search.max_jobs} training jobs at most, {search.max_parallel_jobs} at a time, in "
+        f"{settings.aws.region} on {compute.instances} x {compute.instance_type}{spot}, {compute.max_hours:g} hours at "
+        f"most each, in {image}, on {local.relative_to(ROOT) if local else source}; it searches "
+        f"{', '.join(search.ranges)} for {search.objective}",
+        most(settings, price),
+        yes,
+    )
+    train.stage_image(settings, stack)
+    channels = train.stage_data(settings, stack, source, local)
+    request = train.Request(name, settings.training.as_dict(), channels)
+    with aws.explained("starting the tuning job"), contextlib.ExitStack() as signals:
+        signals.enter_context(interruptible())
+        try:
+            _submit(settings, stack, request, image)
+        except Interrupted as error:
+            signals.close()
+            there = logs.describe(settings, KIND, name)
+            end = f"{name} runs. {logs.after(settings, KIND, name)}" if there else "no tuning job was started"
+            raise UserError(f"stopped by {error}; {end}", code=130) from error
+    return name
+
+
+def _submit(settings: Settings, stack: aws.Stack, request: train.Request, image: str) -> None:
+    from sagemaker.train.tuner import HyperparameterTuner
+
+    made, search, folder = train.trainer(settings, stack, request, image), settings.tuning, f"jobs/{request.run}"
+    made.source_code.entry_script = LAUNCHER  # of AWS's toolkit; and without one the tuner uploads nothing
+    made.base_job_name = folder  # of no job: where the tuner uploads
+    made.environment["CHECKPOINTS_PER_JOB"] = "1"
+    ignored = made.source_code.ignore_patterns
+    code = made.create_input_data_channel("code", str(SOURCE), key_prefix=f"{folder}/input", ignore_patterns=ignored)
+    tuner = HyperparameterTuner(
+        made,
+        search.objective,
+        {name: _range(name, choice) for name, choice in search.ranges.items()},
+        metric_definitions=[{"Name": name, "Regex": key + train.NUMBER} for name, key in train.METRICS.items()],
+        strategy=search.strategy,
+        objective_type=search.goal,
+        max_jobs=search.max_jobs,
+        max_parallel_jobs=search.max_parallel_jobs,
+        early_stopping_type="Auto" if search.early_stopping else "Off",
+    )
+    build = tuner._build_training_job_definition
+
+    def completed(inputs: list[Any]) -> Any:
+        """With what the SDK leaves out of the trainer's settings."""
+        definition = build(inputs)
+        definition.enable_network_isolation = settings.compute.isolation
+        definition.enable_inter_container_traffic_encryption = settings.compute.encrypt_traffic
+        definition.resource_config.volume_kms_key_id = made.compute.volume_kms_key_id
+        return definition
+
+    tuner._build_training_job_definition = completed
+    tuner.tune([*train.inputs(settings, request), code], job_name=request.run, wait=False)
+
+
+def _range(name: str, choice: Range | list[Any]) -> Any:
+    from sagemaker.core.parameter import CategoricalParameter, ContinuousParameter, IntegerParameter
+
+    if isinstance(choice, list):
+        return CategoricalParameter(choice)
+    scale = "Logarithmic" if choice.scale == "log" else "Linear"
+    if number(name) is int:
+        return IntegerParameter(int(choice.min), int(choice.max), scaling_type=scale)
+    return ContinuousParameter(choice.min, choice.max, scaling_type=scale)
+
+
+def follow(settings: Settings, name: str, once: bool) -> dict[str, Any]:
+    """Show how far a search is, until it ends unless `once`; returns its last description.
+
+    Raises:
+        UserError: when there is none, or when Ctrl-C ends the looking, with how to stop it.
+    """
+    shown = ""
+    try:
+        while True:
+            facts = logs.describe(settings, KIND, name)
+            if not facts:
+                raise UserError(f"there is no tuning job {name!r} in {settings.aws.region}")
+            counts = facts.get("TrainingJobStatusCounters", {})
+            line = ", ".join(f"{count} {logs.words(word, ' ')}" for word, count in counts.items() if count)
+            if shown != (shown := f"[{facts['Status']}] {line}".rstrip()):
+                print(shown, flush=True)
+            if once or facts["Status"] in logs.ENDED:
+                return facts
+            time.sleep(logs.POLL)
+    except KeyboardInterrupt:
+        raise UserError(f"{name} runs on. {logs.after(settings, KIND, name)}", code=130) from None
+
+
+def report(settings: Settings, facts: dict[str, Any]) -> None:
+    """Show the jobs of a search, and what to do with the best.
+
+    Raises:
+        UserError: when the search ended without success, after the table.
+    """
+    name, config = facts["Name"], facts["HyperParameterTuningJobConfig"]
+    with aws.explained(f"listing the jobs of {name}"):
+        pages = aws.client(settings, "sagemaker").get_paginator("list_training_jobs_for_hyper_parameter_tuning_job")
+        listed = [
+            job
+            for page in pages.paginate(HyperParameterTuningJobName=name, SortBy="CreationTime", SortOrder="Ascending")
+            for job in page["TrainingJobSummaries"]
+        ]
+    trials = [
+        tuning.Trial(
+            job["TrainingJobName"], {key: _read(value) for key, value in job["TunedHyperParameters"].items()},
+            job.get("FinalHyperParameterTuningJobObjectiveMetric", {}).get("Value"), job["TrainingJobStatus"],
+        )
+        for job in listed
+    ]  # fmt: skip
+    ranges = [entry["Name"] for kind in config["ParameterRanges"].values() for entry in kind]
+    objective = config["HyperParameterTuningJobObjective"]
+    searched = settings.tuning.model_copy(
+        update={"ranges": dict.fromkeys(ranges), "objective": objective["MetricName"], "goal": objective["Type"]}
+    )
+    print(tuning.table(searched, trials))
+    if facts["Status"] == "Failed":
+        raise UserError(f"{name} failed: {' '.join(facts.get('FailureReason', 'no reason given').split())}")
+    best = tuning.best(searched, trials)
+    if best:
+        print(f"best: {best.name}; fetch it with `make pull JOB={best.name}`, or train longer with its values:")
+        print(f"  make train {tuning.options(best)}")
+    if facts["Status"] in ("Stopped", "Stopping"):
+        raise UserError(f"{name} was stopped before its end")
+    if facts["Status"] == "Completed" and best is None:
+        raise UserError(f"no job of {name} succeeded; see why with `make logs JOB=<job>`")
+
+
+def _read(value: str) -> Any:
+    """A number as such, for the table."""
+    with contextlib.suppress(ValueError):
+        return int(value) if value.lstrip("-").isdigit() else float(value)
+    return value
+
+
+def main() -> int:
+    """Command line; see the module's docstring."""
+    parser = console.parser("Search hyperparameters with SageMaker's tuner.", settings=True)
+    parser.add_argument("--data", help="folder of raw images, or s3://... of a packed data set (default: data.source)")
+    parser.add_argument("--job", help="name of a tuning job to look at, instead of starting one")
+    parser.add_argument("--wait", action="store_true", help="follow it to its end; fails when the search does")
+    parser.add_argument("--yes", action="store_true", help="go on although it is over budget")
+    options = parser.parse_args()
+    settings = load(options.set)
+    name = options.job or tune(settings, options.data, options.yes)
+    if not options.job:
+        print(f"started {name}. {logs.after(settings, KIND, name)}", flush=True)
+    if options.job or options.wait:
+        report(settings, follow(settings, name, once=not options.wait))
+    return 0
+
+
+if __name__ == "__main__":
+    console.run_verb(main)
