@@ -460,7 +460,7 @@ def test_pull_makes_a_run_as_if_it_had_been_trained_here(
     assert run_main(monkeypatch, pull, "--job", job) == 0
     run = job.removeprefix("image-classifier-")[:20]
     folder = runs.ARTIFACTS / run
-    assert sorted(path.name for path in folder.iterdir()) == sorted([*runs.FILES, "model.tar.gz"])
+    assert sorted(path.name for path in folder.iterdir()) == sorted([*runs.FILES, "model.tar.gz", "report.html"])
     assert (runs.ARTIFACTS / "latest").resolve() == folder
     facts = json.loads((folder / "run.json").read_text())
     assert facts["run"] == run

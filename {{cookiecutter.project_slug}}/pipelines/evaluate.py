@@ -3,7 +3,7 @@
     python -m pipelines.evaluate --run 20261121-093000-a1b2
 
 The split must be the one that was set aside when the run was trained: packed again in another way, it may hold images
-that the model has seen.
+that the model has seen. The run's report is rendered again, with what came out.
 """
 
 from __future__ import annotations
@@ -14,15 +14,16 @@ import subprocess
 import sys
 from pathlib import Path
 
-from pipelines import ROOT, SOURCE, console, runs
+from pipelines import ROOT, SOURCE, console, page, runs
 from pipelines.console import UserError
 
 
-def main() -> int:
-    """Command line; see the module's docstring."""
-    parser = console.parser("Evaluate a finished run on the test split of its data set.")
-    parser.add_argument("--run", help="name of a run (default: the newest)")
-    folder = runs.find(parser.parse_args().run)
+def evaluate(folder: Path) -> int:
+    """Write `evaluation.json` into a run's folder; gives the exit code of the script that does it.
+
+    Raises:
+        UserError: when the run's data set is gone or has changed.
+    """
     facts = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     data = ROOT / facts["data"] / "test"
     if not (data / "dataset.json").is_file():
@@ -40,6 +41,17 @@ def main() -> int:
     code = subprocess.run([*command, "--output", str(output)]).returncode
     if code == 0:
         print(f"-> {Path(os.path.relpath(output, ROOT))}")
+    return code
+
+
+def main() -> int:
+    """Command line; see the module's docstring."""
+    parser = console.parser("Evaluate a finished run on the test split of its data set.")
+    parser.add_argument("--run", help="name of a run (default: the newest)")
+    folder = runs.find(parser.parse_args().run)
+    code = evaluate(folder)
+    if code == 0:
+        print(page.attach(folder))
     return code
 
 

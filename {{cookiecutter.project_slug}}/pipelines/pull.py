@@ -16,7 +16,7 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-from pipelines import ROOT, aws, console, logs, runs
+from pipelines import ROOT, aws, console, logs, page, runs
 from pipelines.config import Settings, load
 from pipelines.console import UserError
 
@@ -101,7 +101,9 @@ def main() -> int:
     parser = console.parser("Fetch what a training job made into artifacts/.", settings=True)
     parser.add_argument("--job", help="name of a training job (default: the project's newest)")
     options = parser.parse_args()
-    print(runs.describe(pull(load(options.set), options.job)))
+    folder = pull(load(options.set), options.job)
+    print(runs.describe(folder))
+    print(page.attach(folder))
     return 0
 
 

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pipelines import ROOT, console, container, data, engine, process, runs
+from pipelines import ROOT, console, container, data, engine, page, process, runs
 from pipelines.config import LocalMode, Settings, load
 from pipelines.console import TrainingView, UserError
 from pipelines.jobs import Interrupted, Job, JobFailed
@@ -165,6 +165,7 @@ def main() -> int:
     compute = settings.compute
     folder = train(settings, options.data, options.run, compute.local_mode, compute.local_instances, options.verbose)
     print(runs.describe(folder))
+    print(page.attach(folder))
     return 0
 
 

@@ -21,7 +21,7 @@ from tests.helpers import Verb
 
 NO_ENGINE = {"DOCKER_HOST": "unix:///nowhere/docker.sock"}
 SHORT = ("--set", "training.epochs=3")
-RUN_FILES = ["metrics.json", "metrics.jsonl", "model.tar.gz", "run.json", "train.log"]
+RUN_FILES = ["metrics.json", "metrics.jsonl", "model.tar.gz", "report.html", "run.json", "train.log"]
 
 
 def published(project: Path) -> Path:

@@ -4,12 +4,14 @@
         --output evaluation.json
 
 `evaluation.json` holds `{"metrics": {"accuracy": {"value": 0.98, "ci_low": 0.96, "ci_high": 0.99}, ...}}`, the
-confusion matrix, and what was evaluated.
+confusion matrix, reliability bins, the most confident mistakes with their pictures, and what was evaluated.
 """
 
 from __future__ import annotations
 
 import argparse
+import base64
+import io
 import json
 import math
 import sys
@@ -19,6 +21,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the source root, instead of this script's folder
@@ -26,6 +29,8 @@ if __name__ == "__main__":
 from inference.artifact import Artifact, ArtifactError, open_artifact
 
 BATCH = 64
+BINS = 15  # of the reliability diagram, as in the paper
+MISTAKES, PIXELS = 24, 96  # pictures that are kept, and their longest side: at most 0.6 MB in all
 
 
 class EvaluationError(ValueError):
@@ -62,11 +67,18 @@ def evaluate(artifact: Artifact, data: Path) -> dict[str, Any]:
     truth, scores = np.array(labels), np.array(probabilities)
     confusion = np.zeros((len(classes), len(classes)), dtype=np.int64)
     np.add.at(confusion, (truth, scores.argmax(1)), 1)
+    reliability = calibration(truth, scores)
+    sources = info["rows"].get(
+        data.resolve().name, []
+    )  # by the names of the splits, unless somebody renamed the folder
     return {
-        "metrics": metrics(truth, scores, confusion),
+        "metrics": metrics(truth, scores, confusion)
+        | {"expected_calibration_error": {"value": reliability["expected_calibration_error"]}},
         "classes": classes,
         "per_class": per_class(classes, confusion),
         "confusion": confusion.tolist(),
+        "calibration": reliability,
+        "mistakes": mistakes(truth, scores, classes, sources, [images for images, _ in shards]),
         "images": len(truth),
         "dataset_fingerprint": info["fingerprint"],
         "model_dataset_fingerprint": artifact.facts["dataset_fingerprint"],
@@ -109,6 +121,48 @@ def per_class(classes: Sequence[str], confusion: NDArray[np.int64]) -> list[dict
         }
         for index, name in enumerate(classes)
     ]
+
+
+def calibration(truth: NDArray[np.int64], scores: NDArray[np.float64]) -> dict[str, Any]:
+    """How far confidence is from accuracy: in bins of confidence, and weighted by their images over all of them.
+
+    The second is the expected calibration error (Guo et al., "On Calibration of Modern Neural Networks", ICML 2017).
+    """
+    confidence, correct = scores.max(1), scores.argmax(1) == truth
+    place = np.clip(np.ceil(confidence * BINS).astype(np.int64) - 1, 0, BINS - 1)
+    images = np.bincount(place, minlength=BINS)
+    hits, sums = np.bincount(place, correct, BINS), np.bincount(place, confidence, BINS)
+    return {
+        "expected_calibration_error": float(np.abs(hits - sums).sum() / len(truth)),
+        "bins": [
+            {"low": at / BINS, "high": (at + 1) / BINS, "images": int(images[at]),
+             "confidence": float(sums[at] / images[at]), "accuracy": float(hits[at] / images[at])}
+            for at in np.flatnonzero(images).tolist()
+        ],
+    }  # fmt: skip
+
+
+def mistakes(
+    truth: NDArray[np.int64], scores: NDArray[np.float64], classes: Sequence[str], sources: Sequence[str],
+    shards: Sequence[NDArray[np.uint8]],
+) -> list[dict[str, Any]]:  # fmt: skip
+    """The mistakes that the model was surest of, with the images as the model saw them."""
+    predicted, confidence = scores.argmax(1), scores.max(1)
+    wrong = np.flatnonzero(predicted != truth)
+    starts = np.cumsum([0, *map(len, shards)])
+    found = []
+    for row in wrong[np.argsort(-confidence[wrong], kind="stable")][:MISTAKES].tolist():
+        shard = int(np.searchsorted(starts, row, side="right")) - 1
+        picture, file = Image.fromarray(np.asarray(shards[shard][row - starts[shard]])), io.BytesIO()
+        picture.thumbnail((PIXELS, PIXELS))
+        picture.save(file, "JPEG", quality=90, subsampling=0)
+        found.append({
+            "row": row, "source": sources[row] if len(sources) == len(truth) else None,
+            "true": classes[truth[row]], "predicted": classes[predicted[row]],
+            "probability": float(confidence[row]), "probability_of_true": float(scores[row, truth[row]]),
+            "jpeg": base64.b64encode(file.getvalue()).decode("ascii"),
+        })  # fmt: skip
+    return found
 
 
 def wilson(successes: int, trials: int, z: float = 1.959964) -> tuple[float, float]:

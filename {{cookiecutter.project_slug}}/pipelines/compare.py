@@ -1,0 +1,98 @@
+"""Set two finished runs side by side: `make compare RUN_A=<name> RUN_B=<name>`; without names the two newest.
+
+    python -m pipelines.compare --a 20261120-093000-a1b2 --b 20261121-093000-c3d4
+
+What differs in settings, code, data and environment, every metric, and whether the test accuracies really differ.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from pipelines import console, page, runs
+from pipelines.charts import number_text
+from pipelines.console import UserError
+from pipelines.page import Record
+
+FACTS = ("git_commit", "data", "dataset_fingerprint", "mode", "image", "instances", "device")
+Row = tuple[str, ...]  # name, A, B, difference
+
+
+def differences(a: Record, b: Record) -> list[Row]:
+    """What the two were made from, where it is not the same."""
+    sides = [
+        {name: record.run.get(name) for name in FACTS} | record.run.get("versions", {})
+        | record.run.get("hyperparameters", {}) for record in (a, b)
+    ]  # fmt: skip
+    names = dict.fromkeys([*sides[0], *sides[1]])
+    return [(name, *(str(side.get(name)) for side in sides), "") for name in names
+            if sides[0].get(name) != sides[1].get(name)]  # fmt: skip
+
+
+def metrics(a: Record, b: Record) -> list[Row]:
+    """Every metric that either has, with its interval, and the difference where both have it."""
+    sides: list[dict[str, dict[str, Any]]] = [
+        {f"test {name}": found for name, found in record.evaluation.get("metrics", {}).items()}
+        | {name: {"value": value} for name, value in record.metrics.items()} for record in (a, b)
+    ]  # fmt: skip
+    rows = []
+    for name in dict.fromkeys([*sides[0], *sides[1]]):
+        found = [side.get(name, {}) for side in sides]
+        shown = [number_text(each.get("value")) + (f" ({each['ci_low']:.4f} to {each['ci_high']:.4f})"
+                                                   if "ci_low" in each else "") for each in found]  # fmt: skip
+        change = found[1]["value"] - found[0]["value"] if all(found) else 0
+        rows.append((name, *shown, f"{'+' if change > 0 else ''}{number_text(change)}" if change else ""))
+    return rows
+
+
+def verdict(a: Record, b: Record) -> str:
+    """Whether the test accuracies differ by more than chance explains.
+
+    The interval of the difference is made from both intervals (Newcombe, "Interval estimation for the difference
+    between independent proportions", Statistics in Medicine 17, 1998), as if the images were not the same: too wide.
+    """
+    first, second = (record.evaluation.get("metrics", {}).get("accuracy") for record in (a, b))
+    if not first or not second:
+        missing = " and ".join(record.run["run"] for record in (a, b) if not record.evaluation)
+        return f"no test accuracy to compare: {missing} is not evaluated; `make evaluate RUN=<name>` does it"
+    if a.evaluation["dataset_fingerprint"] != b.evaluation["dataset_fingerprint"]:
+        return "the test accuracies are of different data sets: their difference says little about the models"
+    change = second["value"] - first["value"]
+    low = change - math.hypot(first["ci_high"] - first["value"], second["value"] - second["ci_low"])
+    high = change + math.hypot(first["value"] - first["ci_low"], second["ci_high"] - second["value"])
+    answer = "more than chance explains" if low > 0 or high < 0 else "not more than chance explains"
+    return f"test accuracy {change:+.4f} (95 % interval {low:+.4f} to {high:+.4f}): {answer}"
+
+
+def names(a: str | None, b: str | None) -> tuple[Path, Path]:
+    """The folders of both runs: B is the newest, and A the one before it, unless they are named."""
+    second = runs.find(b)
+    older = sorted(path.parent.name for path in runs.ARTIFACTS.glob("*/model.tar.gz")
+                   if runs.NAME.fullmatch(path.parent.name) and path.parent.name < second.name)  # fmt: skip
+    if not a and not older:
+        raise UserError(f"there is no run before {second.name} to compare it with; name one with RUN_A")
+    return runs.find(a or older[-1]), second
+
+
+def main() -> int:
+    """Command line; see the module's docstring."""
+    parser = console.parser("Set two finished runs side by side.")
+    parser.add_argument("--a", metavar="RUN", help="name of a run (default: the one before B)")
+    parser.add_argument("--b", metavar="RUN", help="name of a run (default: the newest)")
+    options = parser.parse_args()
+    a, b = (page.read(folder) for folder in names(options.a, options.b))
+    tables = [("Differences", differences(a, b)), ("Metrics", metrics(a, b))]
+    print(f"A {a.folder.name}\nB {b.folder.name}")
+    for title, rows in tables:
+        print(f"\n{title.lower()}{'' if rows else ': none'}")
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        for row in rows:
+            print("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    print(f"\n{verdict(a, b)}")
+    return 0
+
+
+if __name__ == "__main__":
+    console.run_verb(main)

@@ -1,0 +1,35 @@
+"""Render the report of a finished run, `artifacts/<run>/report.html`: `make report`, `make report RUN=<name>`.
+
+    python -m pipelines.report --run 20261121-093000-a1b2
+
+A run that has not been evaluated on the test split is evaluated first; where that cannot be done, the report says so
+and shows the rest.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from pipelines import ROOT, console, evaluate, page, runs
+from pipelines.console import UserError
+
+
+def main() -> int:
+    """Command line; see the module's docstring."""
+    parser = console.parser("Render the HTML report of a finished run.")
+    parser.add_argument("--run", help="name of a run (default: the newest)")
+    folder = runs.find(parser.parse_args().run)
+    page.read(folder)  # what cannot be reported is not evaluated either
+    if not (folder / "evaluation.json").exists():
+        try:
+            if evaluate.evaluate(folder):
+                print("the report has no part on the test split: evaluation failed, see above")
+        except UserError as error:
+            print(f"the report has no part on the test split: {error}")
+    print(f"report: {Path(os.path.relpath(page.write(folder), ROOT))}")
+    return 0
+
+
+if __name__ == "__main__":
+    console.run_verb(main)
