@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -72,9 +73,11 @@ def aws(monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorder]:
         reply = original(self, operation, parameters)
         return stripped(reply) if self.meta.service_model.service_name == "sagemaker" else reply
 
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job would ignore Ctrl-C
     with mock_aws():
         monkeypatch.setattr(botocore.client.BaseClient, "_make_api_call", call)
         yield calls
+    signal.signal(signal.SIGINT, before)
 
 
 def readable(value: Any) -> Any:
