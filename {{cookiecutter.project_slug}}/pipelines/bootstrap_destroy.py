@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from pipelines import aws, console, engine, stack
+from pipelines import aws, console, engine, inventory, stack
 from pipelines.bootstrap import bucket_name
 from pipelines.config import Settings, load
 from pipelines.console import UserError
@@ -37,6 +37,8 @@ def busy(settings: Settings) -> Iterator[str]:
                 arn = item[key.replace("Name", "Arn")]
                 if item[key] == name or item[key].startswith(f"{name}-") or _tagged(sagemaker, arn, name):
                     yield f"{key.removesuffix('Name')} {item[key]}"
+    for run in inventory.executions(sagemaker):
+        yield f"{run.kind} {run.name}"
 
 
 def _tagged(sagemaker: Any, arn: str, name: str) -> bool:
@@ -71,6 +73,7 @@ def destroy(settings: Settings, everything: bool, confirmed: str, yes: bool) -> 
         if found is not None:
             stack.remove(cloud, found["StackId"])
         if everything:
+            _delete_pipeline(settings, name)
             _delete_bucket(settings, bucket, account)
             _delete_repository(settings, name, account)
 
@@ -82,6 +85,18 @@ def _typed(plan: str, name: str, confirmed: str) -> None:
         confirmed = aws.ask(f"type {name} to delete it:")
     if confirmed != name:
         raise UserError(f"nothing was deleted: {confirmed!r} is not the project's name; say CONFIRM={name}")
+
+
+def _delete_pipeline(settings: Settings, name: str) -> None:
+    from botocore.exceptions import ClientError
+
+    try:
+        aws.client(settings, "sagemaker").delete_pipeline(PipelineName=name)
+    except ClientError as error:
+        if not aws.missing(error):
+            raise
+        return
+    print(f"deleted the pipeline {name}")
 
 
 def _delete_bucket(settings: Settings, bucket: str, account: str) -> None:
