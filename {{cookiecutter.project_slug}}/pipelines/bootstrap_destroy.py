@@ -1,4 +1,4 @@
-"""Remove the project's stack: `make bootstrap-destroy`. Data and images stay, unless ALL=1 and the name is typed.
+"""Remove the project's stack: `make bootstrap-destroy`. Data, images and registry stay without ALL=1.
 
     python -m pipelines.bootstrap_destroy --yes
     python -m pipelines.bootstrap_destroy --all --confirm image-classifier
@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from pipelines import aws, console, engine, inventory, stack
+from pipelines import aws, console, engine, inventory, registry, stack
 from pipelines.bootstrap import bucket_name
 from pipelines.config import Settings, load
 from pipelines.console import UserError
@@ -63,7 +63,7 @@ def destroy(settings: Settings, everything: bool, confirmed: str, yes: bool) -> 
             return
         kept = f"bucket {bucket} and repository {name}, with all that is in them"
         plan = f"removes the stack {name} {where}: roles, notifications" + (
-            f";\nDELETES the {kept}" if everything else ""
+            f";\nDELETES the {kept}; and the model registry {name}" if everything else ""
         )
         plan += "" if everything else f";\nkeeps the {kept}: the next `make bootstrap` takes them back"
         if everything:
@@ -76,6 +76,7 @@ def destroy(settings: Settings, everything: bool, confirmed: str, yes: bool) -> 
             _delete_pipeline(settings, name)
             _delete_bucket(settings, bucket, account)
             _delete_repository(settings, name, account)
+            _delete_registry(settings, name)
 
 
 def _typed(plan: str, name: str, confirmed: str) -> None:
@@ -133,6 +134,23 @@ def _delete_repository(settings: Settings, name: str, account: str) -> None:
             raise
         return
     print(f"deleted the repository {name}")
+
+
+def _delete_registry(settings: Settings, name: str) -> None:
+    from botocore.exceptions import ClientError
+
+    sagemaker, group = aws.client(settings, "sagemaker"), {"ModelPackageGroupName": name}
+    try:
+        sagemaker.describe_model_package_group(**group)
+    except ClientError as error:
+        if not aws.missing(error):
+            raise
+        return
+    packages = registry.summaries(settings)
+    for package in packages:
+        sagemaker.delete_model_package(ModelPackageName=package["ModelPackageArn"])
+    sagemaker.delete_model_package_group(**group)
+    print(f"deleted the model registry {name} with {len(packages)} packages")
 
 
 def main() -> int:

@@ -12,7 +12,9 @@ import yaml
 from pipelines import aws, bootstrap, engine
 from pipelines.config import Settings
 
-KINDS = re.compile(r"TrainingJob|ProcessingJob|TransformJob|HyperParameterTuningJob|EndpointConfig|Endpoint|Model")
+KINDS = re.compile(
+    r"TrainingJob|ProcessingJob|TransformJob|HyperParameterTuningJob|EndpointConfig|Endpoint|Model(?:PackageGroup|Package)?"
+)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Draw the project's pipeline from its definition: `make pipeline-graph` writes `docs/pipeline.svg` and `docs/pipeline.mmd`.
+"""Draw the project's pipeline from its definition, into `docs/pipeline.svg` and `docs/pipeline.mmd`: `make pipeline-graph`.
 
 python -m pipelines.pipeline_graph
 """
@@ -25,6 +25,7 @@ KINDS = {
     "RegisterModel": "#ede9fe",
     "Fail": "#fee2e2",
 }
+GREY = "#475569"
 USES = re.compile(r'"Steps\.(\w+)\.(?:\w+\.Outputs\[\'(\w+)\'\]|PropertyFiles\.(\w+)|(\w+))')
 
 Edge = tuple[str, str, str]  # from, to, what goes along
@@ -82,9 +83,9 @@ def svg(document: dict[str, Any]) -> str:
           for place, names in rows.items() for row, name in enumerate(names)}  # fmt: skip
     wide, high = ACROSS * max(column.values()) + WIDE + 2 * EDGE, DOWN + HIGH + 2 * EDGE
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {wide} {high}" font-family="sans-serif" font-size="13">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {wide} {high}" font-family="sans-serif">',
         '<defs><marker id="tip" viewBox="0 0 8 8" refX="8" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
-        '<path d="M0 0L8 4L0 8z" fill="#475569"/></marker></defs>',
+        f'<path d="M0 0L8 4L0 8z" fill="{GREY}"/></marker></defs>',
         f'<rect width="{wide}" height="{high}" fill="#ffffff"/>',
     ]
     for start, end, what in links:
@@ -94,20 +95,20 @@ def svg(document: dict[str, Any]) -> str:
         if column[end] - column[start] > 1:  # above what lies between
             x, z, y, w = x - WIDE // 2, z + WIDE // 2, y - HIGH // 2, w - HIGH // 2
             path, place, height = f"M{x} {y}C{x} {y - 40} {z} {w - 40} {z} {w}", (x + z) // 2, y - 36
-        parts.append(f'<path d="{path}" fill="none" stroke="#475569" marker-end="url(#tip)"/>')
-        halo = 'fill="#475569" stroke="#ffffff" stroke-width="4" paint-order="stroke"'
-        parts.append(f'<text x="{place}" y="{height}" text-anchor="middle" font-size="11" {halo}>{escape(what)}</text>')
+        parts.append(f'<path d="{path}" fill="none" stroke="{GREY}" marker-end="url(#tip)"/>')
+        parts.append(_words(place, height, 11, what, GREY))
     for name, (x, y) in at.items():
-        parts.append(
-            f'<rect x="{x}" y="{y}" width="{WIDE}" height="{HIGH}" rx="6" fill="{KINDS[kinds[name]]}" stroke="#475569"/>'
-        )
-        parts.append(
-            f'<text x="{x + WIDE // 2}" y="{y + 21}" text-anchor="middle" fill="#0f172a">{escape(name)}</text>'
-        )
-        parts.append(
-            f'<text x="{x + WIDE // 2}" y="{y + 37}" text-anchor="middle" font-size="10" fill="#475569">{kinds[name]}</text>'
-        )
+        box = f'width="{WIDE}" height="{HIGH}" rx="6" fill="{KINDS[kinds[name]]}" stroke="{GREY}"'
+        parts.append(f'<rect x="{x}" y="{y}" {box}/>')
+        parts.append(_words(x + WIDE // 2, y + 21, 13, name, "#0f172a", KINDS[kinds[name]]))
+        parts.append(_words(x + WIDE // 2, y + 37, 10, kinds[name], GREY, KINDS[kinds[name]]))
     return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+def _words(x: int, y: int, size: int, words: str, colour: str, around: str = "#ffffff") -> str:
+    """Text with a halo, so that lines below it do not cross it."""
+    halo = f'fill="{colour}" stroke="{around}" stroke-width="4" paint-order="stroke"'
+    return f'<text x="{x}" y="{y}" text-anchor="middle" font-size="{size}" {halo}>{escape(words)}</text>'
 
 
 def main() -> int:

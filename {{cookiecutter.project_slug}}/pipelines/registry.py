@@ -18,7 +18,6 @@ from pipelines.config import Settings
 from pipelines.console import UserError
 
 PENDING, APPROVED, REJECTED = "PendingManualApproval", "Approved", "Rejected"
-JSON = "application/json"
 
 
 @dataclass(frozen=True)
@@ -88,23 +87,17 @@ def description(evidence: Evidence, image: str, uri: str, place: str) -> dict[st
     from payload import IMAGE_TYPES, JSON_TYPE, NPY_TYPE
 
     accuracy, model = evidence.evaluation["metrics"]["accuracy"], evidence.model
-    kinds = {"json": JSON, "html": "text/html"}
     files = {
-        name: {"ContentType": kinds[name.rpartition(".")[2]], "ContentDigest": f"sha256:{digest}",
-               "S3Uri": f"{place}/{name}"}
+        name: {"ContentType": "text/html" if name.endswith(".html") else JSON_TYPE,
+               "ContentDigest": f"sha256:{digest}", "S3Uri": f"{place}/{name}"}
         for name, digest in evidence.files.items()
     }  # fmt: skip
     metadata = {
-        "run": evidence.run,
-        "git_commit": model["git_commit"],
-        "dataset_fingerprint": model["dataset_fingerprint"],
-        "artifact": evidence.identity,
-        "accuracy": f"{accuracy['value']:.6f}",
-        "accuracy_low": f"{accuracy['ci_low']:.6f}",
-        "accuracy_high": f"{accuracy['ci_high']:.6f}",
-        "test_images": evidence.evaluation["images"],
-        "report": files.get("report.html", {}).get("S3Uri"),
-    }
+        "run": evidence.run, "git_commit": model["git_commit"], "dataset_fingerprint": model["dataset_fingerprint"],
+        "artifact": evidence.identity, "accuracy": f"{accuracy['value']:.6f}",
+        "accuracy_low": f"{accuracy['ci_low']:.6f}", "accuracy_high": f"{accuracy['ci_high']:.6f}",
+        "test_images": evidence.evaluation["images"], "report": files.get("report.html", {}).get("S3Uri"),
+    }  # fmt: skip
     quality = {"Statistics": files["evaluation.json"]}
     made = {"CommitId": model["git_commit"], "GeneratedBy": evidence.facts.get("job") or evidence.run}
     return {
@@ -114,13 +107,10 @@ def description(evidence: Evidence, image: str, uri: str, place: str) -> dict[st
         "InferenceSpecification": {  # instance types may be left out, and then any will do
             "Containers": [{"Image": image, "ModelDataUrl": uri}],
             "SupportedContentTypes": [*IMAGE_TYPES, JSON_TYPE, NPY_TYPE],
-            "SupportedResponseMIMETypes": [JSON],
+            "SupportedResponseMIMETypes": [JSON_TYPE],
         },
         "ModelMetrics": {"ModelQuality": quality},
-        "DriftCheckBaselines": {
-            "ModelQuality": quality,
-            "ModelDataQuality": {"Statistics": files["baseline.json"]},
-        },
+        "DriftCheckBaselines": {"ModelQuality": quality, "ModelDataQuality": {"Statistics": files["baseline.json"]}},
         "ModelCard": {"ModelCardStatus": "Draft", "ModelCardContent": json.dumps(card(evidence, image, uri))},
         "CustomerMetadataProperties": {key: str(value) for key, value in metadata.items() if value},
         "MetadataProperties": {key: value for key, value in made.items() if value},
@@ -132,22 +122,20 @@ def description(evidence: Evidence, image: str, uri: str, place: str) -> dict[st
 def card(evidence: Evidence, image: str, uri: str) -> dict[str, Any]:
     """The content of the model card, by the schema of cards of packages; a draft for people to go on with."""
     model, facts, tested = evidence.model, evidence.facts, evidence.evaluation
-    names = ", ".join(model["classes"])
+    purpose = f"Tells which of these classes an image shows: {', '.join(model['classes'])}"
     data = [f"{facts.get('data', 'data set')}, fingerprint {model['dataset_fingerprint']}"]
-    numbers = {key: value for key, value in model["metrics"].items() if isinstance(value, int | float)}
-    settled = facts.get("hyperparameters", {})
-    metrics = []
-    for name, metric in tested["metrics"].items():
-        notes = (
-            {"notes": f"95 % interval {metric['ci_low']:.6f} to {metric['ci_high']:.6f}"} if "ci_low" in metric else {}
-        )
-        metrics.append({"name": name, "type": "number", "value": metric["value"], **notes})
+    settled = list(facts.get("hyperparameters", {}).items())[:100]  # AWS takes no more, nor more metrics
+    numbers = [(name, value) for name, value in model["metrics"].items() if isinstance(value, int | float)][:50]
+    metrics = [
+        {"name": name, "type": "number", "value": metric["value"]}
+        | ({"notes": f"95 % interval {metric['ci_low']:.6f} to {metric['ci_high']:.6f}"} if "ci_low" in metric else {})
+        for name, metric in tested["metrics"].items()
+    ]
     return {
         "model_overview": {"model_creator": group(), "model_artifact": [uri]},
         "intended_uses": {
-            "purpose_of_model": f"Tells which class one image shows: {names}"[:2048],
+            "purpose_of_model": purpose[:2048],
             "intended_uses": "Images like those of its training data. It has no answer 'none of these'.",
-            "factors_affecting_model_efficiency": "Images that differ from the baseline: light, contrast, framing.",
         },
         "training_details": {
             "training_observations": f"{model['architecture']} at {model['image_size']} pixels, torch "
@@ -155,23 +143,16 @@ def card(evidence: Evidence, image: str, uri: str) -> dict[str, Any]:
             "training_job_details": {
                 "training_datasets": data,
                 "training_environment": {"container_image": [facts.get("image") or image]},
-                "user_provided_training_metrics": [
-                    {"name": name, "value": value} for name, value in list(numbers.items())[:50]
-                ],
-                "user_provided_hyper_parameters": [
-                    {"name": name, "value": str(value)[:255]} for name, value in list(settled.items())[:100]
-                ],
+                "user_provided_training_metrics": [{"name": name, "value": value} for name, value in numbers],
+                "user_provided_hyper_parameters": [{"name": name, "value": str(value)[:255]} for name, value in settled],
             },
         },
-        "evaluation_details": [
-            {
-                "name": "test split",
-                "evaluation_observation": f"{tested['images']} images that training did not see",
-                "datasets": data,
-                "metric_groups": [{"name": "classification", "metric_data": metrics}],
-            }
-        ],
-    }
+        "evaluation_details": [{
+            "name": "test split", "datasets": data,
+            "evaluation_observation": f"{tested['images']} images that training did not see",
+            "metric_groups": [{"name": "classification", "metric_data": metrics}],
+        }],
+    }  # fmt: skip
 
 
 def summaries(settings: Settings, status: str | None = None) -> list[dict[str, Any]]:
@@ -197,7 +178,6 @@ def find(settings: Settings, wanted: str) -> Package:
     Raises:
         UserError: when there is none.
     """
-    arn = wanted
     if wanted == "champion":
         best = champion(settings)
         if best is None:
@@ -206,17 +186,18 @@ def find(settings: Settings, wanted: str) -> Package:
     if not wanted.startswith("arn:"):
         there = {str(item["ModelPackageVersion"]): item["ModelPackageArn"] for item in summaries(settings)}
         if wanted not in there:
-            raise UserError(f"{group()} has no package {wanted!r}; it has: {', '.join(there) or 'none'}; champion is "
-                            "the newest approved one, and `make register` makes one")  # fmt: skip
-        arn = there[wanted]
-    with aws.explained(f"looking up the model package {arn}"):
-        return package(aws.client(settings, "sagemaker").describe_model_package(ModelPackageName=arn))
+            raise UserError(f"{group()} has no package {wanted!r}; it has: {', '.join(there) or 'none'}")
+        wanted = there[wanted]
+    with aws.explained(f"looking up the model package {wanted}"):
+        return package(aws.client(settings, "sagemaker").describe_model_package(ModelPackageName=wanted))
 
 
-def newest(settings: Settings, status: str) -> Package | None:
-    """The newest package with an approval status."""
-    there = summaries(settings, status)
-    return find(settings, there[0]["ModelPackageArn"]) if there else None
+def newest(settings: Settings, status: str | None = None, identity: str = "") -> Package | None:
+    """The newest package, with an approval status or of an artifact where one is given."""
+    for item in summaries(settings, status):
+        if identity in item.get("ModelPackageDescription", ""):
+            return find(settings, item["ModelPackageArn"])
+    return None
 
 
 def champion(settings: Settings) -> Package | None:
@@ -224,20 +205,12 @@ def champion(settings: Settings) -> Package | None:
     return newest(settings, APPROVED)
 
 
-def holding(settings: Settings, identity: str) -> Package | None:
-    """The package that has an artifact already."""
-    for item in summaries(settings):
-        if identity in item.get("ModelPackageDescription", ""):
-            return find(settings, item["ModelPackageArn"])
-    return None
-
-
 def make_group(settings: Settings) -> None:
     """Make the project's group when it is missing; a package has the tags of its group."""
     from botocore.exceptions import ClientError
 
     sagemaker = aws.client(settings, "sagemaker")
-    with aws.explained(f"looking for the model package group {group()}"):
+    with aws.explained(f"registering in {group()}"):
         try:
             sagemaker.describe_model_package_group(ModelPackageGroupName=group())
         except ClientError as error:
@@ -250,22 +223,27 @@ def make_group(settings: Settings) -> None:
 
 
 def register(settings: Settings, request: dict[str, Any]) -> Package:
-    """Create a package."""
+    """Create a package, and the group when it is missing."""
     make_group(settings)
     with aws.explained(f"registering in {group()}"):
-        return find(
-            settings, aws.client(settings, "sagemaker").create_model_package(**request)["ModelPackageArn"]
-        )
+        made = aws.client(settings, "sagemaker").create_model_package(**request)
+    return find(settings, made["ModelPackageArn"])
+
+
+def local() -> list[Package]:
+    """What is in the local registry, oldest first."""
+    files = (runs.ARTIFACTS / "registry" / group()).glob("[0-9]*/package.json")
+    there = [package(json.loads(file.read_text(encoding="utf-8"))) for file in files]
+    return sorted(there, key=lambda known: known.version)
 
 
 def register_local(evidence: Evidence, image: str, archive: Path, files: Path, status: str = PENDING) -> Path:
     """Copy an artifact and its evidence into the local registry; gives the version's folder, the first one's if any."""
-    home = runs.ARTIFACTS / "registry" / group()
-    there = sorted(home.glob("[0-9]*/package.json"), key=lambda path: int(path.parent.name))
-    for path in there:
-        if package(json.loads(path.read_text(encoding="utf-8"))).metadata["artifact"] == evidence.identity:
-            return path.parent
-    version = int(there[-1].parent.name) + 1 if there else 1
+    home, there = runs.ARTIFACTS / "registry" / group(), local()
+    for known in there:
+        if known.metadata["artifact"] == evidence.identity:
+            return home / str(known.version)
+    version = there[-1].version + 1 if there else 1
     folder, partial = home / str(version), home / f".{version}.tmp"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -281,10 +259,3 @@ def register_local(evidence: Evidence, image: str, archive: Path, files: Path, s
     (partial / "package.json").write_text(json.dumps(said | own, indent=2) + "\n", encoding="utf-8")
     partial.rename(folder)
     return folder
-
-
-def local() -> list[Package]:
-    """What is in the local registry, oldest first."""
-    home = runs.ARTIFACTS / "registry" / group()
-    files = sorted(home.glob("[0-9]*/package.json"), key=lambda path: int(path.parent.name))
-    return [package(json.loads(file.read_text(encoding="utf-8"))) for file in files]

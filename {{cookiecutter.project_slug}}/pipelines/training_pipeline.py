@@ -19,6 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from pipelines import ROOT, aws, console, engine, image_push, process_job, registry, runs, train
 from pipelines.config import Settings, load
@@ -52,7 +53,12 @@ def definition(settings: Settings, stack: aws.Stack, inputs: Inputs, staged: Pat
     log = ROOT / ".cache" / "pipeline.log"
     log.parent.mkdir(exist_ok=True)
     console.log_to(log)
-    with warnings.catch_warnings():
+    from sagemaker.core.config.config_manager import SageMakerConfig
+
+    with (
+        mock.patch.object(SageMakerConfig, "validate_sagemaker_config"),  # fifty times, which takes seconds
+        warnings.catch_warnings(),
+    ):
         warnings.simplefilter("ignore")  # "No Job being started"
         document: dict[str, Any] = json.loads(_pipeline(settings, stack, inputs, staged).definition())
     for step in document["Steps"]:  # jobs are called `pipelines-...` otherwise, which no policy of the stack allows
