@@ -1,4 +1,4 @@
-"""Draw the project's pipeline from its definition, into `docs/pipeline.svg` and `docs/pipeline.mmd`: `make pipeline-graph`.
+"""Draw the project's pipeline from its definition: `make pipeline-graph`, into `docs/pipeline.svg` and `.mmd`.
 
 python -m pipelines.pipeline_graph
 """

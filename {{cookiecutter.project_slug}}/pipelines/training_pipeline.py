@@ -187,7 +187,8 @@ def _pipeline(settings: Settings, stack: aws.Stack, inputs: Inputs, staged: Path
 
     value, bound = later("metrics.accuracy.value"), later("metrics.accuracy.ci_high")
     message = Join(values=[
-        "accuracy ", value, " (up to ", bound, " with 95 % confidence) on the test split: it must be at least ", accuracy, " (pipeline.min_accuracy), and that bound at least ", champion,
+        "accuracy ", value, " (up to ", bound, " with 95 % confidence) on the test split: it must be at least ",
+        accuracy, " (pipeline.min_accuracy), and that bound at least ", champion,
         " (the champion's accuracy); nothing was registered",
     ])  # fmt: skip
     gate = ConditionStep(
