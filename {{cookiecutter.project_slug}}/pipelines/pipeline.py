@@ -96,7 +96,7 @@ def _upsert(settings: Settings, stack: aws.Stack, document: dict[str, Any]) -> N
             sagemaker.create_pipeline(**said, Tags=aws.tags(settings))
             print(f"created the pipeline {name}", flush=True)
             return
-        changes = list(difference(json.loads(deployed["PipelineDefinition"]), document))
+        changes = difference(json.loads(deployed["PipelineDefinition"]), document)
         if changes or deployed["RoleArn"] != stack.pipeline_role:
             print("\n".join([f"the deployed pipeline {name} differs, and is replaced:", *changes]), flush=True)
             sagemaker.update_pipeline(**said)
@@ -106,8 +106,8 @@ def _upsert(settings: Settings, stack: aws.Stack, document: dict[str, Any]) -> N
 
 def difference(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """The lines in which two definitions differ, with a little of what is around them."""
-    texts = [json.dumps(document, indent=1, sort_keys=True).splitlines() for document in (old, new)]
-    return list(difflib.unified_diff(*texts, "deployed", "new", lineterm="", n=2))
+    before, after = (json.dumps(document, indent=1, sort_keys=True).splitlines() for document in (old, new))
+    return list(difflib.unified_diff(before, after, "deployed", "new", lineterm="", n=2))
 
 
 def follow(settings: Settings, arn: str) -> None:
@@ -134,7 +134,7 @@ def follow(settings: Settings, arn: str) -> None:
                 break
             time.sleep(POLL)
     except KeyboardInterrupt:
-        raise UserError(f"{arn.rpartition('/')[2]} runs on; {after(settings, arn)}", code=130) from None
+        raise UserError(f"{arn.rpartition('/')[2]} runs on; {hints(settings, arn)}", code=130) from None
     if status != "Succeeded":
         reasons = [_reason(step) for step in steps if step["StepStatus"] == "Failed"]
         raise UserError("; ".join(reasons) or f"the execution ended as {status}")
@@ -153,7 +153,7 @@ def _reason(step: dict[str, Any]) -> str:
     return " ".join(said.split()) if "Fail" in step.get("Metadata", {}) else f"step {step['StepName']} failed: {said}"
 
 
-def after(settings: Settings, arn: str) -> str:
+def hints(settings: Settings, arn: str) -> str:
     """How to look at an execution that runs, and how to stop it."""
     stop = f"aws sagemaker stop-pipeline-execution --pipeline-execution-arn {arn} --region {settings.aws.region}"
     return f"`make status` shows it, stop it with `{stop}`"
@@ -168,7 +168,7 @@ def main() -> int:
     options = parser.parse_args()
     settings = load(options.set)
     arn = start(settings, options.data, options.yes)
-    print(f"started {arn.rpartition('/')[2]}; {after(settings, arn)}", flush=True)
+    print(f"started {arn.rpartition('/')[2]}; {hints(settings, arn)}", flush=True)
     if options.wait:
         follow(settings, arn)
         print("done; the model is registered")
