@@ -23,6 +23,7 @@ from pipelines import ROOT, bootstrap, bootstrap_destroy, config, stack
 from pipelines.aws import stack as outputs
 from pipelines.console import UserError
 from tests.cloud import GOLDEN, Recorder, aws, check_golden
+from tests.test_costs import THEIRS, make_endpoint
 
 __all__ = ["aws"]  # fixture
 pytestmark = pytest.mark.filterwarnings("ignore:Tried to parse AWS:UserWarning")  # kinds that moto does not make
@@ -316,24 +317,17 @@ def test_objects_that_cannot_be_deleted_are_named(aws: Recorder) -> None:
     assert boto3.client("s3").list_buckets()["Buckets"]
 
 
-def test_destroy_refuses_while_something_runs(aws: Recorder) -> None:
+def test_destroy_refuses_while_something_of_the_project_bills(aws: Recorder) -> None:
     make()
-    arn = f"arn:aws:sagemaker:us-east-1:{ACCOUNT}:"
-    endpoints = [NAME, f"{NAME}-canary", "demo", "image-classifiers", "stranger"]
-    aws.answers["ListEndpoints"] = {
-        "Endpoints": [{"EndpointName": name, "EndpointArn": f"{arn}endpoint/{name}"} for name in endpoints]
-    }
-    mine = [{"Key": "project", "Value": NAME}]
-    aws.answers["ListTags"] = lambda call: {"Tags": mine if call["ResourceArn"].endswith("/demo") else []}
-    job = {"TrainingJobName": f"{NAME}-1", "TrainingJobArn": f"{arn}training-job/{NAME}-1"}
-    aws.answers["ListTrainingJobs"] = lambda call: {
-        "TrainingJobSummaries": [job] if call["StatusEquals"] == "Stopping" else []
-    }
-    wanted = f"Endpoint {NAME}, Endpoint {NAME}-canary, Endpoint demo, TrainingJob {NAME}-1; remove endpoints with"
+    make_endpoint("demo")
+    make_endpoint(f"{NAME}-2", THEIRS)  # another project's, whose name begins with this one's
     for everything in (True, False):
-        with pytest.raises(UserError, match=f"still there: {wanted} `make destroy`"):
+        with pytest.raises(UserError, match="still there: endpoint demo; remove endpoints with `make destroy`"):
             destroy(everything, NAME)
     assert not aws.named("DeleteStack")
+    boto3.client("sagemaker").delete_endpoint(EndpointName="demo")
+    destroy()
+    assert len(aws.named("DeleteStack")) == 1
 
 
 def test_everything_that_can_be_asked_for(aws: Recorder, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,7 +15,7 @@ import pytest
 from botocore.exceptions import ClientError
 from moto.sagemaker.models import SageMakerModelBackend
 
-from pipelines import approve, bootstrap_destroy, pull, register, registry, runs, status
+from pipelines import approve, bootstrap_destroy, pull, register, registry, runs, source, status
 from pipelines import aws as cloud
 from pipelines.console import UserError
 from pipelines.registry import Package
@@ -33,7 +33,7 @@ def evaluate(run: str, accuracy: float = 0.95) -> Path:
     """Write what `make evaluate` writes."""
     folder = runs.ARTIFACTS / run
     found = folder / "unpacked"
-    register.source.checked(folder / "model.tar.gz", found)
+    source.checked(folder / "model.tar.gz", found)
     model = json.loads((found / "model.json").read_text())
     shutil.rmtree(found)
     metrics = {"accuracy": {"value": accuracy, "ci_low": accuracy - 0.02, "ci_high": accuracy + 0.015},
@@ -86,7 +86,7 @@ def test_from_a_run_to_an_endpoint_of_the_champion(
     printed = capsys.readouterr().out
     assert f"registers {SECOND} in the model package group {NAME} in us-east-1" in printed
     assert printed.index("costs at most 0.00 USD") < printed.index("uploading")
-    assert f"{NAME}/1 (run {SECOND}, accuracy 0.950000, 95 % interval 0.930000 to 0.965000): Pending" in printed
+    assert f"{NAME}/1 (run {SECOND}, accuracy 0.950000, accuracy_low 0.930000, accuracy_high 0.965000): Pending" in printed
     (request,) = calls.named("CreateModelPackage")
     card = {"ModelCard": request["ModelCard"] | {"ModelCardContent": "<its own test>"}}
     shown = [(name, asked | card if asked is request else asked) for name, asked in calls]
@@ -201,9 +201,14 @@ def test_what_is_not_registered(calls: Recorder, tmp_path: Path, artifact: Path)
 
 
 def test_a_job_is_pulled_and_its_artifact_stays_where_it_is(calls: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder, asked = runs.ARTIFACTS / SECOND, []
+    folder, asked = runs.ARTIFACTS / SECOND, list[str]()
     (folder / "run.json").write_text(json.dumps(FACTS | {"job": "the-job", "model_uri": "s3://b/jobs/model.tar.gz"}))
-    monkeypatch.setattr(pull, "pull", lambda _, job: asked.append(job) or folder)
+
+    def pulled(_: Any, job: str) -> Path:
+        asked.append(job)
+        return folder
+
+    monkeypatch.setattr(pull, "pull", pulled)
     put(job="the-job")
     assert asked == ["the-job"]
     (request,) = calls.named("CreateModelPackage")

@@ -64,14 +64,14 @@ def start(settings: Settings, options: Namespace) -> str:
             prices.hourly(settings, "transform", chosen.instance_type),
         )
         plan = (
-            f"{name}: a transform job in {settings.aws.region} on {chosen.instances} x {chosen.instance_type}, {hours:g} "
-            f"hours at most, in {'the image of the package' if model.package else image}, classifies {len(sizes)} "
-            f"images of {options.data} with {model.label}"
+            f"{name}: a transform job in {settings.aws.region} on {chosen.instances} x {chosen.instance_type}, "
+            f"{hours:g} hours at most, in {'the image of the package' if model.package else image}, classifies "
+            f"{len(sizes)} images of {options.data} with {model.label}"
         )
         prices.afford(settings, plan, None if price is None else price * hours * chosen.instances, options.yes)
         if not model.package:
             image_push.ensure(settings, stack, "serving")
-        uri = model.uri or source.upload(settings, stack, model.archive)
+        uri = model.uri or storage.artifact(settings, stack, model.archive)
     prefix = storage.upload(settings, local, stack.bucket, f"raw/{data.state(local, [])}") if local else options.data
     manifest, place = [{"prefix": f"{prefix.rstrip('/')}/"}, *sorted(sizes)], f"s3://{stack.bucket}/batch/{name}"
     end = time.strftime("at(%Y-%m-%dT%H:%M:%S)", time.gmtime(time.time() + hours * 3600))

@@ -9,8 +9,6 @@ Refuses while the project has endpoints or running jobs: they need the stack's r
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from typing import Any
 
 from pipelines import aws, console, engine, inventory, registry, stack
 from pipelines.bootstrap import bucket_name
@@ -18,38 +16,13 @@ from pipelines.config import Settings, load
 from pipelines.console import UserError
 
 GONE = ("NoSuchBucket", "RepositoryNotFoundException")
-RUNNING = [  # operation, filter, where the names are
-    ("list_endpoints", {}, "Endpoints", "EndpointName"),
-    *(
-        (f"list_{kind}_jobs", {"StatusEquals": status}, f"{kind.title()}JobSummaries", f"{kind.title()}JobName")
-        for kind in ("training", "processing", "transform")
-        for status in ("InProgress", "Stopping")
-    ),
-]
-
-
-def busy(settings: Settings) -> Iterator[str]:
-    """What of the project still runs; by its name, or by its tag when it has another name."""
-    sagemaker, name = aws.client(settings, "sagemaker"), engine.project_name()
-    for operation, condition, items, key in RUNNING:
-        for page in sagemaker.get_paginator(operation).paginate(**condition):
-            for item in page[items]:
-                arn = item[key.replace("Name", "Arn")]
-                if item[key] == name or item[key].startswith(f"{name}-") or _tagged(sagemaker, arn, name):
-                    yield f"{key.removesuffix('Name')} {item[key]}"
-    for run in inventory.executions(sagemaker):
-        yield f"{run.kind} {run.name}"
-
-
-def _tagged(sagemaker: Any, arn: str, name: str) -> bool:
-    return {"Key": "project", "Value": name} in sagemaker.list_tags(ResourceArn=arn)["Tags"]
 
 
 def destroy(settings: Settings, everything: bool, confirmed: str, yes: bool) -> None:
     """Remove the stack, and with `everything` also data and images; see the module's docstring."""
     name = engine.project_name()
     with aws.explained(f"removing the stack {name}"):
-        running = list(busy(settings))
+        running = [f"{item.kind} {item.name}" for item in inventory.everything(settings) if item.bills]
         if running:
             raise UserError(
                 f"still there: {', '.join(running)}; remove endpoints with `make destroy` and stop or await jobs first"
@@ -63,7 +36,7 @@ def destroy(settings: Settings, everything: bool, confirmed: str, yes: bool) -> 
             return
         kept = f"bucket {bucket} and repository {name}, with all that is in them"
         plan = f"removes the stack {name} {where}: roles, notifications" + (
-            f";\nDELETES the {kept}; and the model registry {name}" if everything else ""
+            f";\nDELETES the {kept}; and the pipeline and the model registry {name}" if everything else ""
         )
         plan += "" if everything else f";\nkeeps the {kept}: the next `make bootstrap` takes them back"
         if everything:

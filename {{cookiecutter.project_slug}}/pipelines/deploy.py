@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pipelines import aws, console, endpoints, image_push, prices, rollout, runs, source
+from pipelines import aws, console, endpoints, image_push, prices, rollout, runs, source, storage
 from pipelines.config import Settings, load
 from pipelines.console import UserError
 from pipelines.rollout import SECOND, Plan
@@ -44,7 +44,7 @@ def deploy(settings: Settings, options: Namespace) -> None:
         _agree(settings, plan, model.label, options.yes)
         if not plan.package:
             image_push.ensure(settings, stack, "serving")
-        plan = replace(plan, uri=plan.uri or source.upload(settings, stack, model.archive))
+        plan = replace(plan, uri=plan.uri or storage.artifact(settings, stack, model.archive))
     before, end = endpoints.end(settings, name), None
     if chosen.ttl_hours:
         end = time.strftime("at(%Y-%m-%dT%H:%M:%S)", time.gmtime(time.time() + chosen.ttl_hours * 3600))
@@ -61,7 +61,8 @@ def deploy(settings: Settings, options: Namespace) -> None:
     try:
         difference = _see(settings, plan, model.samples, remove)
     except KeyboardInterrupt:
-        raise UserError(f"stopped waiting; {name} goes on and bills, and {ends}; {remove}", code=130) from None
+        again = "its golden samples were not asked and its scaling is not set: `make deploy` again does that"
+        raise UserError(f"stopped waiting; {name} goes on and bills, and {ends}; {again}; {remove}", code=130) from None
     print(f"{name} is in service, its {len(model.samples)} golden samples agree within {difference:.4f}")
     print(f"  {endpoints.link(settings, name)}\n  make invoke IMAGE=path/to/an/image ENDPOINT={name}")
     if plan.weight:

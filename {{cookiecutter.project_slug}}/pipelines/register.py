@@ -59,9 +59,7 @@ def register(settings: Settings, options: Namespace) -> Package:
     Raises:
         UserError: when it cannot be registered.
     """
-    given = [word for word in ("run", "job", "artifact") if getattr(options, word)]
-    if len(given) > 1:
-        raise UserError(f"{' and '.join(word.upper() for word in given)} name an artifact each; give one")
+    source.only_one(options)
     if options.job:
         archive = pull.pull(settings, options.job) / "model.tar.gz"
     else:
@@ -74,12 +72,10 @@ def register(settings: Settings, options: Namespace) -> Package:
             return known
         stack = aws.stack(settings)
         image, place = image_push.uri(settings, stack, "serving"), registry.group()
-        if "report.html" not in found.files:
-            print("there is no report.html beside the artifact, so the package has none")
         plan = f"registers {found.run} in the model package group {place} in {settings.aws.region}, with {image}"
         prices.afford(settings, plan, 0.0, yes=False)
         image_push.ensure(settings, stack, "serving")
-        uri = found.facts.get("model_uri") or source.upload(settings, stack, archive)
+        uri = found.facts.get("model_uri") or storage.artifact(settings, stack, archive)
         digest = hashlib.sha256(json.dumps(found.files, sort_keys=True).encode()).hexdigest()
         attached = storage.upload(settings, Path(temporary), stack.bucket, f"registry/{digest}")
         return registry.register(settings, registry.description(found, image, uri, attached))

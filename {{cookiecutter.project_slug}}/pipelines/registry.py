@@ -57,10 +57,8 @@ class Package:
         return float(self.metadata.get("accuracy", 0.0))
 
     def __str__(self) -> str:
-        said = [f"{key} {self.metadata[key]}" for key in ("run", "accuracy") if key in self.metadata]
-        if "accuracy_low" in self.metadata:
-            said.append(f"95 % interval {self.metadata['accuracy_low']} to {self.metadata['accuracy_high']}")
-        return f"{'/'.join(self.arn.split('/')[-2:])}" + (f" ({', '.join(said)})" if said else "")
+        known = (key for key in ("run", "accuracy", "accuracy_low", "accuracy_high") if key in self.metadata)
+        return f"{'/'.join(self.arn.split('/')[-2:])} ({', '.join(f'{key} {self.metadata[key]}' for key in known)})"
 
 
 def group() -> str:
@@ -124,29 +122,24 @@ def card(evidence: Evidence, image: str, uri: str) -> dict[str, Any]:
     model, facts, tested = evidence.model, evidence.facts, evidence.evaluation
     purpose = f"Tells which of these classes an image shows: {', '.join(model['classes'])}"
     data = [f"{facts.get('data', 'data set')}, fingerprint {model['dataset_fingerprint']}"]
-    settled = list(facts.get("hyperparameters", {}).items())[:100]  # AWS takes no more, nor more metrics
-    numbers = [(name, value) for name, value in model["metrics"].items() if isinstance(value, int | float)][:50]
+    settled = list(facts.get("hyperparameters", {}).items())[:100]  # AWS takes no more
     metrics = [
         {"name": name, "type": "number", "value": metric["value"]}
         | ({"notes": f"95 % interval {metric['ci_low']:.6f} to {metric['ci_high']:.6f}"} if "ci_low" in metric else {})
         for name, metric in tested["metrics"].items()
     ]
+    job = {
+        "training_datasets": data, "training_environment": {"container_image": [facts.get("image") or image]},
+        "user_provided_hyper_parameters": [{"name": name, "value": str(value)[:255]} for name, value in settled],
+    }  # fmt: skip
+    trained = f"{model['architecture']} at {model['image_size']} pixels, torch {model['torch_version']}"
     return {
         "model_overview": {"model_creator": group(), "model_artifact": [uri]},
         "intended_uses": {
             "purpose_of_model": purpose[:2048],
             "intended_uses": "Images like those of its training data. It has no answer 'none of these'.",
         },
-        "training_details": {
-            "training_observations": f"{model['architecture']} at {model['image_size']} pixels, torch "
-            f"{model['torch_version']}, commit {model['git_commit'] or 'unknown'}, run {evidence.run}",
-            "training_job_details": {
-                "training_datasets": data,
-                "training_environment": {"container_image": [facts.get("image") or image]},
-                "user_provided_training_metrics": [{"name": name, "value": value} for name, value in numbers],
-                "user_provided_hyper_parameters": [{"name": name, "value": str(value)[:255]} for name, value in settled],
-            },
-        },
+        "training_details": {"training_observations": f"{trained}, run {evidence.run}", "training_job_details": job},
         "evaluation_details": [{
             "name": "test split", "datasets": data,
             "evaluation_observation": f"{tested['images']} images that training did not see",

@@ -42,15 +42,20 @@ def add_options(parser: ArgumentParser, job: str = "a training job whose artifac
     parser.add_argument("--artifact", type=Path, help="a model.tar.gz")
 
 
+def only_one(options: Namespace) -> None:
+    """Refuse options that name more than one artifact."""
+    given = [word.upper() for word in ("run", "job", "package", "artifact") if getattr(options, word, None)]
+    if len(given) > 1:
+        raise UserError(f"{' and '.join(given)} name an artifact each; give one")
+
+
 def find(settings: Settings, options: Namespace, folder: Path) -> Source:
     """The artifact that the options name, checked; what lies in S3 only is downloaded into a folder.
 
     Raises:
         UserError: when there is none, it is damaged, its job failed, or its package is not approved.
     """
-    given = [word for word in ("run", "job", "package", "artifact") if getattr(options, word)]
-    if len(given) > 1:
-        raise UserError(f"{' and '.join(word.upper() for word in given)} name an artifact each; give one")
+    only_one(options)
     uri = arn = None
     if options.job:
         with aws.explained(f"looking up the training job {options.job}"):
@@ -89,22 +94,3 @@ def checked(archive: Path, folder: Path) -> list[dict[str, Any]]:
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{archive} is no artifact of this project: {error}") from error
     return samples
-
-
-def upload(settings: Settings, stack: aws.Stack, archive: Path) -> str:
-    """Put an artifact into the bucket, once a content."""
-    from botocore.exceptions import ClientError
-
-    with archive.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    place = {"Bucket": stack.bucket, "Key": f"models/{digest}/model.tar.gz"}
-    uri, s3 = f"s3://{stack.bucket}/{place['Key']}", aws.client(settings, "s3")
-    with aws.explained(f"uploading {archive} to {uri}"):
-        try:
-            if s3.head_object(**place)["ContentLength"] == archive.stat().st_size:
-                return uri
-        except ClientError as error:
-            if error.response["Error"]["Code"] != "404":
-                raise
-        s3.upload_file(str(archive), **place, ExtraArgs=aws.encryption(settings))
-    return uri

@@ -99,6 +99,25 @@ def put(settings: Settings, uri: str, content: bytes) -> None:
         aws.client(settings, "s3").put_object(Bucket=bucket, Key=key, Body=content, **aws.encryption(settings))
 
 
+def artifact(settings: Settings, stack: aws.Stack, archive: Path) -> str:
+    """Upload an artifact, once a content; returns its URI."""
+    from botocore.exceptions import ClientError
+
+    with archive.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    place = {"Bucket": stack.bucket, "Key": f"models/{digest}/model.tar.gz"}
+    uri, s3 = f"s3://{stack.bucket}/{place['Key']}", aws.client(settings, "s3")
+    with aws.explained(f"uploading {archive} to {uri}"):
+        try:
+            if s3.head_object(**place)["ContentLength"] == archive.stat().st_size:
+                return uri
+        except ClientError as error:
+            if error.response["Error"]["Code"] != "404":
+                raise
+        s3.upload_file(str(archive), **place, ExtraArgs=aws.encryption(settings))
+    return uri
+
+
 def checked(settings: Settings, source: str) -> str:
     """The URI of a packed data set in S3, without a slash at its end.
 

@@ -67,7 +67,8 @@ def train(settings: Settings, source: str | None, run: str | None, yes: bool) ->
     prices.afford(
         settings,
         f"run {name}: a training job in {settings.aws.region} on {compute.instances} x {compute.instance_type}"
-        f"{' spot, cheaper than the price below' if compute.spot else ''}, {hours:g} hours at most, in {image}, on {where}",
+        f"{' spot, cheaper than the price below' if compute.spot else ''}, {hours:g} hours at most, in {image}, "
+        f"on {where}",
         None if price is None else price * hours * compute.instances,
         yes,
     )
