@@ -100,11 +100,11 @@ def _commit(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def evaluated(folder: Path, document: dict[str, Any], value: float, bound: float, **parameters: Any) -> Execution:
     """An execution in which all steps before the gate have run."""
-    execution = Execution(document, parameters, {}, None, "20261121-093000-a1b2", folder, verbose=False)
+    execution = Execution(document, parameters, {}, None, "20261121-093000-a1b2", folder)
     accuracy = {"value": value, "ci_low": value, "ci_high": bound}
     others = ("cross_entropy", "macro_precision", "macro_recall", "macro_f1")
     metrics = {"accuracy": accuracy} | {name: {"value": 0.5} for name in others}
-    said = ("artifact", "baseline", "evaluation", "architecture", "image_size", "torch_version", "classes")
+    said = ("model", "baseline", "evaluation", "architecture", "image_size", "torch_version", "classes")
     contents = {
         "Evaluation": {"metrics": metrics, "images": 9, "dataset_fingerprint": "f"},
         "Package": {name: f"the {name}" for name in said} | dict.fromkeys(said[:3], "0" * 64),
@@ -214,14 +214,14 @@ def test_the_gate(
     document["Steps"] = [steps(document)["Gate"]]
     execution = evaluated(tmp_path, document, value, bound, MinAccuracy=least, ChampionAccuracy=champion)
     if passes:
-        execution.run()
+        execution.run(document["Steps"])
         assert execution.package is not None
         assert execution.package["CustomerMetadataProperties"]["accuracy"] == str(value)
         assert "step Register" in capsys.readouterr().out
     else:
         numbers = rf"^accuracy {value} \(up to {bound} .* at least {least} .* at least {champion} "
         with pytest.raises(UserError, match=numbers):
-            execution.run()
+            execution.run(document["Steps"])
         assert execution.package is None
 
 
@@ -275,7 +275,7 @@ def test_the_pipeline_is_made_started_and_updated_where_it_differs(
     shown = capsys.readouterr().out
     assert f"pipeline {NAME} in us-east-1" in shown
     assert "costs at most 12.00 USD" in shown
-    assert "Preprocess -> Train (packed), Evaluate (packed)" in shown
+    assert "Preprocess -->|packed| Evaluate" in shown
     assert shown.index("costs at most") < shown.index("uploading")
     made = account.named("CreatePipeline")[0]
     document = json.loads(made["PipelineDefinition"])

@@ -18,7 +18,7 @@ from typing import Any
 from pipelines import SOURCE, aws, console, data, engine, image_push, prices, process_job, registry, runs, storage
 from pipelines.config import Settings, load
 from pipelines.console import UserError
-from pipelines.pipeline_graph import text
+from pipelines.pipeline_graph import mermaid
 from pipelines.training_pipeline import Inputs, definition
 
 POLL = 15.0  # seconds
@@ -50,7 +50,7 @@ def start(settings: Settings, source: str | None, yes: bool) -> str:
     inputs = Inputs(f"{uri}/", storage.pretrained(settings, stack), champion.accuracy if champion else 0.0)
     with tempfile.TemporaryDirectory() as staged:
         document = definition(settings, stack, inputs, Path(staged))
-        print(text(document), flush=True)
+        print(mermaid(document), end="", flush=True)
         storage.upload(settings, SOURCE, stack.bucket, f"source/{runs.source_hash()}")
         for folder in Path(staged).iterdir():
             storage.upload(settings, folder, stack.bucket, f"source/{folder.name}")

@@ -19,12 +19,9 @@ from pipelines.training_pipeline import LOCAL, Inputs, definition
 
 WIDE, HIGH, ACROSS, DOWN, EDGE = 120, 48, 184, 84, 16  # pixels: a box, from one to the next, the margin
 KINDS = {
-    "Processing": "#dbeafe",
-    "Training": "#dcfce7",
-    "Condition": "#fef9c3",
-    "RegisterModel": "#ede9fe",
+    "Processing": "#dbeafe", "Training": "#dcfce7", "Condition": "#fef9c3", "RegisterModel": "#ede9fe",
     "Fail": "#fee2e2",
-}
+}  # fmt: skip
 GREY = "#475569"
 USES = re.compile(r'"Steps\.(\w+)\.(?:\w+\.Outputs\[\'(\w+)\'\]|PropertyFiles\.(\w+)|(\w+))')
 
@@ -53,14 +50,6 @@ def nodes(document: dict[str, Any]) -> dict[str, str]:
         inner = [*step["Arguments"].get("IfSteps", []), *step["Arguments"].get("ElseSteps", [])]
         found |= {part["Name"]: part["Type"] for part in inner}
     return found
-
-
-def text(document: dict[str, Any]) -> str:
-    """The graph for a terminal: a line for every step that gives something to others."""
-    lines: dict[str, list[str]] = {}
-    for start, end, what in edges(document):
-        lines.setdefault(start, []).append(f"{end} ({what})")
-    return "\n".join(f"  {start} -> {', '.join(ends)}" for start, ends in lines.items())
 
 
 def mermaid(document: dict[str, Any]) -> str:

@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,46 +34,43 @@ CHECKS: dict[str, Callable[[Any, Any], bool]] = {
 }
 
 
+@dataclass
 class Execution:
     """One execution of a definition.
 
-    Args:
+    Attributes:
         document: the definition.
         parameters: those that do not have their defaults.
         folders: what lies where in S3, by prefix; all else is kept below `root`.
         image: to run steps in; None for processes.
         name: of the run.
         root: a fresh folder with a unique base name.
-        verbose: show everything that the training container prints.
+        package: what was to be registered.
+        trained: what training left.
+        values: what expressions stand for.
     """
 
-    def __init__(
-        self, document: dict[str, Any], parameters: dict[str, Any], folders: dict[str, Path], image: str | None,
-        name: str, root: Path, verbose: bool,
-    ) -> None:  # fmt: skip
-        defaults = {item["Name"]: item["DefaultValue"] for item in document["Parameters"]}
-        self.values: dict[str, Any] = {f"Parameters.{key}": value for key, value in (defaults | parameters).items()}
-        self.values["Execution.PipelineExecutionId"] = name
-        self.package: dict[str, Any] | None = None
-        self.trained: Outputs | None = None
-        self._document, self._folders, self._image = document, folders, image
-        self._name, self._root, self._verbose = name, root, verbose
+    document: dict[str, Any]
+    parameters: dict[str, Any]
+    folders: dict[str, Path]
+    image: str | None
+    name: str
+    root: Path
+    package: dict[str, Any] | None = None
+    trained: Outputs | None = None
+    values: dict[str, Any] = field(default_factory=dict)
 
-    def run(self) -> None:
-        """Run all steps; `package` is what was to be registered.
-
-        Raises:
-            UserError: when a step fails, or the gate is not passed.
-            Interrupted: when a signal came.
-        """
-        self._steps(self._document["Steps"])
+    def __post_init__(self) -> None:
+        defaults = {item["Name"]: item["DefaultValue"] for item in self.document["Parameters"]}
+        self.values |= {f"Parameters.{key}": value for key, value in (defaults | self.parameters).items()}
+        self.values["Execution.PipelineExecutionId"] = self.name
 
     def path(self, uri: str) -> Path:
         """Where something of S3 is on this machine."""
-        for prefix, folder in self._folders.items():
+        for prefix, folder in self.folders.items():
             if uri.startswith(prefix):
                 return folder / uri.removeprefix(prefix).strip("/")
-        return self._root / "s3" / uri.removeprefix("s3://")
+        return self.root / "s3" / uri.removeprefix("s3://")
 
     def resolved(self, value: Any) -> Any:
         """A value with what its expressions stand for now."""
@@ -92,7 +90,13 @@ class Execution:
             return found
         return {key: self.resolved(item) for key, item in value.items()}
 
-    def _steps(self, steps: list[dict[str, Any]]) -> None:
+    def run(self, steps: list[dict[str, Any]]) -> None:
+        """Run steps, in order.
+
+        Raises:
+            UserError: when a step fails, or the gate is not passed.
+            Interrupted: when a signal came.
+        """
         for step in steps:
             print(f"step {step['Name']}", flush=True)
             if step["Type"] == "Condition":
@@ -105,7 +109,7 @@ class Execution:
             CHECKS[check["Type"]](self.resolved(check["LeftValue"]), self.resolved(check["RightValue"]))
             for check in arguments["Conditions"]
         )
-        self._steps(arguments["IfSteps" if passed else "ElseSteps"])
+        self.run(arguments["IfSteps" if passed else "ElseSteps"])
 
     def _fail(self, _: dict[str, Any], arguments: dict[str, Any]) -> None:
         raise UserError(arguments["ErrorMessage"])
@@ -114,7 +118,7 @@ class Execution:
         self.package = arguments
 
     def _processing(self, step: dict[str, Any], arguments: dict[str, Any]) -> None:
-        mounts: dict[str, tuple[Path, str]] = {}
+        mounts, step_name = dict[str, tuple[Path, str]](), f"Steps.{step['Name']}"
         for item in arguments["ProcessingInputs"]:
             found = self.path(item["S3Input"]["S3Uri"])
             mounts[item["S3Input"]["LocalPath"]] = (found.parent if found.is_file() else found, "ro")
@@ -123,12 +127,10 @@ class Execution:
             folder = self.path(output["S3Uri"])
             folder.mkdir(parents=True)
             mounts[output["LocalPath"]] = (folder, "rw")
-            self.values[f"Steps.{step['Name']}.ProcessingOutputConfig.Outputs['{name}'].S3Output.S3Uri"] = output[
-                "S3Uri"
-            ]
+            self.values[f"{step_name}.ProcessingOutputConfig.Outputs['{name}'].S3Output.S3Uri"] = output["S3Uri"]
         for file in step.get("PropertyFiles", []):
             place = self.path(outputs[file["OutputName"]]["S3Uri"]) / file["FilePath"]
-            self.values[f"Steps.{step['Name']}.PropertyFiles.{file['PropertyFileName']}"] = place
+            self.values[f"{step_name}.PropertyFiles.{file['PropertyFileName']}"] = place
         code = self._call(step["Name"], arguments, mounts)
         if code:
             raise UserError(f"step {step['Name']} ended with exit code {code}; its messages are above")
@@ -137,25 +139,25 @@ class Execution:
         """Run a processing step's script to its end; gives its exit code."""
         application, given = arguments["AppSpecification"], arguments.get("Environment", {})
         words = [*application["ContainerEntrypoint"], *application["ContainerArguments"]]
-        if self._image is None:
+        if self.image is None:
             for inside, (folder, _) in mounts.items():
                 words = [
-                    str(folder) + word[len(inside) :] if f"{word}/".startswith(f"{inside}/") else word for word in words
+                    f"{folder}{word.removeprefix(inside)}" if f"{word}/".startswith(f"{inside}/") else word
+                    for word in words
                 ]
-            words[0] = sys.executable if words[0] == "python3" else words[0]
-            return subprocess.run(words, env=os.environ | given, start_new_session=True).returncode
-        label = f"{self._name}-{step.lower()}"
+            return subprocess.run(
+                [sys.executable, *words[1:]], env=os.environ | given, start_new_session=True
+            ).returncode
+        label = f"{self.name}-{step.lower()}"
         command = ["docker", "run", "--rm", "--init", "--name", label, "--entrypoint", words[0]]
         command += ["--gpus", "all"] if engine.container_gpus() else []
-        command += [word for key, value in given.items() for word in ("--env", f"{key}={value}")]
-        command += [
-            word for inside, (folder, how) in mounts.items() for word in ("--volume", f"{folder}:{inside}:{how}")
-        ]
+        command += [f"--env={key}={value}" for key, value in given.items()]
+        command += [f"--volume={folder}:{inside}:{how}" for inside, (folder, how) in mounts.items()]
         try:
-            return subprocess.run([*command, self._image, *words[1:]], start_new_session=True).returncode
+            return subprocess.run([*command, self.image, *words[1:]], start_new_session=True).returncode
         finally:  # when a signal came it is still there
             subprocess.run(["docker", "rm", "--force", label], capture_output=True)
-            engine.give_back(self._image, self._root)
+            engine.give_back(self.image, self.root)
 
     def _training(self, step: dict[str, Any], arguments: dict[str, Any]) -> None:
         channels = {
@@ -167,26 +169,25 @@ class Execution:
         channels["checkpoints"].mkdir(parents=True)
         hosts = int(arguments["ResourceConfig"]["InstanceCount"])
         environment = arguments["Environment"] | threads(hosts)
-        job = Job(self._name, self._root, arguments["HyperParameters"], channels, hosts, environment)
-        with contextlib.closing(TrainingView(self._root / "job.log", self._image is not None, self._verbose)) as view:
+        job = Job(self.name, self.root, arguments["HyperParameters"], channels, hosts, environment)
+        with contextlib.closing(TrainingView(self.root / "job.log", self.image is not None)) as view:
             try:
-                self.trained = container.run(job, self._image, view) if self._image else process.run(job, view)
+                self.trained = container.run(job, self.image, view) if self.image else process.run(job, view)
             except JobFailed as error:
                 raise UserError(str(error)) from error
-        uri = f"{arguments['OutputDataConfig']['S3OutputPath']}/{self._name}/output/model.tar.gz"
+        uri = f"{arguments['OutputDataConfig']['S3OutputPath']}/{self.name}/output/model.tar.gz"
         self.path(uri).parent.mkdir(parents=True)
         runs.pack(self.trained.model, self.path(uri))
         self.values[f"Steps.{step['Name']}.ModelArtifacts.S3ModelArtifacts"] = uri
 
 
-def run(settings: Settings, source: str | None, mode: LocalMode, verbose: bool) -> Path:
+def run(settings: Settings, source: str | None, mode: LocalMode) -> Path:
     """Run the pipeline once.
 
     Args:
         settings: of the project.
         source: folder of raw images; None: the configured one.
         mode: container, process, or auto.
-        verbose: show everything that the training container prints.
 
     Returns:
         The folder of the published run.
@@ -206,24 +207,18 @@ def run(settings: Settings, source: str | None, mode: LocalMode, verbose: bool) 
     inputs = Inputs("s3://local/raw/", "s3://local/weights/" if weights else None, (approved or [0.0])[-1])
     document = definition(settings, LOCAL, inputs, root / "staged")
     folders = {"s3://local/raw/": raw, "s3://local/weights/": root / "weights", f"s3://local/source/{tried}": SOURCE}
-    execution = Execution(document, {"TrainingInstanceCount": hosts}, folders, image, name, root, verbose)
+    execution = Execution(document, {"TrainingInstanceCount": hosts}, folders, image, name, root)
     print(f"run {name} on {raw}, {f'in image {image}' if image else 'as processes'}", flush=True)
     left = f"what it left is in {root.relative_to(ROOT)}"
     try:
         with interruptible():
-            execution.run()
+            execution.run(document["Steps"])
     except Interrupted as error:
         raise UserError(f"stopped by {error}; nothing was registered; {left}", code=130) from error
     except UserError as error:
         raise UserError(f"{error}\n{left}") from error
-    facts = {
-        "mode": "container" if image else "process",
-        "image": image,
-        "instances": hosts,
-        "data": f"artifacts/{name}/data",
-        "source": tried,
-        "seconds": round(time.monotonic() - began, 2),
-    }
+    facts: dict[str, Any] = {"mode": "container" if image else "process", "image": image, "instances": hosts}
+    facts |= {"source": tried, "data": f"artifacts/{name}/data", "seconds": round(time.monotonic() - began, 2)}
     assert execution.trained is not None
     folder = runs.publish(name, execution.trained.model, execution.trained.data, facts)
     bucket = execution.path(f"s3://local/pipeline/{name}")
@@ -243,10 +238,9 @@ def main() -> int:
     parser = console.parser("Run the project's pipeline on this machine.", settings=True)
     parser.add_argument("--data", help="folder with one sub-folder of images a class (default: data.source)")
     parser.add_argument("--mode", choices=["auto", "container", "process"], help="default: compute.local_mode")
-    parser.add_argument("--verbose", action="store_true", help="show everything that the training container prints")
     options = parser.parse_args()
     settings = load(options.set)
-    print(runs.describe(run(settings, options.data, options.mode or settings.compute.local_mode, options.verbose)))
+    print(runs.describe(run(settings, options.data, options.mode or settings.compute.local_mode)))
     return 0
 
 

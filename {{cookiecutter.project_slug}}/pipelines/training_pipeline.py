@@ -23,6 +23,7 @@ from unittest import mock
 
 from pipelines import ROOT, aws, console, engine, image_push, process_job, registry, runs, train
 from pipelines.config import Settings, load
+from pipelines.process_job import CODE, INPUT, OUTPUT
 
 MODEL, TEST = (f"/opt/ml/processing/input/{part}" for part in ("model", "test"))
 MARKER = re.compile(r'"<<(metrics\.[\w.]+)>>"|<<([\w.]+)>>')
@@ -55,10 +56,8 @@ def definition(settings: Settings, stack: aws.Stack, inputs: Inputs, staged: Pat
     console.log_to(log)
     from sagemaker.core.config.config_manager import SageMakerConfig
 
-    with (
-        mock.patch.object(SageMakerConfig, "validate_sagemaker_config"),  # fifty times, which takes seconds
-        warnings.catch_warnings(),
-    ):
+    once = mock.patch.object(SageMakerConfig, "validate_sagemaker_config")  # fifty times take seconds
+    with once, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # "No Job being started"
         document: dict[str, Any] = json.loads(_pipeline(settings, stack, inputs, staged).definition())
     for step in document["Steps"]:  # jobs are called `pipelines-...` otherwise, which no policy of the stack allows
@@ -97,18 +96,7 @@ def _pipeline(settings: Settings, stack: aws.Stack, inputs: Inputs, staged: Path
     from sagemaker.core.workflow.functions import Join, JsonGet
     from sagemaker.core.workflow.parameters import ParameterFloat, ParameterInteger, ParameterString
     from sagemaker.core.workflow.properties import PropertyFile
-    from sagemaker.mlops.workflow import (
-        CacheConfig,
-        ConditionStep,
-        FailStep,
-        Pipeline,
-        ProcessingStep,
-        SageMakerJobExceptionTypeEnum,
-        SageMakerJobStepRetryPolicy,
-        StepExceptionTypeEnum,
-        StepRetryPolicy,
-        TrainingStep,
-    )
+    from sagemaker.mlops import workflow as flow
 
     compute, image = settings.compute, image_push.uri(settings, stack, "training")
     source = f"s3://{stack.bucket}/source/{runs.source_hash()}/"
@@ -120,18 +108,13 @@ def _pipeline(settings: Settings, stack: aws.Stack, inputs: Inputs, staged: Path
     count = ParameterInteger("TrainingInstanceCount", default_value=compute.instances)
     packs = ParameterString("ProcessingInstanceType", default_value=compute.process_instance_type)
     approval = ParameterString("ModelApprovalStatus", default_value=settings.pipeline.approval)
-    days = settings.pipeline.cache_days
-    common: dict[str, Any] = {
-        "cache_config": CacheConfig(enable_caching=True, expire_after=f"P{days}D") if days else None,
-        "retry_policies": [
-            StepRetryPolicy([StepExceptionTypeEnum.THROTTLING, StepExceptionTypeEnum.SERVICE_FAULT], 2.0, 30, 5),
-            SageMakerJobStepRetryPolicy(
-                failure_reason_types=[
-                    SageMakerJobExceptionTypeEnum.CAPACITY_ERROR, SageMakerJobExceptionTypeEnum.INTERNAL_ERROR,
-                ], interval_seconds=60, max_attempts=5,
-            ),
-        ],
-    }  # fmt: skip
+    days, steps, jobs = settings.pipeline.cache_days, flow.StepExceptionTypeEnum, flow.SageMakerJobExceptionTypeEnum
+    retries = [  # growth of the pause, first pause in seconds, attempts
+        flow.StepRetryPolicy([steps.THROTTLING, steps.SERVICE_FAULT], 2.0, 30, 5),
+        flow.SageMakerJobStepRetryPolicy(None, [jobs.CAPACITY_ERROR, jobs.INTERNAL_ERROR], 2.0, 60, 5),
+    ]
+    cache = flow.CacheConfig(enable_caching=True, expire_after=f"P{days}D") if days else None
+    common: dict[str, Any] = {"cache_config": cache, "retry_policies": retries}
 
     def place(*parts: Any) -> Any:
         return Join(on="/", values=list(parts))
@@ -139,17 +122,13 @@ def _pipeline(settings: Settings, stack: aws.Stack, inputs: Inputs, staged: Path
     def processing(name: str, script: str, words: list[str], given: dict[str, Any], kept: str, **more: Any) -> Any:
         processor = process_job.processor(settings, stack, image, script, session, packs)
         target = place(f"s3://{stack.bucket}/pipeline", ExecutionVariables.PIPELINE_EXECUTION_ID, kept)
-        given = given | {"code": (source, process_job.CODE)}
-        asked = processor.run(
-            inputs=process_job.inputs(given), outputs=process_job.outputs(kept, target), arguments=words
-        )
-        step = ProcessingStep(name=name, step_args=asked, **common, **more)
+        inputs, outputs = process_job.inputs(given | {"code": (source, CODE)}), process_job.outputs(kept, target)
+        asked = processor.run(inputs=inputs, outputs=outputs, arguments=words)
+        step = flow.ProcessingStep(name=name, step_args=asked, **common, **more)
         return step, step.properties.ProcessingOutputConfig.Outputs[kept].S3Output.S3Uri
 
-    packing = process_job.packing(settings)
-    preprocess, packed = processing(
-        "Preprocess", "preprocess.py", packing, {"raw": (data, process_job.INPUT)}, "packed"
-    )
+    words, given = process_job.packing(settings), {"raw": (data, INPUT)}
+    preprocess, packed = processing("Preprocess", "preprocess.py", words, given, "packed")
 
     chosen = settings.training.as_dict()
     identity = json.dumps([runs.source_hash(), {name: value for name, value in chosen.items() if name != "epochs"}])
@@ -165,18 +144,16 @@ def _pipeline(settings: Settings, stack: aws.Stack, inputs: Inputs, staged: Path
     trainer = train.trainer(settings, stack, request, image, session)
     trainer.compute.instance_type, trainer.compute.instance_count = kind, count
     trainer.environment = trainer.environment | {"GIT_COMMIT": runs.source_commit()}
-    training = TrainingStep(
-        name="Train", step_args=trainer.train(input_data_config=train.inputs(settings, request)), **common
-    )
+    asked = trainer.train(input_data_config=train.inputs(settings, request))
+    training = flow.TrainingStep(name="Train", step_args=asked, **common)
     artifact = training.properties.ModelArtifacts.S3ModelArtifacts
 
     files = {part: PropertyFile(part.title(), "evaluation", f"{part}.json") for part in ("evaluation", "package")}
     words = ["--artifact", f"{MODEL}/model.tar.gz", "--data", TEST]
-    words += ["--output", f"{process_job.OUTPUT}/evaluation.json", "--describe"]
+    words += ["--output", f"{OUTPUT}/evaluation.json", "--describe"]
     given = {"model": (artifact, MODEL), "test": (place(packed, "images", "test", ""), TEST)}
-    evaluate, evaluated = processing(
-        "Evaluate", "evaluate.py", words, given, "evaluation", property_files=[*files.values()]
-    )
+    read = [*files.values()]
+    evaluate, evaluated = processing("Evaluate", "evaluate.py", words, given, "evaluation", property_files=read)
 
     def later(name: str) -> Any:
         """What a marker of `_package` stands for."""
@@ -191,22 +168,14 @@ def _pipeline(settings: Settings, stack: aws.Stack, inputs: Inputs, staged: Path
         accuracy, " (pipeline.min_accuracy), and that bound at least ", champion,
         " (the champion's accuracy); nothing was registered",
     ])  # fmt: skip
-    gate = ConditionStep(
-        name="Gate",
-        conditions=[
-            ConditionGreaterThanOrEqualTo(left=value, right=accuracy),
-            ConditionGreaterThanOrEqualTo(left=bound, right=champion),
-        ],
-        if_steps=[_register(_filled(_package(settings, stack), later))],
-        else_steps=[FailStep(name="Refuse", error_message=message)],
+    conditions = [ConditionGreaterThanOrEqualTo(*pair) for pair in ((value, accuracy), (bound, champion))]
+    register = _register(_filled(_package(settings, stack), later))
+    gate = flow.ConditionStep(
+        "Gate", conditions=conditions, if_steps=[register], else_steps=[flow.FailStep("Refuse", message)]
     )
-    return Pipeline(
-        name=engine.project_name(),
-        parameters=[data, accuracy, champion, epochs, kind, count, packs, approval],
-        pipeline_experiment_config=None,
-        steps=[preprocess, training, evaluate, gate],
-        sagemaker_session=session,
-    )
+    parameters = [data, accuracy, champion, epochs, kind, count, packs, approval]
+    chain = [preprocess, training, evaluate, gate]
+    return flow.Pipeline(engine.project_name(), parameters, None, steps=chain, sagemaker_session=session)
 
 
 class _Later(str):
@@ -227,26 +196,19 @@ def _package(settings: Settings, stack: aws.Stack) -> dict[str, Any]:
     accuracy = {part: later(f"metrics.accuracy.{part}") for part in ("value", "ci_low", "ci_high")}
     facts = ("architecture", "image_size", "torch_version")
     evidence = registry.Evidence(
-        identity=later("package.artifact"),
+        identity=later("package.model"),
         run=later("run"),
         model={name: later(f"package.{name}") for name in facts}
         | {"classes": [later("package.classes")], "dataset_fingerprint": later("dataset_fingerprint"), "metrics": {}}
         | {"git_commit": runs.source_commit()},
-        facts={
-            "hyperparameters": settings.training.as_dict() | {"epochs": later("epochs")},
-            "data": later("data"),
-            "image": image_push.uri(settings, stack, "training"),
-        },
+        facts={"hyperparameters": settings.training.as_dict() | {"epochs": later("epochs")}, "data": later("data")}
+        | {"image": image_push.uri(settings, stack, "training")},
         evaluation={"metrics": {"accuracy": accuracy} | tested, "images": later("images")},
-        files={
-            f"{name}.json": later(f"package.{key}")
-            for name, key in (("evaluation", "evaluation"), ("baseline", "baseline"), ("model", "artifact"))
-        },
+        files={f"{name}.json": later(f"package.{name}") for name in ("evaluation", "baseline", "model")},
     )
     image = image_push.uri(settings, stack, "serving")
-    return registry.description(evidence, image, later("uri"), later("place")) | {
-        "ModelApprovalStatus": later("approval")
-    }
+    said = registry.description(evidence, image, later("uri"), later("place"))
+    return said | {"ModelApprovalStatus": later("approval")}
 
 
 def _filled(value: Any, later: Callable[[str], Any]) -> Any:

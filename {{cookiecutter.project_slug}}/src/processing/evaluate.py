@@ -28,6 +28,7 @@ if __name__ == "__main__":
 from inference.artifact import Artifact, ArtifactError, open_artifact
 
 BATCH = 64
+DESCRIBED = ("model.json", "baseline.json")
 
 
 class EvaluationError(ValueError):
@@ -124,10 +125,8 @@ def wilson(successes: int, trials: int, z: float = 1.959964) -> tuple[float, flo
 
 def describe(artifact: Artifact, evaluation: Path) -> None:
     """Put what a model package says of an artifact beside its evaluation: files, and one-line facts, for JSON texts."""
-    names = {"artifact": "model.json", "baseline": "baseline.json", "evaluation": evaluation.name}
-    for file in ("model.json", "baseline.json"):
-        shutil.copyfile(artifact.folder / file, evaluation.with_name(file))
-    said = {key: hashlib.sha256(evaluation.with_name(file).read_bytes()).hexdigest() for key, file in names.items()}
+    copies = [shutil.copyfile(artifact.folder / file, evaluation.with_name(file)) for file in DESCRIBED]
+    said = {path.stem: hashlib.sha256(path.read_bytes()).hexdigest() for path in (evaluation, *copies)}
     said |= {key: str(artifact.facts[key]) for key in ("architecture", "image_size", "torch_version")}
     said["classes"] = json.dumps(", ".join(artifact.facts["classes"])[:1000])[1:-1]
     evaluation.with_name("package.json").write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
