@@ -52,7 +52,7 @@ ANYWHERE = {  # actions that AWS cannot scope to a resource, and why the verbs o
          "sagemaker:ListHyperParameterTuningJobs", "sagemaker:ListTransformJobs",
          "sagemaker:ListProcessingJobs", "sagemaker:ListTrainingJobs", "scheduler:ListSchedules",
          "application-autoscaling:DescribeScalableTargets", "application-autoscaling:DescribeScalingPolicies",
-         "cloudwatch:DescribeAlarms", "cloudwatch:GetMetricData", "pricing:GetProducts",
+         "cloudwatch:DescribeAlarms", "cloudwatch:GetMetricData", "cloudwatch:ListDashboards", "pricing:GetProducts",
          "servicequotas:GetServiceQuota", "servicequotas:ListServiceQuotas", "tag:GetResources"),
         "lists, metrics, prices and quotas; they read only",
     ),
@@ -144,7 +144,7 @@ def problems(template: dict[str, Any]) -> list[str]:
 
 def test_policies_allow_no_more_than_needed() -> None:
     assert problems(document()) == []
-    assert len(list(statements(document()))) == 32
+    assert len(list(statements(document()))) == 36
     text = bootstrap.TEMPLATE.read_text(encoding="utf-8")
     assert "FullAccess" not in text
     assert not re.search(r"arn:aws[:-]|amazonaws\.com/|\d{12}", text), "a partition or an account is written out"

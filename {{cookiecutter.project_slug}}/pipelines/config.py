@@ -138,6 +138,16 @@ class PipelineSettings(Section):
     cache_days: int = Field(ge=0, le=365)
 
 
+class Monitoring(Section):
+    """How `monitor` watches an endpoint."""
+
+    schedule: Literal["hourly", "daily"]
+    instance_type: str = Field(pattern=INSTANCE)
+    limit: float = Field(gt=0, le=100)
+    minimum: int = Field(ge=1, le=1_000_000)
+    latency_ms: float = Field(gt=0, le=60_000)
+
+
 class Settings(Section):
     """All of `configs/`: `training` is training.yaml, the other sections are those of infrastructure.yaml."""
 
@@ -148,6 +158,7 @@ class Settings(Section):
     data: Data
     endpoint: EndpointSettings
     pipeline: PipelineSettings
+    monitoring: Monitoring
 
 
 def load(

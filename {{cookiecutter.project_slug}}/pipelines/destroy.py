@@ -52,11 +52,14 @@ def chosen(items: list[Item], endpoint: str | None) -> list[Item]:
     """All, or one endpoint with what belongs to it.
 
     Raises:
-        UserError: when the project has no such endpoint.
+        UserError: when the project has no such endpoint, and nothing is left of one.
     """
     if endpoint is None:
         return items
     mine = next((item for item in items if item.kind == "endpoint" and item.name == endpoint), None)
+    alone = [item for item in items if item.of == endpoint]  # when it has deleted itself
+    if mine is None and alone:
+        return alone
     if mine is None:
         there = ", ".join(item.name for item in items if item.kind == "endpoint") or "none"
         raise UserError(f"the project has no endpoint {endpoint}; it has: {there}")

@@ -193,9 +193,9 @@ def _price(settings: Settings, use: str, instance: str, count: int) -> float | N
 
 
 def _attached(settings: Settings, ours: set[str], all_names: set[str], running: set[str]) -> list[Item]:
-    """What keeps an endpoint company: what ends it, or a transform job; alarms and scaling, also of one that is gone.
+    """What belongs to an endpoint, and the end of a transform job; monitoring, alarms, dashboard, scaling also alone.
 
-    A schedule without an endpoint fires and deletes itself; it may as well be of one that is about to be made.
+    An end without an endpoint fires and deletes itself; it may as well be of one that is about to be made.
     """
     project, items = engine.project_name(), list[Item]()
 
@@ -206,16 +206,17 @@ def _attached(settings: Settings, ours: set[str], all_names: set[str], running: 
     scheduler, cloudwatch = aws.client(settings, "scheduler"), aws.client(settings, "cloudwatch")
     for prefix in sorted({project, *(name for name in ours if not name.startswith(project))}):
         for schedule in _pages(scheduler, "list_schedules", "Schedules", NamePrefix=prefix):
-            operation = schedule["Target"]["Arn"].rpartition(":")[2]
-            ended = {"deleteEndpoint": ours, "stopTransformJob": running}.get(operation)
-            if not ended:
+            starts = schedule["Target"]["Arn"].partition(":sagemaker:")[2]
+            ended = {"deleteEndpoint": ours, "stopTransformJob": running}.get(starts, set())
+            if not ended and starts != "createProcessingJob":
                 continue
             where = {"Name": schedule["Name"], "GroupName": schedule["GroupName"]}
             facts = scheduler.get_schedule(**where)
-            (endpoint,) = json.loads(facts["Target"]["Input"]).values()
+            request, removal = json.loads(facts["Target"]["Input"]), ("scheduler", "delete_schedule", where)
             when = facts["ScheduleExpression"].removeprefix("at(").removesuffix(")")
-            if endpoint in ended:
-                removal = ("scheduler", "delete_schedule", where)
+            if starts == "createProcessingJob" and {"Key": "project", "Value": project} in request.get("Tags", []):
+                items.append(_monitoring(settings, facts, request, removal))
+            elif ended and (endpoint := next(iter(request.values()))) in ended:
                 items.append(Item("end schedule", schedule["Name"], facts["CreationDate"], when, removal, of=endpoint))
         for alarm in _pages(cloudwatch, "describe_alarms", "MetricAlarms", AlarmNamePrefix=prefix):
             names = [entry["Value"] for entry in alarm.get("Dimensions", []) if entry["Name"] == "EndpointName"]
@@ -223,6 +224,11 @@ def _attached(settings: Settings, ours: set[str], all_names: set[str], running: 
                 removal = ("cloudwatch", "delete_alarms", {"AlarmNames": [alarm["AlarmName"]]})
                 since, state = alarm["AlarmConfigurationUpdatedTimestamp"], alarm["StateValue"]
                 items.append(Item("alarm", alarm["AlarmName"], since, state, removal, of=names[0]))
+        for board in _pages(cloudwatch, "list_dashboards", "DashboardEntries", DashboardNamePrefix=prefix):
+            name, endpoint = board["DashboardName"], board["DashboardName"].removesuffix("-monitor")
+            if name != endpoint and belongs(endpoint):
+                removal = ("cloudwatch", "delete_dashboards", {"DashboardNames": [name]})
+                items.append(Item("dashboard", name, board["LastModified"], "", removal, of=endpoint))
     listed = _pages(
         aws.client(settings, SCALING), "describe_scalable_targets", "ScalableTargets", ServiceNamespace="sagemaker"
     )
@@ -236,3 +242,13 @@ def _attached(settings: Settings, ours: set[str], all_names: set[str], running: 
                 Item("autoscaling", target["ResourceId"], target["CreationTime"], detail, removal, of=endpoint)
             )
     return items
+
+
+def _monitoring(settings: Settings, facts: dict[str, Any], job: dict[str, Any], removal: Any) -> Item:
+    """The schedule that compares an endpoint with its baseline, and the most that its jobs cost an hour."""
+    machine, hours = job["ProcessingResources"]["ClusterConfig"], job["StoppingCondition"]["MaxRuntimeInSeconds"] / 3600
+    every = 1 if facts["ScheduleExpression"].split()[1] == "*" else 24
+    price = _price(settings, "processing", machine["InstanceType"], machine["InstanceCount"])
+    detail = f"{'hourly' if every == 1 else 'daily'} 1 x {machine['InstanceType']}, {hours * 60:.0f} min at most"
+    usd, endpoint = None if price is None else price * hours / every, facts["Name"].removesuffix("-monitor")
+    return Item("monitoring", facts["Name"], facts["CreationDate"], detail, removal, usd, bills=True, of=endpoint)

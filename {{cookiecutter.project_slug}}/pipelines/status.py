@@ -45,7 +45,7 @@ def total(items: Iterable[Item]) -> str:
 
 
 def _age(since: datetime) -> str:
-    hours = (datetime.now(UTC) - since).total_seconds() / 3600
+    hours = (datetime.now(UTC) - since.astimezone(UTC)).total_seconds() / 3600
     return f"{hours * 60:.0f} min" if hours < 1 else f"{hours:.0f} h" if hours < 48 else f"{hours / 24:.0f} d"
 
 

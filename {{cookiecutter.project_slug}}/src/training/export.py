@@ -17,6 +17,7 @@ from torch import nn
 
 import imaging
 from inference import inference
+from processing import monitor
 from training.config import Hyperparameters
 from training.data import Split
 
@@ -105,28 +106,27 @@ def baseline(classifier: inference.Classifier, split: Split) -> dict[str, Any]:
     rows = np.arange(min(len(split), BASELINE_IMAGES))
     labels: Counter[str] = Counter()
     confidence: list[float] = []
-    brightness: list[float] = []
-    contrast: list[float] = []
+    looks: dict[str, list[float]] = {"brightness": [], "contrast": []}
     for first in range(0, len(rows), 64):
         images = split.pixels(rows[first : first + 64])
         prediction = inference.classify(list(images), classifier)
         labels.update(prediction["labels"])
         confidence += [max(row) for row in prediction["probabilities"]]
-        brightness += (images.mean(axis=(1, 2, 3)) / 255).tolist()
-        contrast += (images.std(axis=(1, 2, 3)) / 255).tolist()
+        for name, values in monitor.image_statistics(images).items():
+            looks[name] += values
     return {
         "schema_version": 1,
         "images": len(rows),
         "predictions": {name: labels[name] for name in classifier.classes},
         "confidence": _histogram(confidence, 1.0),
-        "brightness": _histogram(brightness, 1.0),
-        "contrast": _histogram(contrast, 0.5),
+        "brightness": _histogram(looks["brightness"], 1.0),
+        "contrast": _histogram(looks["contrast"], 0.5),
     }
 
 
-def _histogram(values: list[float], high: float) -> dict[str, list[float]]:
-    counts, edges = np.histogram(values, bins=BINS, range=(0.0, high))
-    return {"edges": edges.tolist(), "counts": counts.tolist()}
+def _histogram(values: list[float], high: float) -> dict[str, Any]:
+    edges = np.linspace(0.0, high, BINS + 1).tolist()
+    return {"edges": edges, "counts": monitor.counted(values, edges)}
 
 
 def checksums(folder: Path) -> dict[str, str]:

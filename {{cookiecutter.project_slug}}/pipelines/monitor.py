@@ -1,0 +1,271 @@
+"""Watch an endpoint: compare what it is asked and says with its artifact's baseline, by a schedule: `make monitor`.
+
+    python -m pipelines.monitor --set monitoring.schedule=daily
+    make monitor DATA=<folder of captured requests> RUN=<name>          # the same comparison here, without AWS
+    aws s3 sync s3://<bucket>/capture/<endpoint> <folder>               # fetches such a folder
+
+A schedule of EventBridge starts a Processing job, src/processing/monitor.py in the project's image (SageMaker's own
+monitoring schedules are closed to new customers since 2026-07-30). Its reports lie in the bucket, its metrics in
+CloudWatch, with alarms for drift, errors and latency that go to the stack's topic, and a dashboard. Run again, it
+updates all of that in place: do so after `make deploy`, for the new model's baseline and the endpoint's new end. The
+schedule deletes itself with the endpoint's end; `make destroy` removes everything. Each job downloads all that the
+bucket keeps of the variant's captured requests, 30 days: with much traffic capture few percent.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from pipelines import ROOT, SOURCE, aws, console, endpoints, image_push, logs, prices, runs, storage
+from pipelines.config import Settings, load
+from pipelines.console import UserError
+from pipelines.process_job import CODE
+from pipelines.train import OWN_DISK
+
+EVERY = {"hourly": 1, "daily": 24}  # hours
+CRON = {"hourly": "cron(20 * * * ? *)", "daily": "cron(20 0 * * ? *)"}  # captured requests may come minutes late
+HOURS = 0.5  # of a job, at most
+MONTH = 730  # hours: what is counted when nothing ends the endpoint
+CLOUDWATCH = 5.7  # USD a month at most: 3 alarms, 6 metrics, 1 dashboard, beyond the free ones
+NAMESPACE = "ModelDrift"  # as in src/processing/monitor.py
+MEASURES = ("Drift", "Predictions", "Confidence", "Brightness", "Contrast")  # the first is their maximum
+FOLDERS = {name: f"/opt/ml/processing/{name}" for name in ("artifact", "captured", "report")}
+
+
+@dataclass(frozen=True)
+class Watched:
+    """A variant of an endpoint, where its captured requests go, and the artifact that it serves."""
+
+    endpoint: str
+    variant: str
+    captured: str
+    artifact: str
+
+
+def find(settings: Settings, name: str) -> Watched:
+    """The variant of a running endpoint that gets most requests.
+
+    Raises:
+        UserError: when requests and answers are not captured.
+    """
+    facts, sagemaker = endpoints.running(settings, name), aws.client(settings, "sagemaker")
+    with aws.explained(f"looking up what {name} serves"):
+        config = sagemaker.describe_endpoint_config(EndpointConfigName=facts["EndpointConfigName"])
+        capture = config.get("DataCaptureConfig", {})
+        modes = {option["CaptureMode"] for option in capture.get("CaptureOptions", [])}
+        both = "InputAndOutput" in modes or {"Input", "Output"} <= modes
+        if not (both and capture.get("EnableCapture") and capture["InitialSamplingPercentage"]):
+            raise UserError(
+                f"{name} does not capture its requests and answers, so there is nothing to compare; deploy it again "
+                f'with capture: make deploy ENDPOINT={name} ARGS="--set endpoint.capture_percent=100"'
+            )
+        variant = max(config["ProductionVariants"], key=lambda item: item.get("InitialVariantWeight", 1.0))
+        model = sagemaker.describe_model(ModelName=variant["ModelName"])
+        container = model.get("PrimaryContainer") or model["Containers"][0]
+        if "ModelPackageName" in container:
+            package = sagemaker.describe_model_package(ModelPackageName=container["ModelPackageName"])
+            container = package["InferenceSpecification"]["Containers"][0]
+    captured = f"{capture['DestinationS3Uri'].rstrip('/')}/{name}/{variant['VariantName']}"
+    return Watched(name, variant["VariantName"], captured, container["ModelDataUrl"])
+
+
+def monitor(settings: Settings, name: str, yes: bool) -> None:
+    """Make or update schedule, alarms and dashboard.
+
+    Raises:
+        UserError: when the endpoint cannot be watched, or somebody says no.
+    """
+    chosen, stack = settings.monitoring, aws.stack(settings)
+    watched, until = find(settings, name), endpoints.end(settings, name)
+    end = datetime.fromisoformat(until[3:-1]).replace(tzinfo=UTC) if until else None
+    _agree(settings, watched, end, yes)
+    image = image_push.ensure(settings, stack, "training")
+    code = storage.upload(settings, SOURCE, stack.bucket, f"source/{runs.source_hash()}")
+    bucket, _, prefix = watched.captured.removeprefix("s3://").partition("/")
+    key = aws.kms_arn(settings)
+    with aws.explained(f"monitoring {name}"):
+        encryption = {"ServerSideEncryption": "aws:kms", "SSEKMSKeyId": key} if key else {}
+        aws.client(settings, "s3").put_object(Bucket=bucket, Key=f"{prefix}/.monitored", Body=b"", **encryption)
+        request = job(settings, stack, watched, image, code, key)
+        _schedule(settings, stack, name, json.dumps(request), end)
+        cloudwatch = aws.client(settings, "cloudwatch")
+        for alarm in alarms(settings, watched):
+            cloudwatch.put_metric_alarm(**alarm, AlarmActions=[stack.topic], Tags=aws.tags(settings))
+        body = json.dumps({"widgets": widgets(settings, watched)})
+        cloudwatch.put_dashboard(DashboardName=f"{name}-monitor", DashboardBody=body)
+    print(f"{name} is compared {chosen.schedule} with the baseline of {watched.artifact}")
+    print(f"  reports: s3://{stack.bucket}/monitoring/{name}/; alarms and dashboard: {name}-... in CloudWatch")
+    print(f"  after the next `make deploy` do this again; `make destroy ENDPOINT={name}` removes all of it", flush=True)
+
+
+def _agree(settings: Settings, watched: Watched, end: datetime | None, yes: bool) -> None:
+    """Say what will be made, where, and what it can cost; go on only inside the budget, and when told to."""
+    chosen, region = settings.monitoring, settings.aws.region
+    hours = (end - datetime.now(UTC)).total_seconds() / 3600 if end else MONTH
+    price, jobs = prices.hourly(settings, "processing", chosen.instance_type), int(hours / EVERY[chosen.schedule]) + 1
+    cost = None if price is None else price * HOURS * jobs + CLOUDWATCH * hours / MONTH
+    hourly = None if price is None else price * HOURS / EVERY[chosen.schedule]
+    lines = [
+        f"monitor the variant {watched.variant} of {watched.endpoint} in {region}: {chosen.schedule} a processing job "
+        f"on 1 x {chosen.instance_type} of {HOURS * 60:.0f} minutes at most, 3 alarms, a dashboard",
+        f"  {_usd(hourly)} an hour, {_usd(hourly, 24)} a day at most; with CloudWatch {_usd(cost)} "
+        + (f"until the endpoint ends in {hours:.1f} hours" if end else "a month"),
+    ]
+    if hours < EVERY[chosen.schedule]:
+        lines.append("  WARNING: it may end before the first comparison; set monitoring.schedule to hourly, or deploy "
+                     "again with a later end (endpoint.ttl_hours)")  # fmt: skip
+    try:
+        prices.check_budget(settings, cost, yes)
+    except UserError:
+        print("\n".join(lines), flush=True)
+        raise
+    aws.confirm("\n".join(lines), yes)
+
+
+def _usd(sum_or_none: float | None, times: int = 1) -> str:
+    return "an unknown price" if sum_or_none is None else f"{sum_or_none * times:.2f} USD"
+
+
+def job(settings: Settings, stack: aws.Stack, watched: Watched, image: str, code: str, key: str | None) -> Any:
+    """The request of each comparison; EventBridge puts in what is in angle brackets."""
+    chosen, name = settings.monitoring, watched.endpoint
+    sources = {"code": (f"{code}/", CODE), "artifact": (watched.artifact, FOLDERS["artifact"]),
+               "captured": (f"{watched.captured}/", FOLDERS["captured"])}  # fmt: skip
+    machine = dict[str, Any](
+        InstanceCount=1, InstanceType=chosen.instance_type, VolumeSizeInGB=settings.compute.volume_gb
+    )
+    if key and not OWN_DISK.match(chosen.instance_type):
+        machine["VolumeKmsKeyId"] = key
+    network: dict[str, Any] = {"EnableNetworkIsolation": settings.compute.isolation}
+    if settings.aws.subnets:
+        network["VpcConfig"] = {"Subnets": settings.aws.subnets, "SecurityGroupIds": settings.aws.security_groups}
+    place = {"S3Uri": f"s3://{stack.bucket}/monitoring/{name}", "LocalPath": FOLDERS["report"]}
+    report = {"OutputName": "report", "S3Output": place | {"S3UploadMode": "EndOfJob"}}
+    return {
+        "ProcessingJobName": f"{logs.prefix()}-monitor-<aws.scheduler.execution-id>",
+        "RoleArn": stack.role,
+        "AppSpecification": {
+            "ImageUri": image,
+            "ContainerEntrypoint": ["python3", f"{CODE}/processing/monitor.py"],
+            "ContainerArguments": [
+                "--artifact", f"{FOLDERS['artifact']}/{watched.artifact.rpartition('/')[2]}",
+                "--data", FOLDERS["captured"], "--output", FOLDERS["report"], "--endpoint", name,
+                "--limit", str(chosen.limit), "--minimum", str(chosen.minimum),
+                "--end", "<aws.scheduler.scheduled-time>", "--hours", str(EVERY[chosen.schedule]),
+            ],
+        },
+        "ProcessingInputs": [
+            {"InputName": part, "S3Input": {"S3Uri": where, "LocalPath": path, "S3DataType": "S3Prefix",
+                                            "S3InputMode": "File"}}
+            for part, (where, path) in sources.items()
+        ],
+        "ProcessingOutputConfig": {"Outputs": [report], **({"KmsKeyId": key} if key else {})},
+        "ProcessingResources": {"ClusterConfig": machine},
+        "StoppingCondition": {"MaxRuntimeInSeconds": round(HOURS * 3600)},
+        "NetworkConfig": network,
+        "Tags": aws.tags(settings),
+    }  # fmt: skip
+
+
+def _schedule(settings: Settings, stack: aws.Stack, name: str, request: str, end: datetime | None) -> None:
+    from botocore.exceptions import ClientError
+
+    scheduler = aws.client(settings, "scheduler")
+    wanted: dict[str, Any] = {
+        "Name": f"{name}-monitor",
+        "Description": f"compares what {name} is asked with its baseline",
+        "ScheduleExpression": CRON[settings.monitoring.schedule],
+        "ScheduleExpressionTimezone": "UTC",
+        "FlexibleTimeWindow": {"Mode": "OFF"},
+        "ActionAfterCompletion": "DELETE",
+        "Target": {
+            "Arn": f"arn:{stack.role.split(':')[1]}:scheduler:::aws-sdk:sagemaker:createProcessingJob",
+            "RoleArn": stack.scheduler_role,
+            "Input": request,
+            "RetryPolicy": {"MaximumRetryAttempts": 2, "MaximumEventAgeInSeconds": 1800},
+        },
+        **({"EndDate": end} if end else {}),
+    }
+    try:
+        scheduler.update_schedule(**wanted)
+    except ClientError as error:
+        if not aws.missing(error):
+            raise
+        scheduler.create_schedule(**wanted)
+
+
+def alarms(settings: Settings, watched: Watched) -> list[dict[str, Any]]:
+    """Drift, errors, latency; that nobody asks is none."""
+    endpoint = {"Name": "EndpointName", "Value": watched.endpoint}
+    asked = {"Namespace": "AWS/SageMaker", "Period": 300, "TreatMissingData": "notBreaching",
+             "Dimensions": [endpoint, {"Name": "VariantName", "Value": watched.variant}]}  # fmt: skip
+    different = {"Namespace": NAMESPACE, "Period": 3600, "TreatMissingData": "ignore", "Dimensions": [endpoint]}
+    rows: list[tuple[str, str, float, int, dict[str, Any]]] = [
+        ("drift", "Drift", 1.0, 1, {"Statistic": "Maximum", **different}),
+        ("errors", "Invocation5XXErrors", 0.05, 2, {"Statistic": "Average", **asked}),  # a share of the requests
+        ("latency", "ModelLatency", 1000.0 * settings.monitoring.latency_ms, 3, {"ExtendedStatistic": "p99", **asked}),
+    ]
+    return [
+        {"AlarmName": f"{watched.endpoint}-{what}", "AlarmDescription": f"{what} of {watched.endpoint}: make monitor",
+         "MetricName": metric, "Threshold": above, "ComparisonOperator": "GreaterThanThreshold",
+         "EvaluationPeriods": periods, **options}
+        for what, metric, above, periods, options in rows
+    ]  # fmt: skip
+
+
+def widgets(settings: Settings, watched: Watched) -> list[dict[str, Any]]:
+    """The dashboard: requests, errors, latency, drift, and how many instances bill."""
+    asked, own = "AWS/SageMaker", ["EndpointName", watched.endpoint]
+    both = [*own, "VariantName", watched.variant]
+    drift = {"stat": "Maximum", "period": 3600}
+    graphs = {
+        "requests": [[asked, "Invocations", *both]],
+        "errors": [[asked, f"Invocation{kind}XXErrors", *both] for kind in (4, 5)],
+        "latency in microseconds": [[asked, "ModelLatency", *both, {"stat": stat}] for stat in ("p50", "p99")],
+        "drift, by its limit: more than 1 is too much": [[NAMESPACE, name, *own, drift] for name in MEASURES],
+        "images compared": [[NAMESPACE, "Images", *own, {"period": 3600}]],
+        # each gives one sample a minute
+        "instances": [["/aws/sagemaker/Endpoints", "CPUUtilization", *both, {"stat": "SampleCount", "period": 60}]],
+    }
+    return [
+        {"type": "metric", "x": 12 * (number % 2), "y": 6 * (number // 2), "width": 12, "height": 6,
+         "properties": {"title": title, "metrics": metrics, "region": settings.aws.region, "stat": "Sum",
+                        "period": 300, "view": "timeSeries"}}
+        for number, (title, metrics) in enumerate(graphs.items())
+    ]  # fmt: skip
+
+
+def here(settings: Settings, data: str, run: str | None) -> None:
+    """Compare a folder on this machine; takes this process's place."""
+    folder, chosen = runs.find(run), settings.monitoring
+    words = [sys.executable, str(SOURCE / "processing" / "monitor.py"), "--artifact", str(folder / "model.tar.gz")]
+    words += ["--data", str(Path(data).expanduser()), "--output", str(folder / "monitoring")]
+    print(f"-> {Path(os.path.relpath(folder / 'monitoring', ROOT))}/report.json", flush=True)
+    os.execv(sys.executable, [*words, "--limit", str(chosen.limit), "--minimum", str(chosen.minimum)])  # noqa: S606
+
+
+def main() -> int:
+    """Command line; see the module's docstring."""
+    parser = console.parser("Compare what an endpoint is asked and says with its artifact's baseline.", settings=True)
+    parser.add_argument("--endpoint", help="its name (default: endpoint.name)")
+    parser.add_argument("--data", help="folder of captured requests on this machine, to compare without AWS")
+    parser.add_argument("--run", help="with --data: the run whose baseline counts (default: the newest)")
+    parser.add_argument("--yes", action="store_true", help="do not ask, and go on although it is over budget")
+    options = parser.parse_args()
+    settings = load(options.set)
+    if options.data:
+        here(settings, options.data, options.run)
+    if options.run:
+        raise UserError("RUN goes with DATA; an endpoint is compared with the artifact that it serves")
+    monitor(settings, endpoints.name(settings, options.endpoint), options.yes)
+    return 0
+
+
+if __name__ == "__main__":
+    console.run_verb(main)
