@@ -144,7 +144,7 @@ def problems(template: dict[str, Any]) -> list[str]:
 
 def test_policies_allow_no_more_than_needed() -> None:
     assert problems(document()) == []
-    assert len(list(statements(document()))) == 36
+    assert len(list(statements(document()))) == 42
     text = bootstrap.TEMPLATE.read_text(encoding="utf-8")
     assert "FullAccess" not in text
     assert not re.search(r"arn:aws[:-]|amazonaws\.com/|\d{12}", text), "a partition or an account is written out"

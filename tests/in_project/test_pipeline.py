@@ -17,6 +17,7 @@ from typing import Any
 
 import boto3
 import pytest
+import yaml
 from botocore.exceptions import ClientError
 from botocore.validate import ParamValidator
 
@@ -152,6 +153,18 @@ def test_every_request_is_valid(tmp_path: Path, overrides: list[str]) -> None:
     tagged = [step["Arguments"]["Tags"] for step in asked.values() if "Tags" in step["Arguments"]]
     assert len(tagged) == 3
     assert all({"Key": "project", "Value": NAME} in tags for tags in tagged)
+
+
+def test_the_pipeline_s_role_may_start_its_steps_and_gives_them_the_other_role() -> None:
+    template = yaml.safe_load((ROOT / "infrastructure" / "stack.yaml").read_text(encoding="utf-8"))
+    policy = template["Resources"]["PipelineRole"]["Properties"]["Policies"][0]["PolicyDocument"]["Statement"]
+    allowed = {statement["Sid"]: statement for statement in policy}
+    wanted = {
+        f"sagemaker:{call.replace('Create', verb)}" for call in CREATES.values() for verb in ("Create", "Describe")
+    }
+    wanted |= {"sagemaker:StopTrainingJob", "sagemaker:StopProcessingJob", "sagemaker:AddTags"}
+    assert wanted <= {*allowed["Steps"]["Action"]}
+    assert allowed["GiveToSageMaker"]["Resource"] == {"Fn::GetAtt": ["ExecutionRole", "Arn"]}
 
 
 def test_the_same_sources_give_the_same_bytes_wherever_they_lie(project: Path, tmp_path: Path) -> None:
