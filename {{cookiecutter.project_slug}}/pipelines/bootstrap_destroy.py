@@ -36,7 +36,7 @@ def destroy(settings: Settings, everything: bool, confirmed: str, yes: bool) -> 
             return
         kept = f"bucket {bucket} and repository {name}, with all that is in them"
         plan = f"removes the stack {name} {where}: roles, notifications" + (
-            f";\nDELETES the {kept}; and the model registry {name}" if everything else ""
+            f";\nDELETES the {kept}; and the pipeline and the model registry {name}" if everything else ""
         )
         plan += "" if everything else f";\nkeeps the {kept}: the next `make bootstrap` takes them back"
         if everything:
@@ -46,6 +46,7 @@ def destroy(settings: Settings, everything: bool, confirmed: str, yes: bool) -> 
         if found is not None:
             stack.remove(cloud, found["StackId"])
         if everything:
+            _delete_pipeline(settings, name)
             _delete_bucket(settings, bucket, account)
             _delete_repository(settings, name, account)
             _delete_registry(settings, name)
@@ -58,6 +59,18 @@ def _typed(plan: str, name: str, confirmed: str) -> None:
         confirmed = aws.ask(f"type {name} to delete it:")
     if confirmed != name:
         raise UserError(f"nothing was deleted: {confirmed!r} is not the project's name; say CONFIRM={name}")
+
+
+def _delete_pipeline(settings: Settings, name: str) -> None:
+    from botocore.exceptions import ClientError
+
+    try:
+        aws.client(settings, "sagemaker").delete_pipeline(PipelineName=name)
+    except ClientError as error:
+        if not aws.missing(error):
+            raise
+        return
+    print(f"deleted the pipeline {name}")
 
 
 def _delete_bucket(settings: Settings, bucket: str, account: str) -> None:

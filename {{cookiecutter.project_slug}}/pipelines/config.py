@@ -181,6 +181,14 @@ class EndpointSettings(Section):
     alarms: list[str]
 
 
+class PipelineSettings(Section):
+    """When `pipeline` registers a model, and how long its steps' results are taken again."""
+
+    min_accuracy: float = Field(ge=0)
+    approval: Literal["PendingManualApproval", "Approved"]
+    cache_days: int = Field(ge=0, le=365)
+
+
 class Monitoring(Section):
     """How `monitor` watches an endpoint."""
 
@@ -207,6 +215,7 @@ class Settings(Section):
     data: Data
     tuning: Tuning
     endpoint: EndpointSettings
+    pipeline: PipelineSettings
     monitoring: Monitoring
     tracking: Tracking = Tracking(uri="local")
 

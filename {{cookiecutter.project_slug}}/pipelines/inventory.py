@@ -70,6 +70,7 @@ def everything(settings: Settings) -> list[Item]:
                 removal = ("sagemaker", f"delete_{_snake(word)}", {f"{word}Name": summary[f"{word}Name"]})
                 endpoints.append(Item(kind, summary[f"{word}Name"], summary["CreationTime"], "", removal))
         ours, all_names = {item.name for item in endpoints if item.bills}, {item["EndpointName"] for item in listed}
+        found += executions(sagemaker)
         running = {item.name for item in found if item.kind == "transform job"}
         return found + endpoints + _attached(settings, ours, all_names, running)
 
@@ -141,6 +142,20 @@ def _jobs(settings: Settings, sagemaker: Any, kind: str) -> list[Item]:
                        {"TrainingJobName": name, "ResourceConfig": {"KeepAlivePeriodInSeconds": 0}})  # fmt: skip
         what = kind if status in ACTIVE else "warm pool"
         items.append(Item(what, name, job["CreationTime"], detail, removal, usd, bills=True))
+    return items
+
+
+def executions(sagemaker: Any) -> list[Item]:
+    """Executions of the project's pipeline that run; what they cost are their jobs, which are listed too."""
+    items = []
+    for pipeline in _ours(sagemaker, _pages(sagemaker, "list_pipelines", "PipelineSummaries"), "Pipeline"):
+        name = pipeline["PipelineName"]
+        for found in _pages(sagemaker, "list_pipeline_executions", "PipelineExecutionSummaries", PipelineName=name):
+            arn, status = found["PipelineExecutionArn"], found["PipelineExecutionStatus"]
+            if status in ("Executing", "Stopping"):
+                removal = ("sagemaker", "stop_pipeline_execution", {"PipelineExecutionArn": arn})
+                label = f"{name}/{arn.rpartition('/')[2]}"
+                items.append(Item("pipeline run", label, found["StartTime"], status, removal, bills=True))
     return items
 
 

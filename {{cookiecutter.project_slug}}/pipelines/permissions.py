@@ -50,7 +50,7 @@ def needs(settings: Settings, stack: aws.Stack, account: str, owner: str) -> Ite
         "AWS::Partition": partition, "AWS::Region": region, "AWS::AccountId": account, "AWS::StackName": project,
         "AWS::URLSuffix": "amazonaws.com.cn" if partition == "aws-cn" else "amazonaws.com", "Project": project,
         "Bucket.Arn": f"arn:{partition}:s3:::{stack.bucket}", "ExecutionRole.Arn": stack.role,
-        "SchedulerRole.Arn": stack.scheduler_role,
+        "SchedulerRole.Arn": stack.scheduler_role, "PipelineRole.Arn": stack.pipeline_role,
         "ImageRepository.Arn": f"arn:{partition}:ecr:{region}:{account}:repository/{stack.repository.split('/')[-1]}",
     }  # fmt: skip
 

@@ -120,7 +120,7 @@ def description(evidence: Evidence, image: str, uri: str, place: str) -> dict[st
 def card(evidence: Evidence, image: str, uri: str) -> dict[str, Any]:
     """The content of the model card, by the schema of cards of packages; a draft for people to go on with."""
     model, facts, tested = evidence.model, evidence.facts, evidence.evaluation
-    purpose = f"Tells which of {len(model['classes'])} classes an image shows: {', '.join(model['classes'])}"
+    purpose = f"Tells which of these classes an image shows: {', '.join(model['classes'])}"
     data = [f"{facts.get('data', 'data set')}, fingerprint {model['dataset_fingerprint']}"]
     settled = list(facts.get("hyperparameters", {}).items())[:100]  # AWS takes no more
     metrics = [
@@ -198,8 +198,8 @@ def champion(settings: Settings) -> Package | None:
     return newest(settings, APPROVED)
 
 
-def register(settings: Settings, request: dict[str, Any]) -> Package:
-    """Create a package, and the group when it is missing; a package has the tags of its group."""
+def make_group(settings: Settings) -> None:
+    """Make the project's group when it is missing; a package has the tags of its group."""
     from botocore.exceptions import ClientError
 
     sagemaker = aws.client(settings, "sagemaker")
@@ -213,17 +213,30 @@ def register(settings: Settings, request: dict[str, Any]) -> Package:
                 ModelPackageGroupName=group(), ModelPackageGroupDescription="Image classifiers of one project",
                 Tags=aws.tags(settings),
             )  # fmt: skip
-        return find(settings, sagemaker.create_model_package(**request)["ModelPackageArn"])
+
+
+def register(settings: Settings, request: dict[str, Any]) -> Package:
+    """Create a package, and the group when it is missing."""
+    make_group(settings)
+    with aws.explained(f"registering in {group()}"):
+        made = aws.client(settings, "sagemaker").create_model_package(**request)
+    return find(settings, made["ModelPackageArn"])
+
+
+def local() -> list[Package]:
+    """What is in the local registry, oldest first."""
+    files = (runs.ARTIFACTS / "registry" / group()).glob("[0-9]*/package.json")
+    there = [package(json.loads(file.read_text(encoding="utf-8"))) for file in files]
+    return sorted(there, key=lambda known: known.version)
 
 
 def register_local(evidence: Evidence, image: str, archive: Path, files: Path, status: str = PENDING) -> Path:
     """Copy an artifact and its evidence into the local registry; gives the version's folder, the first one's if any."""
-    home = runs.ARTIFACTS / "registry" / group()
-    there = sorted(home.glob("[0-9]*/package.json"), key=lambda path: int(path.parent.name))
-    for path in there:
-        if package(json.loads(path.read_text(encoding="utf-8"))).metadata["artifact"] == evidence.identity:
-            return path.parent
-    version = int(there[-1].parent.name) + 1 if there else 1
+    home, there = runs.ARTIFACTS / "registry" / group(), local()
+    for known in there:
+        if known.metadata["artifact"] == evidence.identity:
+            return home / str(known.version)
+    version = there[-1].version + 1 if there else 1
     folder, partial = home / str(version), home / f".{version}.tmp"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)

@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import argparse
 import base64
+import hashlib
 import io
 import json
 import math
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,6 +33,7 @@ from inference.artifact import Artifact, ArtifactError, open_artifact
 BATCH = 64
 BINS = 15  # of the reliability diagram, as in the paper
 MISTAKES, PIXELS = 24, 96  # pictures that are kept, and their longest side: at most 0.6 MB in all
+DESCRIBED = ("model.json", "baseline.json")
 
 
 class EvaluationError(ValueError):
@@ -174,20 +177,32 @@ def wilson(successes: int, trials: int, z: float = 1.959964) -> tuple[float, flo
     return max(0.0, (centre - reach) / scale), min(1.0, (centre + reach) / scale)
 
 
+def describe(artifact: Artifact, evaluation: Path) -> None:
+    """Put what a model package says of an artifact beside its evaluation: files, and one-line facts, for JSON texts."""
+    copies = [shutil.copyfile(artifact.folder / file, evaluation.with_name(file)) for file in DESCRIBED]
+    said = {path.stem: hashlib.sha256(path.read_bytes()).hexdigest() for path in (evaluation, *copies)}
+    said |= {key: str(artifact.facts[key]) for key in ("architecture", "image_size", "torch_version")}
+    said["classes"] = json.dumps(", ".join(artifact.facts["classes"])[:1000])[1:-1]
+    evaluation.with_name("package.json").write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; see the module's docstring."""
     parser = argparse.ArgumentParser(description="Evaluate an artifact on a packed split.")
     parser.add_argument("--artifact", type=Path, required=True, help="model.tar.gz of a run")
     parser.add_argument("--data", type=Path, required=True, help="folder of a packed split")
     parser.add_argument("--output", type=Path, required=True, help="where evaluation.json is written")
+    parser.add_argument("--describe", action="store_true", help="put what a model package says of it beside the output")
     options = parser.parse_args(arguments)
     try:
         with open_artifact(options.artifact) as artifact:
             result = evaluate(artifact, options.data)
+            options.output.write_text(json.dumps(result, allow_nan=False) + "\n", encoding="utf-8")
+            if options.describe:
+                describe(artifact, options.output)
     except (ArtifactError, EvaluationError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    options.output.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     accuracy = result["metrics"]["accuracy"]
     print(
         f"accuracy {accuracy['value']:.4f} (95 % interval {accuracy['ci_low']:.4f} to {accuracy['ci_high']:.4f}) "
