@@ -50,6 +50,7 @@ class Stack:
     repository: str
     topic: str
     scheduler_role: str
+    pipeline_role: str = ""
 
 
 def client(settings: Settings, service: str, region: str | None = None) -> Any:
@@ -125,7 +126,7 @@ def stack(settings: Settings) -> Stack:
             ) from error
     outputs = {output["OutputKey"]: output["OutputValue"] for output in found.get("Outputs", [])}
     names = {"bucket": "Bucket", "role": "ExecutionRole", "repository": "Repository", "topic": "Topic",
-             "scheduler_role": "SchedulerRole"}  # fmt: skip
+             "scheduler_role": "SchedulerRole", "pipeline_role": "PipelineRole"}  # fmt: skip
     absent = [key for key in names.values() if key not in outputs]
     if absent:
         raise UserError(

@@ -130,6 +130,14 @@ class EndpointSettings(Section):
     alarms: list[str]
 
 
+class PipelineSettings(Section):
+    """When `pipeline` registers a model, and how long its steps' results are taken again."""
+
+    min_accuracy: float = Field(ge=0)
+    approval: Literal["PendingManualApproval", "Approved"]
+    cache_days: int = Field(ge=0, le=365)
+
+
 class Settings(Section):
     """All of `configs/`: `training` is training.yaml, the other sections are those of infrastructure.yaml."""
 
@@ -139,6 +147,7 @@ class Settings(Section):
     compute: Compute
     data: Data
     endpoint: EndpointSettings
+    pipeline: PipelineSettings
 
 
 def load(

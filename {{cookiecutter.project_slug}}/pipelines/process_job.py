@@ -9,6 +9,8 @@ local folder is uploaded first, once as long as its files stay the same. `make t
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from typing import Any
 
 from pipelines import SOURCE, aws, console, data, image_push, logs, prices, runs, storage
 from pipelines.config import Settings, load
@@ -39,20 +41,20 @@ def process(settings: Settings, source: str | None, yes: bool) -> tuple[str, str
     compute, source = settings.compute, source or settings.data.source
     stack = aws.stack(settings)
     local = None if source.startswith("s3://") else data.raw(source)
-    name, hours = f"{logs.prefix()}-{runs.new_name()}", min(compute.max_hours, LONGEST)
+    name, longest = f"{logs.prefix()}-{runs.new_name()}", hours(settings)
     image, kind = image_push.uri(settings, stack, "training"), compute.process_instance_type
     target = f"s3://{stack.bucket}/data/{name}"
     price = prices.hourly(settings, "processing", kind)
     plan = (
-        f"{name}: a processing job in {settings.aws.region} on 1 x {kind}, {hours:g} hours at most, in {image}, packs "
+        f"{name}: a processing job in {settings.aws.region} on 1 x {kind}, {longest:g} hours at most, in {image}, packs "
     )
-    prices.afford(settings, f"{plan}{source} into {target}", None if price is None else price * hours, yes)
+    prices.afford(settings, f"{plan}{source} into {target}", None if price is None else price * longest, yes)
     image_push.ensure(settings, stack, "training")
     uri = storage.upload(settings, local, stack.bucket, f"raw/{data.state(local, [])}") if local else source.rstrip("/")
     with aws.explained("starting the processing job"):
         try:
             with interruptible():  # Processor.run swallows KeyboardInterrupt
-                _run(settings, stack, image, name, uri, target, hours)
+                _run(settings, stack, image, name, uri, target)
         except Interrupted as error:
             made = logs.describe(settings, "Processing", name)
             end = f"{name} runs. {logs.after(settings, 'Processing', name)}" if made else "no job was started"
@@ -60,28 +62,58 @@ def process(settings: Settings, source: str | None, yes: bool) -> tuple[str, str
     return name, f"{target}/images"
 
 
-def _run(settings: Settings, stack: aws.Stack, image: str, name: str, uri: str, target: str, hours: float) -> None:
+def _run(settings: Settings, stack: aws.Stack, image: str, name: str, uri: str, target: str) -> None:
     import boto3
     from sagemaker.core.helper.session_helper import Session
+
+    session = Session(boto3.Session(region_name=settings.aws.region), default_bucket=stack.bucket)
+    code = storage.upload(settings, SOURCE, stack.bucket, f"source/{runs.source_hash()}")
+    processor(settings, stack, image, "preprocess.py", session).run(
+        inputs=inputs({"raw": (f"{uri}/", INPUT), "code": (f"{code}/", CODE)}),
+        outputs=outputs("packed", target),
+        arguments=packing(settings),
+        job_name=name,
+        wait=False,
+        logs=False,
+    )
+
+
+def hours(settings: Settings) -> float:
+    """The longest that a Processing job may take."""
+    return min(settings.compute.max_hours, LONGEST)
+
+
+def packing(settings: Settings) -> list[str]:
+    """What the packing script is told."""
+    return ["--input", INPUT, "--output", f"{OUTPUT}/images", *data.options(settings)]
+
+
+def processor(settings: Settings, stack: aws.Stack, image: str, script: str, session: Any, kind: Any = None) -> Any:
+    """SDK V3's `Processor` for a script of `src/processing`, from the settings.
+
+    Args:
+        settings: of the project.
+        stack: bucket and role.
+        image: that it runs in.
+        script: its name.
+        session: the SDK's.
+        kind: instance type; None: the configured one.
+    """
     from sagemaker.core.network import NetworkConfig
     from sagemaker.core.processing import Processor
-    from sagemaker.core.shapes import ProcessingInput, ProcessingOutput, ProcessingS3Input, ProcessingS3Output
 
     compute, key = settings.compute, aws.kms_arn(settings)
-    processor = Processor(
+    return Processor(
         image_uri=image,
         role=stack.role,
-        entrypoint=[
-            "python3",
-            f"{CODE}/processing/preprocess.py",
-        ],  # FrameworkProcessor finds no script in a sub-folder
+        entrypoint=["python3", f"{CODE}/processing/{script}"],  # FrameworkProcessor finds no script in a sub-folder
         instance_count=1,
-        instance_type=compute.process_instance_type,
+        instance_type=kind or compute.process_instance_type,
         volume_size_in_gb=compute.volume_gb,
         volume_kms_key=None if OWN_DISK.match(compute.process_instance_type) else key,
         output_kms_key=key,
-        max_runtime_in_seconds=round(hours * 3600),
-        sagemaker_session=Session(boto3.Session(region_name=settings.aws.region), default_bucket=stack.bucket),
+        max_runtime_in_seconds=round(hours(settings) * 3600),
+        sagemaker_session=session,
         tags=aws.tags(settings),
         network_config=NetworkConfig(
             enable_network_isolation=compute.isolation,
@@ -89,25 +121,25 @@ def _run(settings: Settings, stack: aws.Stack, image: str, name: str, uri: str, 
             subnets=settings.aws.subnets or None,
         ),
     )
-    code = storage.upload(settings, SOURCE, stack.bucket, f"source/{runs.source_hash()}")
-    inputs = [
-        ProcessingInput(
-            input_name=part,
-            s3_input=ProcessingS3Input(
-                s3_uri=f"{where}/", local_path=path, s3_data_type="S3Prefix", s3_input_mode="File"
-            ),
-        )
-        for part, where, path in (("raw", uri, INPUT), ("code", code, CODE))
+
+
+def inputs(places: Mapping[str, tuple[Any, str]]) -> list[Any]:
+    """Inputs by name: where in S3, and the folder of the container that they are copied to."""
+    from sagemaker.core.shapes import ProcessingInput, ProcessingS3Input
+
+    copied = {"s3_data_type": "S3Prefix", "s3_input_mode": "File"}
+    return [
+        ProcessingInput(input_name=name, s3_input=ProcessingS3Input(s3_uri=uri, local_path=path, **copied))
+        for name, (uri, path) in places.items()
     ]
-    packed = ProcessingS3Output(s3_uri=target, local_path=OUTPUT, s3_upload_mode="EndOfJob")
-    processor.run(
-        inputs=inputs,
-        outputs=[ProcessingOutput(output_name="packed", s3_output=packed)],
-        arguments=["--input", INPUT, "--output", f"{OUTPUT}/images", *data.options(settings)],
-        job_name=name,
-        wait=False,
-        logs=False,
-    )
+
+
+def outputs(name: str, uri: Any) -> list[Any]:
+    """The one output: what the script leaves in the container's folder for it, and where in S3 that goes."""
+    from sagemaker.core.shapes import ProcessingOutput, ProcessingS3Output
+
+    kept = ProcessingS3Output(s3_uri=uri, local_path=OUTPUT, s3_upload_mode="EndOfJob")
+    return [ProcessingOutput(output_name=name, s3_output=kept)]
 
 
 def main() -> int:

@@ -31,11 +31,13 @@ OWN_DISK = re.compile(r"ml\.(g[4-9]|p[4-9]|p3dn|trn|[a-z]+\d+[a-z]*d)")  # encry
 
 @dataclass(frozen=True)
 class Request:
-    """What a job trains: hyperparameters, and S3 prefixes by channel."""
+    """What a job trains: hyperparameters, S3 prefixes by channel, where its source and its checkpoints lie."""
 
     run: str
     hyperparameters: dict[str, Any]
-    channels: dict[str, str]
+    channels: dict[str, Any]
+    source: str = str(SOURCE)
+    checkpoints: Any = None
 
 
 def train(settings: Settings, source: str | None, run: str | None, yes: bool) -> str:
@@ -87,7 +89,7 @@ def submit(settings: Settings, stack: aws.Stack, request: Request, image: str) -
         signals.enter_context(interruptible())  # ModelTrainer.train swallows KeyboardInterrupt
         try:
             made = trainer(settings, stack, request, image)
-            made.train(input_data_config=_inputs(settings, request), wait=False, logs=False)
+            made.train(input_data_config=inputs(settings, request), wait=False, logs=False)
         except Interrupted as error:
             signals.close()
             job = logs.newest(settings, request.run)
@@ -96,8 +98,8 @@ def submit(settings: Settings, stack: aws.Stack, request: Request, image: str) -
         return str(made._latest_training_job.training_job_name)
 
 
-def trainer(settings: Settings, stack: aws.Stack, request: Request, image: str) -> Any:
-    """SDK V3's `ModelTrainer` for the cloud, from the settings."""
+def trainer(settings: Settings, stack: aws.Stack, request: Request, image: str, session: Any = None) -> Any:
+    """SDK V3's `ModelTrainer` for the cloud, from the settings; with the SDK's session where one is given."""
     import boto3
     from sagemaker.core.helper.session_helper import Session
     from sagemaker.core.training.configs import (
@@ -123,12 +125,12 @@ def trainer(settings: Settings, stack: aws.Stack, request: Request, image: str) 
     if compute.spot:
         times["max_wait_time_in_seconds"] = round(compute.max_wait_hours * 3600)
     made = ModelTrainer(
-        sagemaker_session=Session(boto3.Session(region_name=region), default_bucket=stack.bucket),
+        sagemaker_session=session or Session(boto3.Session(region_name=region), default_bucket=stack.bucket),
         role=stack.role,
         base_job_name=f"{logs.prefix()}-{request.run}",
         input_s3_key_prefix="jobs",
         training_image=image,
-        source_code=SourceCode(source_dir=str(SOURCE), command=f"exec python3 {LAUNCHER}"),
+        source_code=SourceCode(source_dir=request.source, command=f"exec python3 {LAUNCHER}"),
         compute=Compute(
             instance_type=compute.instance_type, instance_count=compute.instances,
             volume_size_in_gb=compute.volume_gb, enable_managed_spot_training=compute.spot, **optional,
@@ -139,7 +141,9 @@ def trainer(settings: Settings, stack: aws.Stack, request: Request, image: str) 
             enable_network_isolation=compute.isolation,
             enable_inter_container_traffic_encryption=compute.encrypt_traffic,
         ),
-        checkpoint_config=CheckpointConfig(s3_uri=f"s3://{stack.bucket}/checkpoints/{request.run}"),
+        checkpoint_config=CheckpointConfig(
+            s3_uri=request.checkpoints or f"s3://{stack.bucket}/checkpoints/{request.run}"
+        ),
         output_data_config=OutputDataConfig(s3_output_path=f"s3://{stack.bucket}/jobs", kms_key_id=key),
         hyperparameters=request.hyperparameters,
         environment={"GIT_COMMIT": runs.git_commit(), "PYTHONUNBUFFERED": "1"},
@@ -149,7 +153,7 @@ def trainer(settings: Settings, stack: aws.Stack, request: Request, image: str) 
     return made.with_remote_debug_config(RemoteDebugConfig(enable_remote_debug=True)) if compute.remote_debug else made
 
 
-def _inputs(settings: Settings, request: Request) -> list[Any]:
+def inputs(settings: Settings, request: Request) -> list[Any]:
     """Channels; `InputData` would pin all of them to File."""
     from sagemaker.core.training.configs import Channel, DataSource, S3DataSource
 

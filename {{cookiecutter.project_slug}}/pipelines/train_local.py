@@ -68,7 +68,7 @@ def train(
         hyperparameters=hyperparameters,
         channels=channels | ({"pretrained": pretrained} if pretrained else {}),
         instances=instances,
-        environment={"GIT_COMMIT": runs.git_commit(), "PYTHONUNBUFFERED": "1"} | _threads(instances),
+        environment={"GIT_COMMIT": runs.git_commit(), "PYTHONUNBUFFERED": "1"} | threads(instances),
     )
     print(f"run {name} on {dataset.relative_to(ROOT)}, {f'in image {image}' if image else 'as a process'}", flush=True)
     first_step: list[float] = []
@@ -110,7 +110,7 @@ def _request(run: str) -> dict[str, Any]:
     return request
 
 
-def _threads(instances: int) -> dict[str, str]:
+def threads(instances: int) -> dict[str, str]:
     """Hosts that share this machine share its cores; each would otherwise start a thread for every core."""
     return {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // instances))} if instances > 1 else {}
 

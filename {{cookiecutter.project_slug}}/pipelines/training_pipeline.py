@@ -1,0 +1,236 @@
+"""The SageMaker Pipeline, built from `configs/`: preprocess, train, evaluate, gate, register. Prints its definition.
+
+    python -m pipelines.training_pipeline --set compute.instances=2
+
+`make pipeline` runs it on SageMaker, `make pipeline-local` on this machine. Building it sends nothing to AWS, and the
+same sources and settings give the same bytes wherever they lie: only so do SageMaker's caches hit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipelines import ROOT, aws, console, engine, image_push, process_job, runs, train
+from pipelines.config import Settings, load
+
+MODEL, TEST = (f"/opt/ml/processing/input/{part}" for part in ("model", "test"))
+NAMES = {"Training": "TrainingJobName", "Processing": "ProcessingJobName"}
+LOCAL = aws.Stack("local", "arn:aws:iam::000000000000:role/local", engine.project_name(), "", "")  # needs no account
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What goes in: S3 prefixes of raw images, and of weights to start from, if any; the accuracy to keep up with."""
+
+    data: str
+    weights: str | None = None
+    champion: float = 0.0
+
+
+def definition(settings: Settings, stack: aws.Stack, inputs: Inputs, staged: Path) -> dict[str, Any]:
+    """The pipeline's definition.
+
+    Args:
+        settings: of the project.
+        stack: where it will run.
+        inputs: of its executions, unless they are given others.
+        staged: an empty folder. What it holds afterwards belongs under `source/` in the stack's bucket.
+    """
+    os.environ.setdefault("SAGEMAKER_VALIDATE_ROLE", "false")
+    os.environ.setdefault("AWS_DEFAULT_REGION", settings.aws.region)  # sagemaker.mlops makes a client when imported
+    log = ROOT / ".cache" / "pipeline.log"
+    log.parent.mkdir(exist_ok=True)
+    console.log_to(log)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # "No Job being started"
+        document: dict[str, Any] = json.loads(_pipeline(settings, stack, inputs, staged).definition())
+    for step in document["Steps"]:  # jobs are called `pipelines-...` otherwise, which no policy of the stack allows
+        if step["Type"] in NAMES:
+            step["Arguments"][NAMES[step["Type"]]] = f"{engine.project_name()}-{step['Name'].lower()}"
+    return {key: value for key, value in document.items() if value is not None}
+
+
+def _session(settings: Settings, stack: aws.Stack, staged: Path) -> Any:
+    """The SDK's session for pipelines, offline: what it would upload is copied to a folder named by its content."""
+    import boto3
+    from sagemaker.core.workflow.pipeline_context import PipelineSession
+
+    class Offline(boto3.Session):  # type: ignore[misc]
+        def client(self, service: str, *words: Any, **more: Any) -> Any:
+            return None if service == "iam" else super().client(service, *words, **more)  # it would simulate policies
+
+    class Staging(PipelineSession):  # type: ignore[misc]
+        def default_bucket(self) -> str:
+            return stack.bucket
+
+        def upload_data(self, path: str, *_words: Any, **_more: Any) -> str:
+            files = sorted(file for file in Path(path).rglob("*") if file.is_file() and file.suffix != ".pyc")
+            facts = [(str(file.relative_to(path)), hashlib.sha256(file.read_bytes()).hexdigest()) for file in files]
+            name = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+            shutil.copytree(path, staged / name, ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True)
+            return f"s3://{stack.bucket}/source/{name}"
+
+    return Staging(Offline(region_name=settings.aws.region))
+
+
+def _pipeline(settings: Settings, stack: aws.Stack, inputs: Inputs, staged: Path) -> Any:
+    session = _session(settings, stack, staged)
+    from sagemaker.core.workflow.conditions import ConditionGreaterThanOrEqualTo
+    from sagemaker.core.workflow.execution_variables import ExecutionVariables
+    from sagemaker.core.workflow.functions import Join, JsonGet
+    from sagemaker.core.workflow.parameters import ParameterFloat, ParameterInteger, ParameterString
+    from sagemaker.core.workflow.properties import PropertyFile
+    from sagemaker.mlops.workflow import (
+        CacheConfig,
+        ConditionStep,
+        FailStep,
+        Pipeline,
+        ProcessingStep,
+        SageMakerJobExceptionTypeEnum,
+        SageMakerJobStepRetryPolicy,
+        StepExceptionTypeEnum,
+        StepRetryPolicy,
+        TrainingStep,
+    )
+
+    compute, image = settings.compute, image_push.uri(settings, stack, "training")
+    source = f"s3://{stack.bucket}/source/{runs.source_hash()}/"
+    data = ParameterString("InputData", default_value=inputs.data)
+    accuracy = ParameterFloat("MinAccuracy", default_value=settings.pipeline.min_accuracy)
+    champion = ParameterFloat("ChampionAccuracy", default_value=inputs.champion)
+    epochs = ParameterString("Epochs", default_value=str(settings.training.epochs))
+    kind = ParameterString("TrainingInstanceType", default_value=compute.instance_type)
+    count = ParameterInteger("TrainingInstanceCount", default_value=compute.instances)
+    packs = ParameterString("ProcessingInstanceType", default_value=compute.process_instance_type)
+    approval = ParameterString("ModelApprovalStatus", default_value=settings.pipeline.approval)
+    days = settings.pipeline.cache_days
+    common: dict[str, Any] = {
+        "cache_config": CacheConfig(enable_caching=True, expire_after=f"P{days}D") if days else None,
+        "retry_policies": [
+            StepRetryPolicy([StepExceptionTypeEnum.THROTTLING, StepExceptionTypeEnum.SERVICE_FAULT], 2.0, 30, 5),
+            SageMakerJobStepRetryPolicy(
+                failure_reason_types=[
+                    SageMakerJobExceptionTypeEnum.CAPACITY_ERROR, SageMakerJobExceptionTypeEnum.INTERNAL_ERROR,
+                ], interval_seconds=60, max_attempts=5,
+            ),
+        ],
+    }  # fmt: skip
+
+    def place(*parts: Any) -> Any:
+        return Join(on="/", values=list(parts))
+
+    def processing(name: str, script: str, words: list[str], given: dict[str, Any], kept: str, **more: Any) -> Any:
+        processor = process_job.processor(settings, stack, image, script, session, packs)
+        target = place(f"s3://{stack.bucket}/pipeline", ExecutionVariables.PIPELINE_EXECUTION_ID, kept)
+        given = given | {"code": (source, process_job.CODE)}
+        asked = processor.run(inputs=process_job.inputs(given), outputs=process_job.outputs(kept, target), arguments=words)
+        step = ProcessingStep(name=name, step_args=asked, **common, **more)
+        return step, step.properties.ProcessingOutputConfig.Outputs[kept].S3Output.S3Uri
+
+    packing = process_job.packing(settings)
+    preprocess, packed = processing("Preprocess", "preprocess.py", packing, {"raw": (data, process_job.INPUT)}, "packed")
+
+    chosen = settings.training.as_dict()
+    identity = json.dumps([runs.source_hash(), {name: value for name, value in chosen.items() if name != "epochs"}])
+    channels = {split: place(packed, "images", split, "") for split in ("train", "validation")}
+    request = train.Request(
+        run="pipeline",
+        hyperparameters=chosen | {"epochs": epochs},
+        channels=channels | ({"pretrained": inputs.weights} if inputs.weights else {}),
+        source=source,
+        # Part of what a cache compares, so it must not name the execution, but all that a checkpoint depends on.
+        checkpoints=place(packed, "checkpoints", hashlib.sha256(identity.encode()).hexdigest(), epochs),
+    )
+    trainer = train.trainer(settings, stack, request, image, session)
+    trainer.compute.instance_type, trainer.compute.instance_count = kind, count
+    trainer.environment = trainer.environment | {"GIT_COMMIT": runs.source_commit()}
+    training = TrainingStep(
+        name="Train", step_args=trainer.train(input_data_config=train.inputs(settings, request)), **common
+    )
+    artifact = training.properties.ModelArtifacts.S3ModelArtifacts
+
+    report = PropertyFile(name="Evaluation", output_name="evaluation", path="evaluation.json")
+    words = ["--artifact", f"{MODEL}/model.tar.gz", "--data", TEST]
+    words += ["--output", f"{process_job.OUTPUT}/evaluation.json"]
+    given = {"model": (artifact, MODEL), "test": (place(packed, "images", "test", ""), TEST)}
+    evaluate, evaluated = processing("Evaluate", "evaluate.py", words, given, "evaluation", property_files=[report])
+
+    def measured(what: str) -> Any:
+        return JsonGet(step_name="Evaluate", property_file=report, json_path=f"metrics.accuracy.{what}")
+
+    message = Join(values=[
+        "accuracy ", measured("value"), " (up to ", measured("ci_high"), " with 95 % confidence) on the test split: "
+        "it must be at least ", accuracy, " (pipeline.min_accuracy), and that bound at least ", champion,
+        " (the champion's accuracy); nothing was registered",
+    ])  # fmt: skip
+    gate = ConditionStep(
+        name="Gate",
+        conditions=[
+            ConditionGreaterThanOrEqualTo(left=measured("value"), right=accuracy),
+            ConditionGreaterThanOrEqualTo(left=measured("ci_high"), right=champion),
+        ],
+        if_steps=[_register(settings, stack, artifact, evaluated, approval)],
+        else_steps=[FailStep(name="Refuse", error_message=message)],
+    )
+    return Pipeline(
+        name=engine.project_name(),
+        parameters=[data, accuracy, champion, epochs, kind, count, packs, approval],
+        pipeline_experiment_config=None,
+        steps=[preprocess, training, evaluate, gate],
+        sagemaker_session=session,
+    )
+
+
+def _register(settings: Settings, stack: aws.Stack, artifact: Any, evaluation: Any, approval: Any) -> Any:
+    """The step that registers the model; the SDK's own can register only what its `ModelBuilder` describes."""
+    from sagemaker.core.workflow.functions import Join
+    from sagemaker.mlops.workflow.steps import Step, StepTypeEnum
+
+    arguments = {
+        "ModelPackageGroupName": engine.project_name(),
+        "ModelApprovalStatus": approval,
+        "InferenceSpecification": {
+            "Containers": [{"Image": image_push.uri(settings, stack, "serving"), "ModelDataUrl": artifact}],
+            "SupportedContentTypes": ["application/json"],
+            "SupportedResponseMIMETypes": ["application/json"],
+        },
+        "ModelMetrics": {
+            "ModelQuality": {
+                "Statistics": {
+                    "ContentType": "application/json",
+                    "S3Uri": Join(on="/", values=[evaluation, "evaluation.json"]),
+                }
+            }
+        },
+    }
+
+    class Register(Step):  # type: ignore[misc]
+        @property
+        def arguments(self) -> dict[str, Any]:
+            return arguments
+
+        @property
+        def properties(self) -> Any:
+            raise NotImplementedError
+
+    return Register("Register", step_type=StepTypeEnum.REGISTER_MODEL)
+
+
+def main() -> int:
+    """Command line; see the module's docstring."""
+    settings = load(console.parser("Print the definition of the project's pipeline.", settings=True).parse_args().set)
+    with tempfile.TemporaryDirectory() as staged:
+        print(json.dumps(definition(settings, LOCAL, Inputs("s3://local/raw/"), Path(staged)), indent=2))
+    return 0
+
+
+if __name__ == "__main__":
+    console.run_verb(main)
