@@ -129,7 +129,7 @@ def settings(*overrides: str) -> config.Settings:
 
 
 def run(*overrides: str, **options: Any) -> None:
-    given = dict.fromkeys(("run", "job", "package", "artifact", "endpoint", "weight")) | {"yes": True} | options
+    given = dict.fromkeys(("run", "job", "package", "artifact", "endpoint", "weight", "rollback")) | {"yes": True} | options
     deploy.deploy(settings(*overrides), Namespace(**given))
 
 
@@ -501,6 +501,20 @@ def test_golden_samples_that_disagree(hosting: Hosting) -> None:
     hosting.calls.answers["InvokeEndpoint"] = quota("InvokeEndpoint")
     with pytest.raises(UserError, match="golden sample 0 got no answer"):
         run()
+
+
+def test_a_rollback_puts_the_endpoint_back(hosting: Hosting) -> None:
+    run()
+    good = hosting.calls.named("CreateEndpointConfig")[-1]["EndpointConfigName"]
+    hosting.apart = 0.5
+    with pytest.raises(UserError, match=rf"golden sample 0 .* apart \(allowed: 0.02\); {NAME} is back on what it was$"):
+        run(rollback=True)
+    assert hosting.calls.named("UpdateEndpoint")[-1] == {"EndpointName": NAME, "EndpointConfigName": good}
+    asked = len(hosting.calls.named("UpdateEndpoint"))
+    hosting.state = {"EndpointConfigName": "other"}
+    with pytest.raises(UserError, match="went back to what it was"):  # AWS did it: nothing more to do
+        run(rollback=True)
+    assert len(hosting.calls.named("UpdateEndpoint")) == asked + 1
 
 
 def test_ctrl_c_while_waiting_leaves_the_endpoint(hosting: Hosting, monkeypatch: pytest.MonkeyPatch) -> None:

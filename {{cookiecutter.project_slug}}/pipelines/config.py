@@ -22,6 +22,7 @@ from training.config import ConfigurationError, Hyperparameters, nearest, parse,
 
 LocalMode = Literal["auto", "container", "process"]
 INSTANCE = r"^ml\.[a-z0-9-]+\.[a-z0-9]+$"
+OURS = "artifacts async batch capture checkpoints data jobs models monitoring pipeline raw registry source".split()  # prefixes
 IMAGE = r"^[A-Za-z0-9][A-Za-z0-9._/:@-]*$"
 
 
@@ -49,7 +50,7 @@ class Aws(Section):
     subnets: list[Annotated[str, Field(pattern=r"^subnet-[0-9a-f]+$")]]
     security_groups: list[Annotated[str, Field(pattern=r"^sg-[0-9a-f]+$")]]
     budget_usd: float = Field(gt=0, le=1_000_000)
-    github: str = Field(pattern=r"^(none|auto|[\w.-]+/[\w.-]+(@[\w./-]+)?)$")
+    github: str = Field(pattern=r"^(none|auto|[\w.-]+(@\d+/[\w.-]+@\d+|/[\w.-]+)(@[\w./-]+)?)$")
     email: str = Field(pattern=r"^(none|[^@\s]+@[^@\s]+)$")
     monthly_usd: float = Field(ge=0, le=1_000_000)
 
@@ -136,6 +137,17 @@ class PipelineSettings(Section):
     min_accuracy: float = Field(ge=0)
     approval: Literal["PendingManualApproval", "Approved"]
     cache_days: int = Field(ge=0, le=365)
+    schedule: str = Field(pattern=r"^(none|(cron|rate)\(.+\))$")
+    watch: str = Field(pattern=r"^[A-Za-z0-9]([A-Za-z0-9._/-]*[A-Za-z0-9])?$")
+    deploy_on_approval: bool
+    connection: str = Field(pattern=r"^(none|arn:aws[a-z-]*:codeconnections:[a-z0-9-]+:\d{12}:connection/\S+)$")
+
+    @field_validator("watch")
+    @classmethod
+    def _is_not_written_by_verbs(cls, value: str) -> str:
+        if value.split("/")[0] in OURS:
+            raise ValueError(f"the verbs write there and would start it; choose a prefix outside {', '.join(OURS)}")
+        return value
 
 
 class Settings(Section):
