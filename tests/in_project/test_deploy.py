@@ -129,7 +129,8 @@ def settings(*overrides: str) -> config.Settings:
 
 
 def run(*overrides: str, **options: Any) -> None:
-    given = dict.fromkeys(("run", "job", "package", "artifact", "endpoint", "weight", "rollback")) | {"yes": True} | options
+    names = ("run", "job", "package", "artifact", "endpoint", "weight", "rollback")
+    given = dict.fromkeys(names) | {"yes": True} | options
     deploy.deploy(settings(*overrides), Namespace(**given))
 
 
@@ -511,10 +512,19 @@ def test_a_rollback_puts_the_endpoint_back(hosting: Hosting) -> None:
         run(rollback=True)
     assert hosting.calls.named("UpdateEndpoint")[-1] == {"EndpointName": NAME, "EndpointConfigName": good}
     asked = len(hosting.calls.named("UpdateEndpoint"))
-    hosting.state = {"EndpointConfigName": "other"}
+
+    def update(wanted: dict[str, Any]) -> dict[str, Any]:
+        hosting.update(wanted)
+        hosting.state = {"EndpointConfigName": good}
+        return {"EndpointArn": "arn"}
+
+    hosting.calls.answers["UpdateEndpoint"] = update
     with pytest.raises(UserError, match="went back to what it was"):  # AWS did it: nothing more to do
         run(rollback=True)
     assert len(hosting.calls.named("UpdateEndpoint")) == asked + 1
+    hosting.state, hosting.calls.answers["UpdateEndpoint"] = {}, hosting.update
+    with pytest.raises(UserError, match="go back with `aws sagemaker update-endpoint"):
+        run()
 
 
 def test_ctrl_c_while_waiting_leaves_the_endpoint(hosting: Hosting, monkeypatch: pytest.MonkeyPatch) -> None:

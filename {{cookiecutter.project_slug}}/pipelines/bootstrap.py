@@ -74,9 +74,9 @@ def parameters(settings: Settings, identity: str, current: dict[str, str]) -> di
     chosen = settings.pipeline
     if chosen.deploy_on_approval and not repository:
         raise UserError("pipeline.deploy_on_approval needs the repository to deploy from; set aws.github to owner/name")
-    found |= {"DeployOnApproval": str(chosen.deploy_on_approval).lower()}
-    for name, value in {"PipelineSchedule": chosen.schedule, "Watch": chosen.watch, "Connection": chosen.connection}.items():
-        found[name] = "" if value == "none" else value
+    found["DeployOnApproval"] = str(chosen.deploy_on_approval).lower()
+    asked = {"PipelineSchedule": chosen.schedule, "Watch": chosen.watch, "Connection": chosen.connection}
+    found |= {name: "" if value == "none" else value for name, value in asked.items()}
     if repository:
         owned = current.get("GitHubRepository") and current.get("CreateGitHubProvider") == "true"
         listed = aws.client(settings, "iam").list_open_id_connect_providers()["OpenIDConnectProviderList"]

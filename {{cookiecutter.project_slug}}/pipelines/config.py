@@ -22,7 +22,8 @@ from training.config import ConfigurationError, Hyperparameters, nearest, parse,
 
 LocalMode = Literal["auto", "container", "process"]
 INSTANCE = r"^ml\.[a-z0-9-]+\.[a-z0-9]+$"
-OURS = "artifacts async batch capture checkpoints data jobs models monitoring pipeline raw registry source".split()  # prefixes
+OURS = ["artifacts", "async", "batch", "capture", "checkpoints", "data", "jobs", "models", "monitoring", "pipeline",
+        "pretrained", "raw", "registry", "source"]  # prefixes that verbs write to  # fmt: skip
 IMAGE = r"^[A-Za-z0-9][A-Za-z0-9._/:@-]*$"
 
 
