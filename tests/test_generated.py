@@ -108,7 +108,8 @@ def test_make_prints_every_verb_and_every_verb_expands(bake: Bake) -> None:
         wanted = {
             *"help setup data train-local evaluate predict serve-local batch-local image test bench".split(),
             *"bench-serve lint format clean bootstrap bootstrap-destroy image-push process train logs pull".split(),
-            *"deploy invoke shift-traffic plan status destroy doctor".split(),
+            *"deploy invoke shift-traffic batch register approve plan status destroy doctor".split(),
+            *"pipeline pipeline-local pipeline-graph".split(),
         }
         assert set(verbs) == wanted | ({"track"} if "track.py" in str(project.files()) else set())
         for verb in verbs:

@@ -47,7 +47,8 @@ ANYWHERE = {  # actions that AWS cannot scope to a resource, and why the verbs o
         "a shell in a running container; only when asked for",
     ),
     **dict.fromkeys(
-        ("sagemaker:ListEndpointConfigs", "sagemaker:ListEndpoints", "sagemaker:ListModels",
+        ("sagemaker:ListEndpointConfigs", "sagemaker:ListEndpoints", "sagemaker:ListModels", "sagemaker:ListModelPackages",
+         "sagemaker:ListPipelines",
          "sagemaker:ListHyperParameterTuningJobs", "sagemaker:ListTransformJobs",
          "sagemaker:ListProcessingJobs", "sagemaker:ListTrainingJobs", "scheduler:ListSchedules",
          "application-autoscaling:DescribeScalableTargets", "application-autoscaling:DescribeScalingPolicies",
@@ -143,7 +144,7 @@ def problems(template: dict[str, Any]) -> list[str]:
 
 def test_policies_allow_no_more_than_needed() -> None:
     assert problems(document()) == []
-    assert len(list(statements(document()))) == 38
+    assert len(list(statements(document()))) == 45
     text = bootstrap.TEMPLATE.read_text(encoding="utf-8")
     assert "FullAccess" not in text
     assert not re.search(r"arn:aws[:-]|amazonaws\.com/|\d{12}", text), "a partition or an account is written out"

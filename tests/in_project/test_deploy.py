@@ -342,7 +342,7 @@ def test_jobs_packages_and_files(hosting: Hosting, archive: Path) -> None:
     run(job="j")
     assert hosting.calls.named("CreateModel")[-1]["PrimaryContainer"]["ModelDataUrl"] == uri
     arn = "arn:aws:sagemaker:us-east-1:123456789012:model-package/group/1"
-    package = {"ModelApprovalStatus": "PendingManualApproval",
+    package = {"ModelPackageArn": arn, "ModelApprovalStatus": "PendingManualApproval",
                "InferenceSpecification": {"Containers": [{"Image": "i", "ModelDataUrl": uri}]}}  # fmt: skip
     hosting.calls.answers["DescribeModelPackage"] = package
     with pytest.raises(UserError, match="make approve"):

@@ -174,3 +174,9 @@ def kms_arn(settings: Settings) -> str | None:
         return None if key == "none" else key
     with explained(f"looking up {key}, which is aws.kms_key"):
         return str(client(settings, "kms").describe_key(KeyId=key)["KeyMetadata"]["Arn"])
+
+
+def encryption(settings: Settings) -> dict[str, str]:
+    """What a request that writes an object says of `aws.kms_key`."""
+    key = kms_arn(settings)
+    return {"ServerSideEncryption": "aws:kms", "SSEKMSKeyId": key} if key else {}

@@ -1,4 +1,4 @@
-"""Remove the project's stack: `make bootstrap-destroy`. Data and images stay, unless ALL=1 and the name is typed.
+"""Remove the project's stack: `make bootstrap-destroy`. Data, images and registry stay without ALL=1.
 
     python -m pipelines.bootstrap_destroy --yes
     python -m pipelines.bootstrap_destroy --all --confirm image-classifier
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 
-from pipelines import aws, console, engine, inventory, stack
+from pipelines import aws, console, engine, inventory, registry, stack
 from pipelines.bootstrap import bucket_name
 from pipelines.config import Settings, load
 from pipelines.console import UserError
@@ -36,7 +36,7 @@ def destroy(settings: Settings, everything: bool, confirmed: str, yes: bool) -> 
             return
         kept = f"bucket {bucket} and repository {name}, with all that is in them"
         plan = f"removes the stack {name} {where}: roles, notifications" + (
-            f";\nDELETES the {kept}" if everything else ""
+            f";\nDELETES the {kept}; and the pipeline and the model registry {name}" if everything else ""
         )
         plan += "" if everything else f";\nkeeps the {kept}: the next `make bootstrap` takes them back"
         if everything:
@@ -46,8 +46,10 @@ def destroy(settings: Settings, everything: bool, confirmed: str, yes: bool) -> 
         if found is not None:
             stack.remove(cloud, found["StackId"])
         if everything:
+            _delete_pipeline(settings, name)
             _delete_bucket(settings, bucket, account)
             _delete_repository(settings, name, account)
+            _delete_registry(settings, name)
 
 
 def _typed(plan: str, name: str, confirmed: str) -> None:
@@ -57,6 +59,18 @@ def _typed(plan: str, name: str, confirmed: str) -> None:
         confirmed = aws.ask(f"type {name} to delete it:")
     if confirmed != name:
         raise UserError(f"nothing was deleted: {confirmed!r} is not the project's name; say CONFIRM={name}")
+
+
+def _delete_pipeline(settings: Settings, name: str) -> None:
+    from botocore.exceptions import ClientError
+
+    try:
+        aws.client(settings, "sagemaker").delete_pipeline(PipelineName=name)
+    except ClientError as error:
+        if not aws.missing(error):
+            raise
+        return
+    print(f"deleted the pipeline {name}")
 
 
 def _delete_bucket(settings: Settings, bucket: str, account: str) -> None:
@@ -93,6 +107,23 @@ def _delete_repository(settings: Settings, name: str, account: str) -> None:
             raise
         return
     print(f"deleted the repository {name}")
+
+
+def _delete_registry(settings: Settings, name: str) -> None:
+    from botocore.exceptions import ClientError
+
+    sagemaker, group = aws.client(settings, "sagemaker"), {"ModelPackageGroupName": name}
+    try:
+        sagemaker.describe_model_package_group(**group)
+    except ClientError as error:
+        if not aws.missing(error):
+            raise
+        return
+    packages = registry.summaries(settings)
+    for package in packages:
+        sagemaker.delete_model_package(ModelPackageName=package["ModelPackageArn"])
+    sagemaker.delete_model_package_group(**group)
+    print(f"deleted the model registry {name} with {len(packages)} packages")
 
 
 def main() -> int:

@@ -11,92 +11,20 @@ created; afterwards the artifact's golden samples go through it.
 from __future__ import annotations
 
 import base64
-import hashlib
-import json
 import tempfile
 import time
 from argparse import Namespace
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from inference.artifact import ArtifactError, unpack
-from pipelines import aws, console, endpoints, image_push, prices, rollout, runs, storage
+from pipelines import aws, console, endpoints, image_push, prices, rollout, runs, source, storage
 from pipelines.config import Settings, load
 from pipelines.console import UserError
 from pipelines.rollout import SECOND, Plan
 
 TOLERANCE = 0.02  # of a golden sample's probabilities, as in src/inference/inference.py
 MONTH = 730  # hours: what an endpoint is counted for that never deletes itself
-
-
-@dataclass(frozen=True)
-class Source:
-    """A checked artifact.
-
-    Attributes:
-        label: what a person calls it.
-        archive: here, perhaps in a temporary folder.
-        samples: its golden samples.
-        uri: where it lies in S3 already.
-        package: the model package that it is of.
-    """
-
-    label: str
-    archive: Path
-    samples: list[dict[str, Any]]
-    uri: str | None = None
-    package: str | None = None
-
-
-def find(settings: Settings, options: Namespace, folder: Path) -> Source:
-    """The artifact that the options name, checked; what lies in S3 only is downloaded into a folder.
-
-    Raises:
-        UserError: when there is none, it is damaged, its job failed, or its package is not approved.
-    """
-    given = [word for word in ("run", "job", "package", "artifact") if getattr(options, word)]
-    if len(given) > 1:
-        raise UserError(f"{' and '.join(word.upper() for word in given)} name an artifact each; give one")
-    uri, sagemaker = None, aws.client(settings, "sagemaker")
-    if options.job:
-        with aws.explained(f"looking up the training job {options.job}"):
-            facts = sagemaker.describe_training_job(TrainingJobName=options.job)
-        if facts["TrainingJobStatus"] != "Completed":
-            raise UserError(f"{options.job} is {facts['TrainingJobStatus']}; only a completed job has an artifact")
-        label, uri = f"job {options.job}", facts["ModelArtifacts"]["S3ModelArtifacts"]
-    elif options.package:
-        with aws.explained(f"looking up the model package {options.package}"):
-            facts = sagemaker.describe_model_package(ModelPackageName=options.package)
-        if facts.get("ModelApprovalStatus", "Approved") != "Approved":
-            raise UserError(f"{options.package} is {facts['ModelApprovalStatus']}; approve it with `make approve`")
-        label, uri = f"package {options.package}", facts["InferenceSpecification"]["Containers"][0]["ModelDataUrl"]
-    elif options.artifact:
-        label, archive = str(options.artifact), options.artifact
-    else:
-        archive = runs.find(options.run) / "model.tar.gz"
-        label = f"run {archive.parent.name}"
-    if uri:
-        bucket, _, key = uri.removeprefix("s3://").partition("/")
-        archive = folder / "model.tar.gz"
-        with aws.explained(f"downloading {uri}"):
-            aws.client(settings, "s3").download_file(bucket, key, str(archive))
-    return Source(label, archive, _checked(archive, folder / "unpacked"), uri, options.package)
-
-
-def _checked(archive: Path, folder: Path) -> list[dict[str, Any]]:
-    """The golden samples of an artifact whose files match their checksums."""
-    try:
-        unpack(archive, folder)
-        for name, digest in json.loads((folder / "model.json").read_text(encoding="utf-8"))["files"].items():
-            if hashlib.sha256((folder / name).read_bytes()).hexdigest() != digest:
-                raise ArtifactError(f"{name} in {archive} does not match its checksum")
-        samples: list[dict[str, Any]] = json.loads((folder / "golden.json").read_text(encoding="utf-8"))["samples"]
-    except ArtifactError as error:
-        raise UserError(str(error)) from error
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{archive} is no artifact of this project: {error}") from error
-    return samples
 
 
 def deploy(settings: Settings, options: Namespace) -> None:
@@ -107,16 +35,16 @@ def deploy(settings: Settings, options: Namespace) -> None:
     """
     chosen, name, stack = settings.endpoint, endpoints.name(settings, options.endpoint), aws.stack(settings)
     with tempfile.TemporaryDirectory(prefix="deploy-") as folder:
-        source = find(settings, options, Path(folder))
+        model = source.find(settings, options, Path(folder))
         facts = endpoints.describe(settings, name)
         old = _config(settings, name, facts, options.weight) if facts else {"ProductionVariants": []}
         _check_limits(settings, old, options.weight)
         image, config = image_push.uri(settings, stack, "serving"), f"{name}-{runs.new_name()}"
-        plan = Plan(name, config, image, source.uri or "", source.package, old, options.weight)
-        _agree(settings, plan, source.label, options.yes)
+        plan = Plan(name, config, image, model.uri or "", model.package, old, options.weight)
+        _agree(settings, plan, model.label, options.yes)
         if not plan.package:
             image_push.ensure(settings, stack, "serving")
-        plan = replace(plan, uri=plan.uri or storage.artifact(settings, stack, source.archive))
+        plan = replace(plan, uri=plan.uri or storage.artifact(settings, stack, model.archive))
     before, end = endpoints.end(settings, name), None
     if chosen.ttl_hours:
         end = time.strftime("at(%Y-%m-%dT%H:%M:%S)", time.gmtime(time.time() + chosen.ttl_hours * 3600))
@@ -131,10 +59,11 @@ def deploy(settings: Settings, options: Namespace) -> None:
     ends = f"deletes itself on {end[3:13]} at {end[14:19]} UTC" if end else "never deletes itself"
     remove = f"`make destroy ENDPOINT={name}` removes it"
     try:
-        difference = _see(settings, plan, source.samples, remove, options.rollback)
+        difference = _see(settings, plan, model.samples, remove, options.rollback)
     except KeyboardInterrupt:
-        raise UserError(f"stopped waiting; {name} goes on and bills, and {ends}; {remove}", code=130) from None
-    print(f"{name} is in service, its {len(source.samples)} golden samples agree within {difference:.4f}")
+        again = "its golden samples were not asked and its scaling is not set: `make deploy` again does that"
+        raise UserError(f"stopped waiting; {name} goes on and bills, and {ends}; {again}; {remove}", code=130) from None
+    print(f"{name} is in service, its {len(model.samples)} golden samples agree within {difference:.4f}")
     print(f"  {endpoints.link(settings, name)}\n  make invoke IMAGE=path/to/an/image ENDPOINT={name}")
     if plan.weight:
         print(
@@ -277,10 +206,7 @@ def _ask_golden(
 def main() -> int:
     """Command line; see the module's docstring."""
     parser = console.parser("Put an artifact behind an endpoint on SageMaker.", settings=True)
-    parser.add_argument("--run", help="name of a run (default: the newest)")
-    parser.add_argument("--job", help="a training job whose artifact is taken")
-    parser.add_argument("--package", help="ARN of an approved model package")
-    parser.add_argument("--artifact", type=Path, help="a model.tar.gz")
+    source.add_options(parser)
     parser.add_argument("--endpoint", help="default: endpoint.name")
     parser.add_argument("--type", choices=["realtime", "serverless", "async"], help="default: endpoint.type")
     parser.add_argument("--weight", type=int, help="percent of the requests that a second variant gets")

@@ -3,8 +3,8 @@
     python -m pipelines.destroy --yes
     python -m pipelines.destroy --endpoint image-classifier-old
 
-It shows the list and asks, then looks again until nothing that bills is left. The stack, data and images stay: they are
-`make bootstrap-destroy`'s, which follows with ALL=1 after the project's name was typed.
+It shows the list and asks, then looks again until nothing that bills is left. The stack, data, images and the registry
+stay: they are `make bootstrap-destroy`'s, which follows with ALL=1 after the project's name was typed.
 """
 
 from __future__ import annotations

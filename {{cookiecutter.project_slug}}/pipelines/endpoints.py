@@ -19,6 +19,10 @@ POLL = 10.0  # seconds between two looks at an endpoint
 PATIENCE = 2 * 3600  # seconds for a change of an endpoint; a linear rollout takes an hour
 ASYNC_POLL, ASYNC_PATIENCE = 2.0, 20 * 60  # seconds; the first instance after none takes minutes to come
 MOST_BYTES = 6 * 2**20  # of a request that is answered at once
+ENDS = {  # operation, its parameter and the setting that limits
+    "endpoint": ("deleteEndpoint", "EndpointName", "endpoint.ttl_hours"),
+    "transform job": ("stopTransformJob", "TransformJobName", "compute.max_hours"),
+}
 BACKLOG, INVOCATIONS = 5.0, 600.0  # requests for an instance: waiting (async), or a minute, that scaling aims at
 
 
@@ -103,8 +107,9 @@ def end(settings: Settings, endpoint: str) -> str | None:
             raise
 
 
-def set_end(settings: Settings, stack: aws.Stack, endpoint: str, when: str | None) -> None:
-    """Schedule, move or (None) cancel the deletion of an endpoint: a schedule that fires once and deletes itself."""
+def set_end(settings: Settings, stack: aws.Stack, endpoint: str, when: str | None, kind: str = "endpoint") -> None:
+    """Schedule, move or (None) cancel the end of an endpoint, or of a job: a schedule fires once and deletes itself."""
+    operation, parameter, limit = ENDS[kind]
     scheduler, scheduled = aws.client(settings, "scheduler"), end(settings, endpoint)
     with aws.explained(f"scheduling the end of {endpoint}"):
         if when is None:
@@ -113,15 +118,15 @@ def set_end(settings: Settings, stack: aws.Stack, endpoint: str, when: str | Non
             return
         (scheduler.update_schedule if scheduled else scheduler.create_schedule)(
             Name=f"{endpoint}-end",
-            Description=f"endpoint.ttl_hours of {endpoint}",
+            Description=f"{limit} of {endpoint}",
             ScheduleExpression=when,
             ScheduleExpressionTimezone="UTC",
             FlexibleTimeWindow={"Mode": "OFF"},
             ActionAfterCompletion="DELETE",
             Target={
-                "Arn": f"arn:{stack.role.split(':')[1]}:scheduler:::aws-sdk:sagemaker:deleteEndpoint",
+                "Arn": f"arn:{stack.role.split(':')[1]}:scheduler:::aws-sdk:sagemaker:{operation}",
                 "RoleArn": stack.scheduler_role,
-                "Input": json.dumps({"EndpointName": endpoint}),
+                "Input": json.dumps({parameter: endpoint}),
             },
         )
 
@@ -225,12 +230,11 @@ def ask(settings: Settings, facts: dict[str, Any], body: bytes, kind: str, varia
 
 def _ask_async(settings: Settings, endpoint: Any, facts: dict[str, Any], body: bytes, kind: str) -> bytes:
     """Put the request into the bucket, wait for the answer or the failure there, and clean up."""
-    s3, key = aws.client(settings, "s3"), aws.kms_arn(settings)
+    s3 = aws.client(settings, "s3")
     folder = facts["AsyncInferenceConfig"]["OutputConfig"]["S3OutputPath"].rpartition("/")[0]
     bucket, _, prefix = folder.removeprefix("s3://").partition("/")
     question = {"Bucket": bucket, "Key": f"{prefix}/input/{uuid.uuid4().hex}"}
-    encryption = {"ServerSideEncryption": "aws:kms", "SSEKMSKeyId": key} if key else {}
-    s3.put_object(**question, Body=body, **encryption)
+    s3.put_object(**question, Body=body, **aws.encryption(settings))
     try:
         uri = f"s3://{question['Bucket']}/{question['Key']}"
         made = endpoint.invoke_async(input_location=uri, content_type=kind, region=settings.aws.region)

@@ -70,7 +70,9 @@ def everything(settings: Settings) -> list[Item]:
                 removal = ("sagemaker", f"delete_{_snake(word)}", {f"{word}Name": summary[f"{word}Name"]})
                 endpoints.append(Item(kind, summary[f"{word}Name"], summary["CreationTime"], "", removal))
         ours, all_names = {item.name for item in endpoints if item.bills}, {item["EndpointName"] for item in listed}
-        return found + endpoints + _attached(settings, ours, all_names)
+        found += executions(sagemaker)
+        running = {item.name for item in found if item.kind == "transform job"}
+        return found + endpoints + _attached(settings, ours, all_names, running)
 
 
 def _pages(client: Any, operation: str, key: str, **parameters: Any) -> list[dict[str, Any]]:
@@ -143,6 +145,20 @@ def _jobs(settings: Settings, sagemaker: Any, kind: str) -> list[Item]:
     return items
 
 
+def executions(sagemaker: Any) -> list[Item]:
+    """Executions of the project's pipeline that run; what they cost are their jobs, which are listed too."""
+    items = []
+    for pipeline in _ours(sagemaker, _pages(sagemaker, "list_pipelines", "PipelineSummaries"), "Pipeline"):
+        name = pipeline["PipelineName"]
+        for found in _pages(sagemaker, "list_pipeline_executions", "PipelineExecutionSummaries", PipelineName=name):
+            arn, status = found["PipelineExecutionArn"], found["PipelineExecutionStatus"]
+            if status in ("Executing", "Stopping"):
+                removal = ("sagemaker", "stop_pipeline_execution", {"PipelineExecutionArn": arn})
+                label = f"{name}/{arn.rpartition('/')[2]}"
+                items.append(Item("pipeline run", label, found["StartTime"], status, removal, bills=True))
+    return items
+
+
 def _endpoint(settings: Settings, sagemaker: Any, summary: dict[str, Any]) -> list[Item]:
     name = summary["EndpointName"]
     facts = _described(sagemaker, "Endpoint", name)
@@ -176,8 +192,8 @@ def _price(settings: Settings, use: str, instance: str, count: int) -> float | N
     return None if price is None else price * count
 
 
-def _attached(settings: Settings, ours: set[str], all_names: set[str]) -> list[Item]:
-    """What keeps an endpoint company: the schedule that ends it, alarms, scaling; the last two also when it is gone.
+def _attached(settings: Settings, ours: set[str], all_names: set[str], running: set[str]) -> list[Item]:
+    """What keeps an endpoint company: what ends it, or a transform job; alarms and scaling, also of one that is gone.
 
     A schedule without an endpoint fires and deletes itself; it may as well be of one that is about to be made.
     """
@@ -190,13 +206,15 @@ def _attached(settings: Settings, ours: set[str], all_names: set[str]) -> list[I
     scheduler, cloudwatch = aws.client(settings, "scheduler"), aws.client(settings, "cloudwatch")
     for prefix in sorted({project, *(name for name in ours if not name.startswith(project))}):
         for schedule in _pages(scheduler, "list_schedules", "Schedules", NamePrefix=prefix):
-            if not schedule["Target"]["Arn"].endswith(":sagemaker:deleteEndpoint"):
+            operation = schedule["Target"]["Arn"].rpartition(":")[2]
+            ended = {"deleteEndpoint": ours, "stopTransformJob": running}.get(operation)
+            if not ended:
                 continue
             where = {"Name": schedule["Name"], "GroupName": schedule["GroupName"]}
             facts = scheduler.get_schedule(**where)
-            endpoint = json.loads(facts["Target"]["Input"])["EndpointName"]
+            (endpoint,) = json.loads(facts["Target"]["Input"]).values()
             when = facts["ScheduleExpression"].removeprefix("at(").removesuffix(")")
-            if endpoint in ours:
+            if endpoint in ended:
                 removal = ("scheduler", "delete_schedule", where)
                 items.append(Item("end schedule", schedule["Name"], facts["CreationDate"], when, removal, of=endpoint))
         for alarm in _pages(cloudwatch, "describe_alarms", "MetricAlarms", AlarmNamePrefix=prefix):

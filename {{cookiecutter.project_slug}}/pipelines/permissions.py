@@ -12,7 +12,9 @@ import yaml
 from pipelines import aws, bootstrap, engine
 from pipelines.config import Settings
 
-KINDS = re.compile(r"TrainingJob|ProcessingJob|TransformJob|HyperParameterTuningJob|EndpointConfig|Endpoint|Model")
+KINDS = re.compile(
+    r"TrainingJob|ProcessingJob|TransformJob|HyperParameterTuningJob|EndpointConfig|Endpoint|Model(?:PackageGroup|Package)?"
+)
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ def needs(settings: Settings, stack: aws.Stack, account: str, owner: str) -> Ite
         "AWS::Partition": partition, "AWS::Region": region, "AWS::AccountId": account, "AWS::StackName": project,
         "AWS::URLSuffix": "amazonaws.com.cn" if partition == "aws-cn" else "amazonaws.com", "Project": project,
         "Bucket.Arn": f"arn:{partition}:s3:::{stack.bucket}", "ExecutionRole.Arn": stack.role,
-        "SchedulerRole.Arn": stack.scheduler_role,
+        "SchedulerRole.Arn": stack.scheduler_role, "PipelineRole.Arn": stack.pipeline_role,
         "ImageRepository.Arn": f"arn:{partition}:ecr:{region}:{account}:repository/{stack.repository.split('/')[-1]}",
     }  # fmt: skip
 

@@ -15,19 +15,22 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pipelines import ROOT, SOURCE, console, container, data, engine, process, runs
+from pipelines import ROOT, SOURCE, console, container, data, engine, image_push, process, register, registry, runs
 from pipelines.config import LocalMode, Settings, load
 from pipelines.console import TrainingView, UserError
 from pipelines.jobs import Interrupted, Job, JobFailed, Outputs
 from pipelines.train_local import interruptible, threads
 from pipelines.training_pipeline import LOCAL, Inputs, definition
 
-CHECKS: dict[str, Callable[[Any, Any], bool]] = {"GreaterThanOrEqualTo": lambda left, right: float(left) >= float(right)}
+CHECKS: dict[str, Callable[[Any, Any], bool]] = {
+    "GreaterThanOrEqualTo": lambda left, right: float(left) >= float(right)
+}
 
 
 class Execution:
@@ -120,7 +123,9 @@ class Execution:
             folder = self.path(output["S3Uri"])
             folder.mkdir(parents=True)
             mounts[output["LocalPath"]] = (folder, "rw")
-            self.values[f"Steps.{step['Name']}.ProcessingOutputConfig.Outputs['{name}'].S3Output.S3Uri"] = output["S3Uri"]
+            self.values[f"Steps.{step['Name']}.ProcessingOutputConfig.Outputs['{name}'].S3Output.S3Uri"] = output[
+                "S3Uri"
+            ]
         for file in step.get("PropertyFiles", []):
             place = self.path(outputs[file["OutputName"]]["S3Uri"]) / file["FilePath"]
             self.values[f"Steps.{step['Name']}.PropertyFiles.{file['PropertyFileName']}"] = place
@@ -134,14 +139,18 @@ class Execution:
         words = [*application["ContainerEntrypoint"], *application["ContainerArguments"]]
         if self._image is None:
             for inside, (folder, _) in mounts.items():
-                words = [str(folder) + word[len(inside) :] if f"{word}/".startswith(f"{inside}/") else word for word in words]
+                words = [
+                    str(folder) + word[len(inside) :] if f"{word}/".startswith(f"{inside}/") else word for word in words
+                ]
             words[0] = sys.executable if words[0] == "python3" else words[0]
             return subprocess.run(words, env=os.environ | given, start_new_session=True).returncode
         label = f"{self._name}-{step.lower()}"
         command = ["docker", "run", "--rm", "--init", "--name", label, "--entrypoint", words[0]]
         command += ["--gpus", "all"] if engine.container_gpus() else []
         command += [word for key, value in given.items() for word in ("--env", f"{key}={value}")]
-        command += [word for inside, (folder, how) in mounts.items() for word in ("--volume", f"{folder}:{inside}:{how}")]
+        command += [
+            word for inside, (folder, how) in mounts.items() for word in ("--volume", f"{folder}:{inside}:{how}")
+        ]
         try:
             return subprocess.run([*command, self._image, *words[1:]], start_new_session=True).returncode
         finally:  # when a signal came it is still there
@@ -193,7 +202,8 @@ def run(settings: Settings, source: str | None, mode: LocalMode, verbose: bool) 
     root = runs.WORK / name
     (root / "staged").mkdir(parents=True)
     weights = data.weights(settings, root / "weights")
-    inputs = Inputs("s3://local/raw/", "s3://local/weights/" if weights else None)
+    approved = [package.accuracy for package in registry.local() if package.status == registry.APPROVED]
+    inputs = Inputs("s3://local/raw/", "s3://local/weights/" if weights else None, (approved or [0.0])[-1])
     document = definition(settings, LOCAL, inputs, root / "staged")
     folders = {"s3://local/raw/": raw, "s3://local/weights/": root / "weights", f"s3://local/source/{tried}": SOURCE}
     execution = Execution(document, {"TrainingInstanceCount": hosts}, folders, image, name, root, verbose)
@@ -218,8 +228,12 @@ def run(settings: Settings, source: str | None, mode: LocalMode, verbose: bool) 
     folder = runs.publish(name, execution.trained.model, execution.trained.data, facts)
     bucket = execution.path(f"s3://local/pipeline/{name}")
     shutil.move(bucket / "packed" / "images", folder / "data")
-    for file in (bucket / "evaluation").iterdir():
-        shutil.copyfile(file, folder / file.name)
+    shutil.copyfile(bucket / "evaluation" / "evaluation.json", folder / "evaluation.json")
+    with tempfile.TemporaryDirectory(prefix="register-") as temporary:
+        evidence = register.evidence(folder / "model.tar.gz", Path(temporary))
+        serving, approval = image_push.uri(settings, LOCAL, "serving"), settings.pipeline.approval
+        package = registry.register_local(evidence, serving, folder / "model.tar.gz", Path(temporary), approval)
+    print(f"registered as {package.relative_to(ROOT)}, {approval}")
     shutil.rmtree(root, ignore_errors=True)
     return folder
 

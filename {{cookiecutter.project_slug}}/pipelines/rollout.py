@@ -47,25 +47,32 @@ class Plan:
         return [old for old in self.old["ProductionVariants"] if self.weight and old["VariantName"] != SECOND]
 
 
-def create(settings: Settings, stack: aws.Stack, plan: Plan) -> None:
-    """Create the model and the endpoint's configuration."""
+def create_model(settings: Settings, stack: aws.Stack, name: str, image: str, uri: str, package: str | None) -> None:
+    """Create a model: of an image and an artifact, or of a package."""
     from sagemaker.core import resources, shapes
 
-    region, key = settings.aws.region, aws.kms_arn(settings)
     variables = {name: value for name, value in sorted(os.environ.items()) if name.startswith("INFERENCE_")}
-    options: dict[str, Any] = {"tags": _tags(settings), "region": region}
     model: dict[str, Any] = {"enable_network_isolation": True} if settings.compute.isolation else {}
     if settings.aws.subnets:
         network = {"subnets": settings.aws.subnets, "security_group_ids": settings.aws.security_groups}
         model["vpc_config"] = shapes.VpcConfig(**network)
-    if plan.package:
-        container = shapes.ContainerDefinition(model_package_name=plan.package, environment=variables)
-        model["containers"] = [container]
+    if package:
+        model["containers"] = [shapes.ContainerDefinition(model_package_name=package, environment=variables)]
     else:
-        container = shapes.ContainerDefinition(image=plan.image, model_data_url=plan.uri, environment=variables)
+        container = shapes.ContainerDefinition(image=image, model_data_url=uri, environment=variables)
         model["primary_container"] = container
-    resources.Model.create(model_name=plan.config, execution_role_arn=stack.role, **options, **model)
+    resources.Model.create(
+        model_name=name, execution_role_arn=stack.role, tags=_tags(settings), region=settings.aws.region, **model
+    )
 
+
+def create(settings: Settings, stack: aws.Stack, plan: Plan) -> None:
+    """Create the model and the endpoint's configuration."""
+    from sagemaker.core import resources, shapes
+
+    create_model(settings, stack, plan.config, plan.image, plan.uri, plan.package)
+    region, key = settings.aws.region, aws.kms_arn(settings)
+    options: dict[str, Any] = {"tags": _tags(settings), "region": region}
     encryption = {"kms_key_id": key} if key else {}
     if settings.endpoint.type == "async":
         place = f"s3://{stack.bucket}/async/{plan.name}"

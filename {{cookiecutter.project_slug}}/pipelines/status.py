@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from pipelines import aws, console, engine, inventory
+from pipelines import aws, console, engine, inventory, registry
 from pipelines.config import Settings, load
 from pipelines.console import UserError
 from pipelines.inventory import Item
@@ -59,6 +59,7 @@ def stored(settings: Settings) -> list[str]:
     parts: list[tuple[str, Callable[[], str]]] = [
         (f"bucket {stack.bucket}", lambda: _bucket(settings, stack.bucket)),
         (f"repository {stack.repository}", lambda: _images(settings, stack.repository)),
+        (f"registry {registry.group()}", lambda: _packages(settings)),
     ]
     for name, measure in parts:
         try:
@@ -88,6 +89,11 @@ def _images(settings: Settings, repository: str) -> str:
     )  # fmt: skip
     sizes = [image["imageSizeInBytes"] for page in pages for image in page["imageDetails"]]
     return f"{len(sizes)} images, {sum(sizes) / GB:.1f} GB"
+
+
+def _packages(settings: Settings) -> str:
+    best = registry.champion(settings)
+    return f"{len(registry.summaries(settings))} packages, the champion is {best or 'none yet'}"
 
 
 def main() -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -31,23 +32,19 @@ def upload(settings: Settings, folder: Path, bucket: str, prefix: str) -> str:
     Returns:
         The folder's URI, without a slash at its end.
     """
-    s3, uri = aws.client(settings, "s3"), f"s3://{bucket}/{prefix}"
-    key = aws.kms_arn(settings)
-    encryption = {"ServerSideEncryption": "aws:kms", "SSEKMSKeyId": key} if key else {}
+    s3, uri, encryption = aws.client(settings, "s3"), f"s3://{bucket}/{prefix}", aws.encryption(settings)
     with aws.explained(f"uploading {folder} to {uri} (do it again to continue)"):
         if s3.list_objects_v2(Bucket=bucket, Prefix=f"{prefix}{DONE}")["KeyCount"]:
             print(f"{uri} is there already", flush=True)
             return uri
         pages = s3.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=f"{prefix}/")
         there = {item["Key"]: item["Size"] for page in pages for item in page.get("Contents", [])}
-        files = {
-            f"{prefix}/{path.relative_to(folder).as_posix()}": path for path in folder.rglob("*") if path.is_file()
-        }
-        todo = sorted(name for name, path in files.items() if there.get(name) != path.stat().st_size)
+        files = {f"{prefix}/{name}": size for name, size in below(folder)}
+        todo = sorted(name for name, size in files.items() if there.get(name) != size)
         print(f"uploading {len(todo)} of {len(files)} files to {uri}", flush=True)
 
         def put(name: str) -> None:
-            s3.upload_file(str(files[name]), bucket, name, ExtraArgs=encryption)
+            s3.upload_file(str(folder / name.removeprefix(f"{prefix}/")), bucket, name, ExtraArgs=encryption)
 
         with ThreadPoolExecutor(THREADS) as pool:
             list(tqdm(pool.map(put, todo), total=len(todo), unit="file", disable=None))
@@ -72,6 +69,36 @@ def pretrained(settings: Settings, stack: aws.Stack) -> str | None:
         return upload(settings, folder, stack.bucket, f"pretrained/{digest}") + "/"
 
 
+def below(folder: Path) -> Iterator[tuple[str, int]]:
+    """Relative path and size of every file below a folder."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            yield path.relative_to(folder).as_posix(), path.stat().st_size
+
+
+def listed(settings: Settings, uri: str) -> Iterator[tuple[str, int]]:
+    """Name, without the prefix, and size of every object below an S3 prefix."""
+    bucket, _, key = f"{uri.rstrip('/')}/".removeprefix("s3://").partition("/")
+    with aws.explained(f"listing {uri}"):
+        pages = aws.client(settings, "s3").get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=key)
+        for item in (item for page in pages for item in page.get("Contents", [])):
+            yield item["Key"].removeprefix(key), item["Size"]
+
+
+def get(settings: Settings, uri: str) -> bytes:
+    """The content of an object."""
+    bucket, _, key = uri.removeprefix("s3://").partition("/")
+    with aws.explained(f"reading {uri}"):
+        return bytes(aws.client(settings, "s3").get_object(Bucket=bucket, Key=key)["Body"].read())
+
+
+def put(settings: Settings, uri: str, content: bytes) -> None:
+    """Write an object, encrypted as the settings say."""
+    bucket, _, key = uri.removeprefix("s3://").partition("/")
+    with aws.explained(f"writing {uri}"):
+        aws.client(settings, "s3").put_object(Bucket=bucket, Key=key, Body=content, **aws.encryption(settings))
+
+
 def artifact(settings: Settings, stack: aws.Stack, archive: Path) -> str:
     """Upload an artifact, once a content; returns its URI."""
     from botocore.exceptions import ClientError
@@ -79,7 +106,7 @@ def artifact(settings: Settings, stack: aws.Stack, archive: Path) -> str:
     with archive.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     place = {"Bucket": stack.bucket, "Key": f"models/{digest}/model.tar.gz"}
-    uri, s3, key = f"s3://{stack.bucket}/{place['Key']}", aws.client(settings, "s3"), aws.kms_arn(settings)
+    uri, s3 = f"s3://{stack.bucket}/{place['Key']}", aws.client(settings, "s3")
     with aws.explained(f"uploading {archive} to {uri}"):
         try:
             if s3.head_object(**place)["ContentLength"] == archive.stat().st_size:
@@ -87,8 +114,7 @@ def artifact(settings: Settings, stack: aws.Stack, archive: Path) -> str:
         except ClientError as error:
             if error.response["Error"]["Code"] != "404":
                 raise
-        encryption = {"ServerSideEncryption": "aws:kms", "SSEKMSKeyId": key} if key else {}
-        s3.upload_file(str(archive), **place, ExtraArgs=encryption)
+        s3.upload_file(str(archive), **place, ExtraArgs=aws.encryption(settings))
     return uri
 
 

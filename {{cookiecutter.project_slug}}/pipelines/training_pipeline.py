@@ -11,17 +11,21 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
-from pipelines import ROOT, aws, console, engine, image_push, process_job, runs, train
+from pipelines import ROOT, aws, console, engine, image_push, process_job, registry, runs, train
 from pipelines.config import Settings, load
 
 MODEL, TEST = (f"/opt/ml/processing/input/{part}" for part in ("model", "test"))
+MARKER = re.compile(r'"<<(metrics\.[\w.]+)>>"|<<([\w.]+)>>')
 NAMES = {"Training": "TrainingJobName", "Processing": "ProcessingJobName"}
 LOCAL = aws.Stack("local", "arn:aws:iam::000000000000:role/local", engine.project_name(), "", "")  # needs no account
 
@@ -49,7 +53,12 @@ def definition(settings: Settings, stack: aws.Stack, inputs: Inputs, staged: Pat
     log = ROOT / ".cache" / "pipeline.log"
     log.parent.mkdir(exist_ok=True)
     console.log_to(log)
-    with warnings.catch_warnings():
+    from sagemaker.core.config.config_manager import SageMakerConfig
+
+    with (
+        mock.patch.object(SageMakerConfig, "validate_sagemaker_config"),  # fifty times, which takes seconds
+        warnings.catch_warnings(),
+    ):
         warnings.simplefilter("ignore")  # "No Job being started"
         document: dict[str, Any] = json.loads(_pipeline(settings, stack, inputs, staged).definition())
     for step in document["Steps"]:  # jobs are called `pipelines-...` otherwise, which no policy of the stack allows
@@ -131,12 +140,16 @@ def _pipeline(settings: Settings, stack: aws.Stack, inputs: Inputs, staged: Path
         processor = process_job.processor(settings, stack, image, script, session, packs)
         target = place(f"s3://{stack.bucket}/pipeline", ExecutionVariables.PIPELINE_EXECUTION_ID, kept)
         given = given | {"code": (source, process_job.CODE)}
-        asked = processor.run(inputs=process_job.inputs(given), outputs=process_job.outputs(kept, target), arguments=words)
+        asked = processor.run(
+            inputs=process_job.inputs(given), outputs=process_job.outputs(kept, target), arguments=words
+        )
         step = ProcessingStep(name=name, step_args=asked, **common, **more)
         return step, step.properties.ProcessingOutputConfig.Outputs[kept].S3Output.S3Uri
 
     packing = process_job.packing(settings)
-    preprocess, packed = processing("Preprocess", "preprocess.py", packing, {"raw": (data, process_job.INPUT)}, "packed")
+    preprocess, packed = processing(
+        "Preprocess", "preprocess.py", packing, {"raw": (data, process_job.INPUT)}, "packed"
+    )
 
     chosen = settings.training.as_dict()
     identity = json.dumps([runs.source_hash(), {name: value for name, value in chosen.items() if name != "epochs"}])
@@ -157,27 +170,34 @@ def _pipeline(settings: Settings, stack: aws.Stack, inputs: Inputs, staged: Path
     )
     artifact = training.properties.ModelArtifacts.S3ModelArtifacts
 
-    report = PropertyFile(name="Evaluation", output_name="evaluation", path="evaluation.json")
+    files = {part: PropertyFile(part.title(), "evaluation", f"{part}.json") for part in ("evaluation", "package")}
     words = ["--artifact", f"{MODEL}/model.tar.gz", "--data", TEST]
-    words += ["--output", f"{process_job.OUTPUT}/evaluation.json"]
+    words += ["--output", f"{process_job.OUTPUT}/evaluation.json", "--describe"]
     given = {"model": (artifact, MODEL), "test": (place(packed, "images", "test", ""), TEST)}
-    evaluate, evaluated = processing("Evaluate", "evaluate.py", words, given, "evaluation", property_files=[report])
+    evaluate, evaluated = processing(
+        "Evaluate", "evaluate.py", words, given, "evaluation", property_files=[*files.values()]
+    )
 
-    def measured(what: str) -> Any:
-        return JsonGet(step_name="Evaluate", property_file=report, json_path=f"metrics.accuracy.{what}")
+    def later(name: str) -> Any:
+        """What a marker of `_package` stands for."""
+        known = {"uri": artifact, "place": evaluated, "approval": approval, "epochs": epochs, "data": data,
+                 "run": ExecutionVariables.PIPELINE_EXECUTION_ID}  # fmt: skip
+        part, _, path = name.partition(".") if name.startswith("package.") else ("evaluation", "", name)
+        return known.get(name) or JsonGet(step_name="Evaluate", property_file=files[part], json_path=path)
 
+    value, bound = later("metrics.accuracy.value"), later("metrics.accuracy.ci_high")
     message = Join(values=[
-        "accuracy ", measured("value"), " (up to ", measured("ci_high"), " with 95 % confidence) on the test split: "
-        "it must be at least ", accuracy, " (pipeline.min_accuracy), and that bound at least ", champion,
+        "accuracy ", value, " (up to ", bound, " with 95 % confidence) on the test split: it must be at least ",
+        accuracy, " (pipeline.min_accuracy), and that bound at least ", champion,
         " (the champion's accuracy); nothing was registered",
     ])  # fmt: skip
     gate = ConditionStep(
         name="Gate",
         conditions=[
-            ConditionGreaterThanOrEqualTo(left=measured("value"), right=accuracy),
-            ConditionGreaterThanOrEqualTo(left=measured("ci_high"), right=champion),
+            ConditionGreaterThanOrEqualTo(left=value, right=accuracy),
+            ConditionGreaterThanOrEqualTo(left=bound, right=champion),
         ],
-        if_steps=[_register(settings, stack, artifact, evaluated, approval)],
+        if_steps=[_register(_filled(_package(settings, stack), later))],
         else_steps=[FailStep(name="Refuse", error_message=message)],
     )
     return Pipeline(
@@ -189,33 +209,70 @@ def _pipeline(settings: Settings, stack: aws.Stack, inputs: Inputs, staged: Path
     )
 
 
-def _register(settings: Settings, stack: aws.Stack, artifact: Any, evaluation: Any, approval: Any) -> Any:
-    """The step that registers the model; the SDK's own can register only what its `ModelBuilder` describes."""
-    from sagemaker.core.workflow.functions import Join
-    from sagemaker.mlops.workflow.steps import Step, StepTypeEnum
+class _Later(str):
+    """A marker for what only an execution knows; `_filled` puts the expression for it in its place."""
 
-    arguments = {
-        "ModelPackageGroupName": engine.project_name(),
-        "ModelApprovalStatus": approval,
-        "InferenceSpecification": {
-            "Containers": [{"Image": image_push.uri(settings, stack, "serving"), "ModelDataUrl": artifact}],
-            "SupportedContentTypes": ["application/json"],
-            "SupportedResponseMIMETypes": ["application/json"],
+    def __format__(self, _: str) -> str:
+        return str(self)
+
+
+def _package(settings: Settings, stack: aws.Stack) -> dict[str, Any]:
+    """The request that `make register` would send for the trained model, with markers."""
+
+    def later(name: str) -> Any:
+        return _Later(f"<<{name}>>")
+
+    measures = ("cross_entropy", "macro_precision", "macro_recall", "macro_f1")
+    tested = {name: {"value": later(f"metrics.{name}.value")} for name in measures}
+    accuracy = {part: later(f"metrics.accuracy.{part}") for part in ("value", "ci_low", "ci_high")}
+    facts = ("architecture", "image_size", "torch_version")
+    evidence = registry.Evidence(
+        identity=later("package.artifact"),
+        run=later("run"),
+        model={name: later(f"package.{name}") for name in facts}
+        | {"classes": [later("package.classes")], "dataset_fingerprint": later("dataset_fingerprint"), "metrics": {}}
+        | {"git_commit": runs.source_commit()},
+        facts={
+            "hyperparameters": settings.training.as_dict() | {"epochs": later("epochs")},
+            "data": later("data"),
+            "image": image_push.uri(settings, stack, "training"),
         },
-        "ModelMetrics": {
-            "ModelQuality": {
-                "Statistics": {
-                    "ContentType": "application/json",
-                    "S3Uri": Join(on="/", values=[evaluation, "evaluation.json"]),
-                }
-            }
+        evaluation={"metrics": {"accuracy": accuracy} | tested, "images": later("images")},
+        files={
+            f"{name}.json": later(f"package.{key}")
+            for name, key in (("evaluation", "evaluation"), ("baseline", "baseline"), ("model", "artifact"))
         },
+    )
+    image = image_push.uri(settings, stack, "serving")
+    return registry.description(evidence, image, later("uri"), later("place")) | {
+        "ModelApprovalStatus": later("approval")
     }
+
+
+def _filled(value: Any, later: Callable[[str], Any]) -> Any:
+    """A request with expressions for its markers; numbers inside JSON texts lose the quotes of their markers."""
+    from sagemaker.core.workflow.functions import Join, JsonGet
+
+    if isinstance(value, dict):
+        return {key: _filled(item, later) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_filled(item, later) for item in value]
+    parts = MARKER.split(value) if isinstance(value, str) else []
+    if len(parts) < 2:
+        return value
+    texts = [later(part) if index % 3 else part for index, part in enumerate(parts) if part]
+    whole = len(texts) == 1 and not isinstance(texts[0], JsonGet)  # which gives a number where a text is due
+    return texts[0] if whole else Join(on="", values=texts)
+
+
+def _register(request: dict[str, Any]) -> Any:
+    """The step that registers the model; the SDK's own can register only what its `ModelBuilder` describes."""
+    from sagemaker.mlops.workflow.steps import Step, StepTypeEnum
 
     class Register(Step):  # type: ignore[misc]
         @property
         def arguments(self) -> dict[str, Any]:
-            return arguments
+            return request
 
         @property
         def properties(self) -> Any:

@@ -10,8 +10,10 @@ confusion matrix, and what was evaluated.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -120,20 +122,34 @@ def wilson(successes: int, trials: int, z: float = 1.959964) -> tuple[float, flo
     return max(0.0, (centre - reach) / scale), min(1.0, (centre + reach) / scale)
 
 
+def describe(artifact: Artifact, evaluation: Path) -> None:
+    """Put what a model package says of an artifact beside its evaluation: files, and one-line facts, for JSON texts."""
+    names = {"artifact": "model.json", "baseline": "baseline.json", "evaluation": evaluation.name}
+    for file in ("model.json", "baseline.json"):
+        shutil.copyfile(artifact.folder / file, evaluation.with_name(file))
+    said = {key: hashlib.sha256(evaluation.with_name(file).read_bytes()).hexdigest() for key, file in names.items()}
+    said |= {key: str(artifact.facts[key]) for key in ("architecture", "image_size", "torch_version")}
+    said["classes"] = json.dumps(", ".join(artifact.facts["classes"])[:1000])[1:-1]
+    evaluation.with_name("package.json").write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; see the module's docstring."""
     parser = argparse.ArgumentParser(description="Evaluate an artifact on a packed split.")
     parser.add_argument("--artifact", type=Path, required=True, help="model.tar.gz of a run")
     parser.add_argument("--data", type=Path, required=True, help="folder of a packed split")
     parser.add_argument("--output", type=Path, required=True, help="where evaluation.json is written")
+    parser.add_argument("--describe", action="store_true", help="put what a model package says of it beside the output")
     options = parser.parse_args(arguments)
     try:
         with open_artifact(options.artifact) as artifact:
             result = evaluate(artifact, options.data)
+            options.output.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+            if options.describe:
+                describe(artifact, options.output)
     except (ArtifactError, EvaluationError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    options.output.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     accuracy = result["metrics"]["accuracy"]
     print(
         f"accuracy {accuracy['value']:.4f} (95 % interval {accuracy['ci_low']:.4f} to {accuracy['ci_high']:.4f}) "

@@ -1,0 +1,204 @@
+"""Classify every image of a folder or an S3 prefix by batch transform: `make batch DATA=photos WAIT=1`.
+
+    python -m pipelines.batch_transform --data s3://bucket/photos --run 20261121-093000-a1b2 --wait
+    make batch JOB=<transform job>            # without DATA: fetch what a job wrote that nobody waited for
+
+The cloud twin of `make batch-local`: `artifacts/batch/<job>.jsonl` has the same lines, in the order of the paths. AWS
+counts a job as failed when one image is bad; the others' answers are there all the same. With DATA, JOB= names a
+training job. The job's role reads the project's bucket only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import tempfile
+import time
+from argparse import Namespace
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from pipelines import aws, console, data, endpoints, engine, image_push, logs, prices, rollout, runs, source, storage
+from pipelines.config import Settings, load
+from pipelines.console import UserError
+from pipelines.train import OWN_DISK
+
+MEGABYTE = 2**20
+USUAL, MOST = 6, 100  # megabytes of a request; AWS: so many at most, and of all concurrent ones together
+CONCURRENT = 16  # requests at once; the server merges what waits
+COLUMNS = {"label": "labels", "prediction": "predictions", "probabilities": "probabilities"}  # of line and answer
+
+
+def start(settings: Settings, options: Namespace) -> str:
+    """Start the job; returns its name.
+
+    Raises:
+        UserError: when no job was started; nothing that costs is left then.
+    """
+    from processing.scan import SUFFIXES
+
+    chosen, hours = settings.endpoint, settings.compute.max_hours
+    if rollout.GPU.match(chosen.instance_type) and settings.images.serving == "project":
+        raise UserError(f"endpoint.instance_type is {chosen.instance_type}, and batch transform's GPU machines have a "
+                        "driver (535) that is too old for this torch; choose a type without a GPU")  # fmt: skip
+    stack, name = aws.stack(settings), f"{engine.project_name()}-{runs.new_name()}"
+    local = None if options.data.startswith("s3://") else data.raw(options.data)
+    files = storage.below(local) if local else storage.listed(settings, options.data)
+    sizes = {file: size for file, size in files if file.lower().endswith(SUFFIXES) and "/." not in f"/{file}"}
+    if not sizes:
+        raise UserError(f"{options.data} holds no image; DATA names a folder, or s3://bucket/prefix, that does")
+    largest = max(sizes, key=lambda file: sizes[file])
+    payload = max(USUAL, math.ceil(sizes[largest] / MEGABYTE))
+    if payload > MOST:
+        raise UserError(f"{largest} has {sizes[largest]:,} bytes, and batch transform takes {MOST} MB; take it out")
+    with tempfile.TemporaryDirectory(prefix="batch-") as folder:
+        model = source.find(settings, options, Path(folder))
+        image, price = (
+            image_push.uri(settings, stack, "serving"),
+            prices.hourly(settings, "transform", chosen.instance_type),
+        )
+        plan = (
+            f"{name}: a transform job in {settings.aws.region} on {chosen.instances} x {chosen.instance_type}, "
+            f"{hours:g} hours at most, in {'the image of the package' if model.package else image}, classifies "
+            f"{len(sizes)} images of {options.data} with {model.label}"
+        )
+        prices.afford(settings, plan, None if price is None else price * hours * chosen.instances, options.yes)
+        if not model.package:
+            image_push.ensure(settings, stack, "serving")
+        uri = model.uri or storage.artifact(settings, stack, model.archive)
+    prefix = storage.upload(settings, local, stack.bucket, f"raw/{data.state(local, [])}") if local else options.data
+    manifest, place = [{"prefix": f"{prefix.rstrip('/')}/"}, *sorted(sizes)], f"s3://{stack.bucket}/batch/{name}"
+    end = time.strftime("at(%Y-%m-%dT%H:%M:%S)", time.gmtime(time.time() + hours * 3600))
+    try:
+        endpoints.set_end(settings, stack, name, end, "transform job")  # a transform job has no limit of its own
+        with aws.explained("starting the transform job"):
+            storage.put(settings, f"{place}/images.manifest", json.dumps(manifest).encode())
+            rollout.create_model(settings, stack, name, image, uri, model.package)
+            _create(settings, name, place, payload)
+    except BaseException:
+        with contextlib.suppress(UserError):  # the first reason counts; `make destroy` removes what may be left
+            if logs.describe(settings, "Transform", name):
+                print(f"{name} runs. {logs.after(settings, 'Transform', name)}", flush=True)
+            else:
+                _clean(settings, stack, name)
+        raise
+    return name
+
+
+def _create(settings: Settings, name: str, place: str, payload: int) -> None:
+    """A manifest names the images: any other file would fail, and the whole job with it. One image is one request."""
+    from sagemaker.core import resources, shapes
+
+    chosen, key = settings.endpoint, aws.kms_arn(settings)
+    disk = {"volume_kms_key_id": key} if key and not OWN_DISK.match(chosen.instance_type) else {}
+    images = shapes.TransformS3DataSource(s3_data_type="ManifestFile", s3_uri=f"{place}/images.manifest")
+    resources.TransformJob.create(
+        transform_job_name=name, model_name=name, region=settings.aws.region, batch_strategy="SingleRecord",
+        max_payload_in_mb=payload, max_concurrent_transforms=min(CONCURRENT, MOST // payload),
+        environment={"INFERENCE_MAX_BYTES": str(payload * MEGABYTE)},
+        transform_input=shapes.TransformInput(
+            data_source=shapes.TransformDataSource(s3_data_source=images), content_type="application/x-image",
+            split_type="None",
+        ),
+        transform_output=shapes.TransformOutput(
+            s3_output_path=f"{place}/output", accept="application/json", assemble_with="None",
+            **({"kms_key_id": key} if key else {}),
+        ),
+        transform_resources=shapes.TransformResources(
+            instance_type=chosen.instance_type, instance_count=chosen.instances, **disk
+        ),
+        tags=[resources.Tag(key=tag["Key"], value=tag["Value"]) for tag in aws.tags(settings)],  # not shapes.Tag
+    )  # fmt: skip
+
+
+def _clean(settings: Settings, stack: aws.Stack, name: str) -> None:
+    """Remove the job's model and the schedule that would stop it."""
+    from botocore.exceptions import ClientError
+
+    endpoints.set_end(settings, stack, name, None)
+    with aws.explained(f"removing the model {name}"):
+        try:
+            aws.client(settings, "sagemaker").delete_model(ModelName=name)
+        except ClientError as error:
+            if not aws.missing(error):
+                raise
+
+
+def join(settings: Settings, name: str) -> int:
+    """Write the lines of an ended job, and remove what only it needed; returns the verb's exit code.
+
+    Raises:
+        UserError: when there is no such job, it runs, or it answered nothing.
+    """
+    facts, stack = logs.describe(settings, "Transform", name), aws.stack(settings)
+    where = facts.get("TransformInput", {}).get("DataSource", {}).get("S3DataSource", {})
+    if where.get("S3DataType") != "ManifestFile" or not name.startswith(f"{engine.project_name()}-"):
+        raise UserError(f"{name} is no transform job that `make batch` started; to start one, name images: DATA=...")
+    if facts["Status"] not in logs.ENDED:
+        raise UserError(f"{name} is {facts['Status']}; wait for it with `make logs JOB={name}`")
+    first, *names = json.loads(storage.get(settings, where["S3Uri"]))
+    place = facts["TransformOutput"]["S3OutputPath"]
+    there = {file.removesuffix(".out") for file, _ in storage.listed(settings, place)}
+    # AWS's documentation has the input's prefix in the outputs' names in one place, and not in another.
+    prefix = max(("", first["prefix"].split("/", 3)[3]), key=lambda part: sum(part + file in there for file in names))
+    _clean(settings, stack, name)
+    if not any(prefix + file in there for file in names):
+        logs.succeeded("Transform", facts)
+        raise UserError(f"{name} wrote no answer to {place}; `make logs JOB={name}` may say why")
+
+    def line(file: str) -> dict[str, Any]:
+        if prefix + file not in there:
+            return {"file": file, "error": f"batch transform gave no answer; see `make logs JOB={name}`"}
+        try:
+            answer = json.loads(storage.get(settings, f"{place}/{prefix}{file}.out"))
+            return {"file": file} | {key: answer[column][0] for key, column in COLUMNS.items()}
+        except (ValueError, LookupError, TypeError) as error:
+            return {"file": file, "error": f"what batch transform wrote is no answer: {error!r}"}
+
+    output = runs.ARTIFACTS / "batch" / f"{name}.jsonl"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(storage.THREADS) as pool:
+        lines = list(tqdm(pool.map(line, names), total=len(names), unit="file", disable=None))
+    output.write_text("".join(f"{json.dumps(entry)}\n" for entry in lines), encoding="utf-8")
+    labels = Counter(entry["label"] for entry in lines if "label" in entry)
+    bad = len(lines) - labels.total()
+    print(f"{len(names)} images, {bad} of them without an answer -> {os.path.relpath(output)}")
+    for label, count in sorted(labels.items()):
+        print(f"{count:8}  {label}")
+    if facts["Status"] != "Completed":
+        print(f"{name} is {facts['Status']}: {' '.join(facts.get('FailureReason', 'no reason given').split())}")
+    return 1 if bad else 0
+
+
+def main() -> int:
+    """Command line; see the module's docstring."""
+    parser = console.parser("Classify every image of a folder or an S3 prefix by batch transform.", settings=True)
+    parser.add_argument("--data", help="folder of images, here or s3://...")
+    source.add_options(parser, "with --data, a training job; without, the transform job to fetch")
+    parser.add_argument("--instances", type=int, help="default: endpoint.instances")
+    parser.add_argument("--wait", action="store_true", help="follow the log, then fetch the answers")
+    parser.add_argument("--yes", action="store_true", help="go on although it is over budget")
+    options = parser.parse_args()
+    overrides = [] if options.instances is None else [f"endpoint.instances={options.instances}"]
+    settings = load([*options.set, *overrides])
+    if not options.data:
+        if not options.job:
+            raise UserError("DATA is missing; name images, such as make batch DATA=folder/of/images", 2)
+        return join(settings, options.job)
+    name = start(settings, options)
+    print(f"started {name}. {logs.after(settings, 'Transform', name)}", flush=True)
+    if not options.wait:
+        print(f"then fetch the answers with `make batch JOB={name}`")
+        return 0
+    logs.follow(settings, "Transform", name)
+    return join(settings, name)
+
+
+if __name__ == "__main__":
+    console.run_verb(main)

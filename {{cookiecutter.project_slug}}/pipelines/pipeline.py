@@ -1,0 +1,179 @@
+"""Bring the project's SageMaker Pipeline up to date and run it: `make pipeline`, `make pipeline DATA=s3://bucket/photos`.
+
+    python -m pipelines.pipeline --data photos --wait --set pipeline.min_accuracy=0.95
+
+It shows what it can cost, its graph, and how its definition differs from the deployed one, which it replaces. A local
+folder is uploaded first, once as long as its files stay the same. Steps whose inputs did not change are not run again.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from pipelines import SOURCE, aws, console, data, engine, image_push, prices, process_job, registry, runs, storage
+from pipelines.config import Settings, load
+from pipelines.console import UserError
+from pipelines.pipeline_graph import text
+from pipelines.training_pipeline import Inputs, definition
+
+POLL = 15.0  # seconds
+ENDED = ("Succeeded", "Failed", "Stopped")
+
+
+def start(settings: Settings, source: str | None, yes: bool) -> str:
+    """Bring the pipeline up to date and start it.
+
+    Args:
+        settings: of the project.
+        source: folder of raw images or an S3 prefix of one; None: the configured one.
+        yes: go on although it is over budget.
+
+    Returns:
+        The execution's ARN.
+
+    Raises:
+        UserError: when nothing was started.
+    """
+    source, stack = source or settings.data.source, aws.stack(settings)
+    local = None if source.startswith("s3://") else data.raw(source)
+    prices.afford(settings, *_plan(settings, source), yes)
+    targets: tuple[engine.Target, ...] = ("training", "serving")
+    for target in targets:
+        image_push.ensure(settings, stack, target)
+    uri = storage.upload(settings, local, stack.bucket, f"raw/{data.state(local, [])}") if local else source.rstrip("/")
+    champion = registry.champion(settings)
+    inputs = Inputs(f"{uri}/", storage.pretrained(settings, stack), champion.accuracy if champion else 0.0)
+    with tempfile.TemporaryDirectory() as staged:
+        document = definition(settings, stack, inputs, Path(staged))
+        print(text(document), flush=True)
+        storage.upload(settings, SOURCE, stack.bucket, f"source/{runs.source_hash()}")
+        for folder in Path(staged).iterdir():
+            storage.upload(settings, folder, stack.bucket, f"source/{folder.name}")
+    _upsert(settings, stack, document)
+    given = {"InputData": inputs.data, "ChampionAccuracy": str(inputs.champion)}
+    registry.make_group(settings)
+    with aws.explained("starting the pipeline"):
+        started = aws.client(settings, "sagemaker").start_pipeline_execution(
+            PipelineName=engine.project_name(),
+            PipelineParameters=[{"Name": name, "Value": value} for name, value in given.items()],
+        )
+    return str(started["PipelineExecutionArn"])
+
+
+def _plan(settings: Settings, source: str) -> tuple[str, float | None]:
+    """What an execution is, and the most that it can cost."""
+    compute, longest = settings.compute, process_job.hours(settings)
+    packs = prices.hourly(settings, "processing", compute.process_instance_type)
+    trains = prices.hourly(settings, "training", compute.instance_type)
+    hours = round(compute.max_hours + compute.keep_alive_minutes / 60, 2)
+    known = packs is not None and trains is not None
+    cost = 2 * packs * longest + trains * hours * compute.instances if known else None  # type: ignore[operator]
+    return (
+        f"pipeline {engine.project_name()} in {settings.aws.region}, on {source}: two processing jobs on 1 x "
+        f"{compute.process_instance_type}, {longest:g} hours at most each, and a training job on {compute.instances} x "
+        f"{compute.instance_type}{' spot, for less than below' if compute.spot else ''}, {hours:g} hours at most",
+        cost,
+    )
+
+
+def _upsert(settings: Settings, stack: aws.Stack, document: dict[str, Any]) -> None:
+    """Create the pipeline, or update it where it differs, and show how."""
+    from botocore.exceptions import ClientError
+
+    sagemaker, name = aws.client(settings, "sagemaker"), engine.project_name()
+    said = {"PipelineName": name, "PipelineDefinition": json.dumps(document), "RoleArn": stack.pipeline_role}
+    with aws.explained(f"updating the pipeline {name}"):
+        try:
+            deployed = sagemaker.describe_pipeline(PipelineName=name)
+        except ClientError as error:
+            if not aws.missing(error):
+                raise
+            sagemaker.create_pipeline(**said, Tags=aws.tags(settings))
+            print(f"created the pipeline {name}", flush=True)
+            return
+        changes = difference(json.loads(deployed["PipelineDefinition"]), document)
+        if changes or deployed["RoleArn"] != stack.pipeline_role:
+            print("\n".join([f"the deployed pipeline {name} differs, and is replaced:", *changes]), flush=True)
+            sagemaker.update_pipeline(**said)
+        else:
+            print(f"the pipeline {name} is up to date", flush=True)
+
+
+def difference(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """The lines in which two definitions differ, with a little of what is around them."""
+    before, after = (json.dumps(document, indent=1, sort_keys=True).splitlines() for document in (old, new))
+    return list(difflib.unified_diff(before, after, "deployed", "new", lineterm="", n=2))
+
+
+def follow(settings: Settings, arn: str) -> None:
+    """Print what the steps of an execution do, until it ends.
+
+    Raises:
+        UserError: when it did not succeed, or Ctrl-C ends the looking.
+    """
+    sagemaker, shown = aws.client(settings, "sagemaker"), dict[str, str]()
+    try:
+        while True:
+            with aws.explained(f"looking at {arn}"):
+                status = sagemaker.describe_pipeline_execution(PipelineExecutionArn=arn)["PipelineExecutionStatus"]
+                pages = sagemaker.get_paginator("list_pipeline_execution_steps").paginate(
+                    PipelineExecutionArn=arn, SortOrder="Ascending"
+                )
+                steps = [step for page in pages for step in page["PipelineExecutionSteps"]]
+            for step in steps:
+                line = _line(step)
+                if shown.get(step["StepName"]) != line:
+                    print(line, flush=True)
+                shown[step["StepName"]] = line
+            if status in ENDED:
+                break
+            time.sleep(POLL)
+    except KeyboardInterrupt:
+        raise UserError(f"{arn.rpartition('/')[2]} runs on; {hints(settings, arn)}", code=130) from None
+    if status != "Succeeded":
+        reasons = [_reason(step) for step in steps if step["StepStatus"] == "Failed"]
+        raise UserError("; ".join(reasons) or f"the execution ended as {status}")
+
+
+def _line(step: dict[str, Any]) -> str:
+    """What a step does, and where its log is."""
+    metadata = step.get("Metadata", {})
+    jobs = [metadata[kind]["Arn"].rpartition("/")[2] for kind in ("ProcessingJob", "TrainingJob") if kind in metadata]
+    cached = " (result of an earlier execution)" if "CacheHitResult" in step else ""
+    return f"[{step['StepName']}] {step['StepStatus']}{cached}{''.join(f'; make logs JOB={job}' for job in jobs)}"
+
+
+def _reason(step: dict[str, Any]) -> str:
+    said = step.get("Metadata", {}).get("Fail", {}).get("ErrorMessage") or step.get("FailureReason", "no reason given")
+    return " ".join(said.split()) if "Fail" in step.get("Metadata", {}) else f"step {step['StepName']} failed: {said}"
+
+
+def hints(settings: Settings, arn: str) -> str:
+    """How to look at an execution that runs, and how to stop it."""
+    stop = f"aws sagemaker stop-pipeline-execution --pipeline-execution-arn {arn} --region {settings.aws.region}"
+    return f"`make status` shows it, stop it with `{stop}`"
+
+
+def main() -> int:
+    """Command line; see the module's docstring."""
+    parser = console.parser("Bring the project's SageMaker Pipeline up to date and run it.", settings=True)
+    parser.add_argument("--data", help="folder of raw images, here or s3://... (default: data.source)")
+    parser.add_argument("--wait", action="store_true", help="follow its steps; fails when one does")
+    parser.add_argument("--yes", action="store_true", help="go on although it is over budget")
+    options = parser.parse_args()
+    settings = load(options.set)
+    arn = start(settings, options.data, options.yes)
+    print(f"started {arn.rpartition('/')[2]}; {hints(settings, arn)}", flush=True)
+    if options.wait:
+        follow(settings, arn)
+        print("done; the model is registered")
+    return 0
+
+
+if __name__ == "__main__":
+    console.run_verb(main)

@@ -1,0 +1,96 @@
+"""The checked artifact that RUN=, JOB=, PACKAGE= or ARTIFACT= names, for the verbs that use one in the cloud."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from argparse import ArgumentParser, Namespace
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from inference.artifact import ArtifactError, unpack
+from pipelines import aws, registry, runs
+from pipelines.config import Settings
+from pipelines.console import UserError
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checked artifact.
+
+    Attributes:
+        label: what a person calls it.
+        archive: here, perhaps in a temporary folder.
+        samples: its golden samples.
+        uri: where it lies in S3 already.
+        package: the model package that it is of.
+    """
+
+    label: str
+    archive: Path
+    samples: list[dict[str, Any]]
+    uri: str | None = None
+    package: str | None = None
+
+
+def add_options(parser: ArgumentParser, job: str = "a training job whose artifact is taken") -> None:
+    """The options that name an artifact."""
+    parser.add_argument("--run", help="name of a run (default: the newest)")
+    parser.add_argument("--job", help=job)
+    parser.add_argument("--package", help="an approved model package: champion, a version, or an ARN")
+    parser.add_argument("--artifact", type=Path, help="a model.tar.gz")
+
+
+def only_one(options: Namespace) -> None:
+    """Refuse options that name more than one artifact."""
+    given = [word.upper() for word in ("run", "job", "package", "artifact") if getattr(options, word, None)]
+    if len(given) > 1:
+        raise UserError(f"{' and '.join(given)} name an artifact each; give one")
+
+
+def find(settings: Settings, options: Namespace, folder: Path) -> Source:
+    """The artifact that the options name, checked; what lies in S3 only is downloaded into a folder.
+
+    Raises:
+        UserError: when there is none, it is damaged, its job failed, or its package is not approved.
+    """
+    only_one(options)
+    uri = arn = None
+    if options.job:
+        with aws.explained(f"looking up the training job {options.job}"):
+            facts = aws.client(settings, "sagemaker").describe_training_job(TrainingJobName=options.job)
+        if facts["TrainingJobStatus"] != "Completed":
+            raise UserError(f"{options.job} is {facts['TrainingJobStatus']}; only a completed job has an artifact")
+        label, uri = f"job {options.job}", facts["ModelArtifacts"]["S3ModelArtifacts"]
+    elif options.package:
+        package = registry.find(settings, options.package)
+        if package.status != "Approved":
+            raise UserError(f"{package} is {package.status}; approve it with `make approve PACKAGE={options.package}`")
+        label, uri, arn = f"package {package}", package.uri, package.arn
+    elif options.artifact:
+        label, archive = str(options.artifact), options.artifact
+    else:
+        archive = runs.find(options.run) / "model.tar.gz"
+        label = f"run {archive.parent.name}"
+    if uri:
+        bucket, _, key = uri.removeprefix("s3://").partition("/")
+        archive = folder / "model.tar.gz"
+        with aws.explained(f"downloading {uri}"):
+            aws.client(settings, "s3").download_file(bucket, key, str(archive))
+    return Source(label, archive, checked(archive, folder / "unpacked"), uri, arn)
+
+
+def checked(archive: Path, folder: Path) -> list[dict[str, Any]]:
+    """The golden samples of an artifact whose files match their checksums."""
+    try:
+        unpack(archive, folder)
+        for name, digest in json.loads((folder / "model.json").read_text(encoding="utf-8"))["files"].items():
+            if hashlib.sha256((folder / name).read_bytes()).hexdigest() != digest:
+                raise ArtifactError(f"{name} in {archive} does not match its checksum")
+        samples: list[dict[str, Any]] = json.loads((folder / "golden.json").read_text(encoding="utf-8"))["samples"]
+    except ArtifactError as error:
+        raise UserError(str(error)) from error
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{archive} is no artifact of this project: {error}") from error
+    return samples
