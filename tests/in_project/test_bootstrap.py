@@ -47,8 +47,8 @@ ANYWHERE = {  # actions that AWS cannot scope to a resource, and why the verbs o
         "a shell in a running container; only when asked for",
     ),
     **dict.fromkeys(
-        ("sagemaker:ListEndpointConfigs", "sagemaker:ListEndpoints", "sagemaker:ListModels", "sagemaker:ListModelPackages",
-         "sagemaker:ListPipelines",
+        ("sagemaker:ListEndpointConfigs", "sagemaker:ListEndpoints", "sagemaker:ListModels",
+         "sagemaker:ListModelPackages", "sagemaker:ListPipelines",
          "sagemaker:ListHyperParameterTuningJobs", "sagemaker:ListTransformJobs",
          "sagemaker:ListProcessingJobs", "sagemaker:ListTrainingJobs", "scheduler:ListSchedules",
          "application-autoscaling:DescribeScalableTargets", "application-autoscaling:DescribeScalingPolicies",
