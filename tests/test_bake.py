@@ -7,7 +7,6 @@ import io
 import itertools
 import json
 import re
-import subprocess
 import tokenize
 import tomllib
 from pathlib import Path
@@ -109,7 +108,7 @@ def test_text_is_clean_and_no_template_syntax_is_left(baked: Baked) -> None:
         assert not re.search(rb"[ \t]\n", data), f"{path} has trailing blanks"
         assert not data.startswith(b"\n"), f"{path} starts with a blank line"
         assert path.stat().st_mode & 0o777 == 0o644, f"{path} has unusual permissions"
-        text = data.decode("utf-8").replace("${{", "")
+        text = re.sub(r'"\{% .* %\}"', "", data.decode("utf-8")).replace("${{", "")  # Step Functions' and GitHub's own
         assert not re.search(r"\{\{|\{%|\{#|cookiecutter\.", text), f"{path} has template syntax"
 
 
@@ -245,40 +244,3 @@ def test_the_clean_code_test_can_fail(bake: Bake, ready: Project, caches: Path) 
     found = lint(project, ready, caches)
     assert "F401" in found[0]
     assert "Incompatible types in assignment" in found[-1]
-
-
-def audit(workflows: Path) -> subprocess.CompletedProcess[str]:
-    """Zizmor's findings on a folder of workflows, nothing fetched."""
-    program = TEMPLATE / ".venv" / "bin" / "zizmor"
-    command = [
-        str(program),
-        "--offline",
-        "--no-progress",
-        "--persona",
-        "pedantic",
-        "--strict-collection",
-        str(workflows),
-    ]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
-
-
-def test_workflows_are_sound(baked: Baked, bake: Bake) -> None:
-    checked = set()
-    for answers, project in baked:
-        folder = project.path / ".github" / "workflows"
-        assert folder.exists() == answers["github_workflows"]
-        texts = tuple(path.read_text(encoding="utf-8") for path in sorted(folder.glob("*")))
-        if not texts or texts in checked:
-            continue
-        checked.add(texts)
-        done = audit(folder)
-        assert done.returncode == 0, done.stdout
-        for text in texts:
-            for step in (step for job in yaml.safe_load(text)["jobs"].values() for step in job["steps"]):
-                words = step.get("run", "make help").split()
-                assert words[0] == "make"
-                assert project.run("make", "-n", *words[1:]).returncode == 0
-    assert len(checked) == 1
-    broken = bake().path / ".github" / "workflows"
-    (broken / "ci.yml").write_text((broken / "ci.yml").read_text().replace("persist-credentials: false", ""))
-    assert audit(broken).returncode != 0

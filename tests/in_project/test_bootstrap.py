@@ -144,7 +144,7 @@ def problems(template: dict[str, Any]) -> list[str]:
 
 def test_policies_allow_no_more_than_needed() -> None:
     assert problems(document()) == []
-    assert len(list(statements(document()))) == 42 + (ROOT / "pipelines" / "track.py").exists()
+    assert len(list(statements(document()))) == 46 + (ROOT / "pipelines" / "track.py").exists()
     text = bootstrap.TEMPLATE.read_text(encoding="utf-8")
     assert "FullAccess" not in text
     assert not re.search(r"arn:aws[:-]|amazonaws\.com/|\d{12}", text), "a partition or an account is written out"
@@ -342,7 +342,8 @@ def test_everything_that_can_be_asked_for(aws: Recorder, capsys: pytest.CaptureF
         "Project": NAME, "ShortProject": NAME, "UseVpc": "true", "RemoteDebug": "true",
         "Email": "me@example.com", "MonthlyUsd": "100",
         "KmsKey": key["Arn"], "GitHubRepository": "octo/cats", "GitHubBranch": "release",
-        "CreateGitHubProvider": "true",
+        "GitHubSubjects": "octo/cats,octo@*/cats@*", "CreateGitHubProvider": "true",
+        "PipelineSchedule": "", "Watch": "", "DeployOnApproval": "false", "Connection": "",
         "MoreRepositories": "arn:aws:ecr:us-east-1:999999999999:repository/other",
     }  # fmt: skip
     assert {*values} == {*document()["Parameters"]}
@@ -350,11 +351,14 @@ def test_everything_that_can_be_asked_for(aws: Recorder, capsys: pytest.CaptureF
     assert "workflows of octo/cats, branch release, may run the verbs" in shown
     assert "AWS sends a mail to me@example.com" in shown
     role = next(role for role in boto3.client("iam").list_roles()["Roles"] if "GitHub" in role["RoleName"])
-    condition = role["AssumeRolePolicyDocument"]["Statement"][0]["Condition"]["StringEquals"]
-    assert condition == {
-        "token.actions.githubusercontent.com:aud": "sts.amazonaws.com",
-        "token.actions.githubusercontent.com:sub": "repo:octo/cats:ref:refs/heads/release",
-    }
+    token = "token.actions.githubusercontent.com"
+    names = ("repo:octo/cats", "repo:octo@*/cats@*")  # before and since GitHub's tokens have numbers in them
+    assert role["AssumeRolePolicyDocument"]["Statement"][0]["Condition"] == {
+        "StringEquals": {f"{token}:aud": "sts.amazonaws.com"},
+        "StringEqualsIfExists": {f"{token}:ref": "refs/heads/release"},
+        "StringLike": {f"{token}:sub": [f"{name}:{where}" for where in ("ref:refs/heads/release",
+                                        "environment:production") for name in names]},
+    }  # fmt: skip
     execution = outputs(config.load()).role.split("/")[1]
     text = boto3.client("iam").get_role_policy(RoleName=execution, PolicyName="job")["PolicyDocument"]
     policy = yaml.safe_load(text)  # moto gives a dictionary's text, not JSON

@@ -129,7 +129,8 @@ def settings(*overrides: str) -> config.Settings:
 
 
 def run(*overrides: str, **options: Any) -> None:
-    given = dict.fromkeys(("run", "job", "package", "artifact", "endpoint", "weight")) | {"yes": True} | options
+    names = ("run", "job", "package", "artifact", "endpoint", "weight", "rollback")
+    given = dict.fromkeys(names) | {"yes": True} | options
     deploy.deploy(settings(*overrides), Namespace(**given))
 
 
@@ -500,6 +501,29 @@ def test_golden_samples_that_disagree(hosting: Hosting) -> None:
         run()
     hosting.calls.answers["InvokeEndpoint"] = quota("InvokeEndpoint")
     with pytest.raises(UserError, match="golden sample 0 got no answer"):
+        run()
+
+
+def test_a_rollback_puts_the_endpoint_back(hosting: Hosting) -> None:
+    run()
+    good = hosting.calls.named("CreateEndpointConfig")[-1]["EndpointConfigName"]
+    hosting.apart = 0.5
+    with pytest.raises(UserError, match=rf"golden sample 0 .* apart \(allowed: 0.02\); {NAME} is back on what it was$"):
+        run(rollback=True)
+    assert hosting.calls.named("UpdateEndpoint")[-1] == {"EndpointName": NAME, "EndpointConfigName": good}
+    asked = len(hosting.calls.named("UpdateEndpoint"))
+
+    def update(wanted: dict[str, Any]) -> dict[str, Any]:
+        hosting.update(wanted)
+        hosting.state = {"EndpointConfigName": good}
+        return {"EndpointArn": "arn"}
+
+    hosting.calls.answers["UpdateEndpoint"] = update
+    with pytest.raises(UserError, match="went back to what it was"):  # AWS did it: nothing more to do
+        run(rollback=True)
+    assert len(hosting.calls.named("UpdateEndpoint")) == asked + 1
+    hosting.state, hosting.calls.answers["UpdateEndpoint"] = {}, hosting.update
+    with pytest.raises(UserError, match="go back with `aws sagemaker update-endpoint"):
         run()
 
 

@@ -43,6 +43,8 @@ def template(settings: Settings, account: str) -> str:
     resources["ImageRepository"]["Properties"]["RepositoryName"] = engine.project_name()
     if settings.aws.region not in BUDGET_REGIONS:  # an unknown type is refused even when its condition is false
         del resources["Budget"], document["Conditions"]["HasBudget"], document["Parameters"]["MonthlyUsd"]
+    if not settings.pipeline.deploy_on_approval:
+        del resources["Deployment"]
     return json.dumps(document)
 
 
@@ -70,8 +72,15 @@ def parameters(settings: Settings, identity: str, current: dict[str, str]) -> di
     images = filter(None, map(REGISTRY.match, (settings.images.training, settings.images.serving)))
     repositories = {f"arn:{identity.split(':')[1]}:ecr:{i[2]}:{i[1]}:repository/{i[3]}" for i in images}
     found["MoreRepositories"] = ",".join(sorted(repositories))
-    repository, _, branch = _github(settings).partition("@")
-    found |= {"GitHubRepository": repository, "GitHubBranch": branch or "main", "CreateGitHubProvider": "false"}
+    repository, subjects, branch = _parsed(_github(settings))
+    found |= {"GitHubRepository": repository, "GitHubSubjects": subjects, "GitHubBranch": branch}
+    found["CreateGitHubProvider"] = "false"
+    chosen = settings.pipeline
+    if chosen.deploy_on_approval and not repository:
+        raise UserError("pipeline.deploy_on_approval needs the repository to deploy from; set aws.github to owner/name")
+    found["DeployOnApproval"] = str(chosen.deploy_on_approval).lower()
+    asked = {"PipelineSchedule": chosen.schedule, "Watch": chosen.watch, "Connection": chosen.connection}
+    found |= {name: "" if value == "none" else value for name, value in asked.items()}
     if repository:
         owned = current.get("GitHubRepository") and current.get("CreateGitHubProvider") == "true"
         listed = aws.client(settings, "iam").list_open_id_connect_providers()["OpenIDConnectProviderList"]
@@ -90,6 +99,21 @@ def _github(settings: Settings) -> str:
         raise UserError(f"aws.github is auto, but git's origin is {origin or 'not set'!r}, not on github.com; "
                         "write owner/name, or none")  # fmt: skip
     return match[1]
+
+
+def _parsed(github: str) -> tuple[str, str, str]:
+    """Repository, the two names that GitHub's tokens may give it, and branch.
+
+    In tokens of repositories made after July 2026 the numbers of owner and repository follow their names. Where they
+    are not known any will do: owner and name still have to agree.
+    """
+    owner, _, rest = github.partition("/")
+    owner, _, number = owner.partition("@")
+    name, *more = rest.split("@")
+    repository, branch = f"{owner}/{name}" if owner else "", more[-1] if len(more) > bool(number) else "main"
+    numbered = f"{owner}@{number}/{name}@{more[0]}" if number else f"{owner}@*/{name}@*"
+    names = [numbered if number else repository, numbered] if owner else ["", ""]
+    return repository, ",".join(names), branch
 
 
 def bootstrap(settings: Settings, yes: bool) -> None:
@@ -139,6 +163,11 @@ def _notes(settings: Settings, values: dict[str, str]) -> list[str]:
     notes = []
     if values["GitHubRepository"]:
         notes.append(f"workflows of {values['GitHubRepository']}, branch {values['GitHubBranch']}, may run the verbs")
+    for name, what in {"PipelineSchedule": "", "Watch": "new data under "}.items():
+        if values[name]:
+            notes.append(f"{what}{values[name]} starts the pipeline, at the price that `make pipeline` says")
+    if settings.pipeline.deploy_on_approval:
+        notes.append("an approved model package is deployed without a question, at the price that `make deploy` says")
     if values["Email"] and settings.aws.monthly_usd and "MonthlyUsd" not in values:
         notes.append(f"no budget alarm: CloudFormation has none in {settings.aws.region}")
     return notes

@@ -33,6 +33,8 @@ from training.config import ConfigurationError, Hyperparameters, nearest, parse,
 
 LocalMode = Literal["auto", "container", "process"]
 INSTANCE = r"^ml\.[a-z0-9-]+\.[a-z0-9]+$"
+OURS = ["artifacts", "async", "batch", "capture", "checkpoints", "data", "jobs", "models", "monitoring", "pipeline",
+        "pretrained", "raw", "registry", "source"]  # prefixes that verbs write to  # fmt: skip
 IMAGE = r"^[A-Za-z0-9][A-Za-z0-9._/:@-]*$"
 
 
@@ -60,7 +62,7 @@ class Aws(Section):
     subnets: list[Annotated[str, Field(pattern=r"^subnet-[0-9a-f]+$")]]
     security_groups: list[Annotated[str, Field(pattern=r"^sg-[0-9a-f]+$")]]
     budget_usd: float = Field(gt=0, le=1_000_000)
-    github: str = Field(pattern=r"^(none|auto|[\w.-]+/[\w.-]+(@[\w./-]+)?)$")
+    github: str = Field(pattern=r"^(none|auto|[\w.-]+(@\d+/[\w.-]+@\d+|/[\w.-]+)(@[\w./-]+)?)$")
     email: str = Field(pattern=r"^(none|[^@\s]+@[^@\s]+)$")
     monthly_usd: float = Field(ge=0, le=1_000_000)
 
@@ -187,6 +189,17 @@ class PipelineSettings(Section):
     min_accuracy: float = Field(ge=0)
     approval: Literal["PendingManualApproval", "Approved"]
     cache_days: int = Field(ge=0, le=365)
+    schedule: str = Field(pattern=r"^(none|(cron|rate)\(.+\))$")
+    watch: str = Field(pattern=r"^[A-Za-z0-9]([A-Za-z0-9._/-]*[A-Za-z0-9])?$")
+    deploy_on_approval: bool
+    connection: str = Field(pattern=r"^(none|arn:aws[a-z-]*:codeconnections:[a-z0-9-]+:\d{12}:connection/\S+)$")
+
+    @field_validator("watch")
+    @classmethod
+    def _is_not_written_by_verbs(cls, value: str) -> str:
+        if value.split("/")[0] in OURS:
+            raise ValueError(f"the verbs write there and would start it; choose a prefix outside {', '.join(OURS)}")
+        return value
 
 
 class Monitoring(Section):

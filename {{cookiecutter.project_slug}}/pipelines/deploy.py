@@ -59,7 +59,7 @@ def deploy(settings: Settings, options: Namespace) -> None:
     ends = f"deletes itself on {end[3:13]} at {end[14:19]} UTC" if end else "never deletes itself"
     remove = f"`make destroy ENDPOINT={name}` removes it"
     try:
-        difference = _see(settings, plan, model.samples, remove)
+        difference = _see(settings, plan, model.samples, remove, options.rollback)
     except KeyboardInterrupt:
         again = "its golden samples were not asked and its scaling is not set: `make deploy` again does that"
         raise UserError(f"stopped waiting; {name} goes on and bills, and {ends}; {again}; {remove}", code=130) from None
@@ -72,7 +72,7 @@ def deploy(settings: Settings, options: Namespace) -> None:
     print(f"  it {ends}; {remove}", flush=True)
 
 
-def _see(settings: Settings, plan: Plan, samples: list[dict[str, Any]], remove: str) -> float:
+def _see(settings: Settings, plan: Plan, samples: list[dict[str, Any]], remove: str, rollback: bool) -> float:
     """Wait until the endpoint runs, send the golden samples through it, and let it scale.
 
     Returns:
@@ -89,7 +89,13 @@ def _see(settings: Settings, plan: Plan, samples: list[dict[str, Any]], remove: 
             f"go back with `aws sagemaker update-endpoint --endpoint-name {plan.name} --endpoint-config-name "
             f"{plan.old['EndpointConfigName']} --region {settings.aws.region}`, or {remove}"
         )
-    difference = _ask_golden(settings, facts, samples, SECOND if plan.weight else None, back)
+    try:
+        difference = _ask_golden(settings, facts, samples, SECOND if plan.weight else None, back)
+    except UserError as error:
+        if rollback and plan.old["ProductionVariants"]:
+            rollout.back(settings, plan)
+            raise UserError(f"{str(error).removesuffix(f'; {back}')}; {plan.name} is back on what it was") from error
+        raise
     endpoints.scale(settings, plan.name, [variant["VariantName"] for variant in facts["ProductionVariants"]])
     return difference
 
@@ -204,6 +210,7 @@ def main() -> int:
     parser.add_argument("--endpoint", help="default: endpoint.name")
     parser.add_argument("--type", choices=["realtime", "serverless", "async"], help="default: endpoint.type")
     parser.add_argument("--weight", type=int, help="percent of the requests that a second variant gets")
+    parser.add_argument("--rollback", action="store_true", help="undo an update that fails the golden samples")
     parser.add_argument("--yes", action="store_true", help="do not ask, and go on although it is over budget")
     options = parser.parse_args()
     deploy(load([*options.set, *([f"endpoint.type={options.type}"] if options.type else [])]), options)

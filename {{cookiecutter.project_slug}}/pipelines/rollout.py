@@ -153,6 +153,23 @@ def start(settings: Settings, plan: Plan) -> None:
     endpoint.update(**options)
 
 
+def back(settings: Settings, plan: Plan) -> None:
+    """Put an updated endpoint back on the configuration that it had, and wait for it.
+
+    Raises:
+        UserError: when it does not come into service.
+    """
+    config = plan.old["EndpointConfigName"]
+    print(f"the golden samples disagree: going back to {config}", flush=True)
+    with aws.explained(f"putting {plan.name} back on {config}"):
+        aws.client(settings, "sagemaker").update_endpoint(EndpointName=plan.name, EndpointConfigName=config)
+    facts = endpoints.wait(settings, plan.name)
+    if facts["EndpointStatus"] != "InService" or facts["EndpointConfigName"] != config:
+        raise UserError(f"{plan.name} is {facts['EndpointStatus']} and not back on {config}: "
+                        f"{facts.get('FailureReason', 'AWS gives no reason')}; `make status` shows it")  # fmt: skip
+    endpoints.scale(settings, plan.name, [variant["VariantName"] for variant in facts["ProductionVariants"]])
+
+
 def _steps(settings: Settings) -> Any:
     """Blue/green: in steps of whole instances, taken back when an alarm rings."""
     from sagemaker.core import shapes

@@ -1,0 +1,137 @@
+"""The generated project's workflows: sound for zizmor, pinned, with the least rights, and nothing in them but verbs."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.conftest import TEMPLATE, Bake, Project
+
+PINS = {  # tags, looked up in the actions' repositories
+    "actions/checkout": "11bd71901bbe5b1630ceea73d27597364c9af683  # v4.2.2",
+    "aws-actions/configure-aws-credentials": "e6de054238d6b7531b4efff3b6587d9aade6a06c  # v6.2.3",
+}
+READS = {"contents": "read"}
+AS_ROLE = {"contents": "read", "id-token": "write"}
+SWITCH = "vars.AWS_ROLE_ARN != ''"
+BRANCH = "github.ref == 'refs/heads/main'"
+
+
+def texts(project: Project) -> dict[str, str]:
+    folder = project.path / ".github" / "workflows"
+    return {path.name: path.read_text(encoding="utf-8") for path in sorted(folder.glob("*"))}
+
+
+def workflow(project: Project, name: str) -> dict[str, Any]:
+    found: dict[str, Any] = yaml.load(texts(project)[name], yaml.BaseLoader)  # `on` is a word, all is text
+    return found
+
+
+def audit(workflows: Path) -> subprocess.CompletedProcess[str]:
+    """Zizmor's findings on a folder of workflows, nothing fetched."""
+    program = TEMPLATE / ".venv" / "bin" / "zizmor"
+    options = ["--offline", "--no-progress", "--persona", "pedantic", "--strict-collection"]
+    return subprocess.run([str(program), *options, str(workflows)], capture_output=True, text=True, timeout=120)
+
+
+def test_an_option_decides_about_all_workflows(bake: Bake, default: Project) -> None:
+    assert set(texts(default)) == {"ci.yml", "deliver.yml"}
+    without = bake(github_workflows=False)
+    assert not (without.path / ".github").exists()
+    assert texts(bake(mlflow=True, aws_region="eu-west-1")) == texts(default)
+
+
+def test_zizmor_finds_nothing(default: Project) -> None:
+    done = audit(default.path / ".github" / "workflows")
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new"),
+    [
+        ("ci.yml", "persist-credentials: false", ""),
+        ("deliver.yml", "permissions: {}", "permissions: write-all"),
+        ("deliver.yml", "@e6de054238d6b7531b4efff3b6587d9aade6a06c", "@v6"),
+        ("deliver.yml", "make deploy YES=1", "make deploy PACKAGE=${{ inputs.package }}"),
+    ],
+)
+def test_zizmor_would_find_something(bake: Bake, name: str, old: str, new: str) -> None:
+    folder = bake().path / ".github" / "workflows"
+    text = (folder / name).read_text(encoding="utf-8")
+    assert old in text
+    (folder / name).write_text(text.replace(old, new), encoding="utf-8")
+    assert audit(folder).returncode != 0
+
+
+def test_actions_are_pinned_to_commits_that_were_looked_up(default: Project) -> None:
+    used = [use for text in texts(default).values() for use in re.findall(r"- uses: (.*)", text)]
+    assert {use.partition("@")[0] for use in used} == {*PINS}
+    for use in used:
+        assert use == f"{use.partition('@')[0]}@{PINS[use.partition('@')[0]]}"
+
+
+def test_every_step_is_a_verb_that_exists(default: Project) -> None:
+    for name in texts(default):
+        for job in workflow(default, name)["jobs"].values():
+            for step in (step for step in job.get("steps", []) if "run" in step):
+                words = step["run"].split()
+                assert words[0] == "make"
+                assert "${{" not in step["run"], "an expression would be pasted into a shell"
+                expanded = default.run("make", "-n", *words[1:], **step.get("env", {}))
+                assert expanded.returncode == 0, expanded.stderr
+
+
+def test_rights_are_the_least(default: Project) -> None:
+    ci, deliver = workflow(default, "ci.yml"), workflow(default, "deliver.yml")
+    assert ci["permissions"] == deliver["permissions"] == {}
+    assert {name: job["permissions"] for name, job in deliver["jobs"].items()} == {
+        "test": READS, "pipeline": AS_ROLE, "deploy": AS_ROLE,
+    }  # fmt: skip
+    assert {name: job["permissions"] for name, job in ci["jobs"].items()} == {"test": READS}
+    assert "secrets." not in "".join(texts(default).values()), "there are no keys"
+    for job in (deliver["jobs"]["pipeline"], deliver["jobs"]["deploy"]):
+        uses = [step.get("uses", step.get("run", "")).partition("@")[0] for step in job["steps"]]
+        assert uses.index("make setup") < uses.index("aws-actions/configure-aws-credentials"), "packages get no role"
+        role = job["steps"][uses.index("aws-actions/configure-aws-credentials")]["with"]
+        assert role["role-to-assume"] == "${{ vars.AWS_ROLE_ARN }}"
+        assert (
+            0 < int(job["timeout-minutes"]) * 60 <= int(role["role-duration-seconds"]) <= 21600
+        )  # of the stack's role
+
+
+def test_nothing_is_delivered_unasked(default: Project) -> None:
+    """Off without a role; only from main; tests come first, then a person, and a run does not overtake another."""
+    deliver = workflow(default, "deliver.yml")
+    jobs = deliver["jobs"]
+    assert set(deliver["on"]) == {"push", "workflow_dispatch"}
+    assert deliver["on"]["push"]["branches"] == ["main"]
+    for name in ("test", "deploy"):
+        assert SWITCH in jobs[name]["if"]
+        assert BRANCH in jobs[name]["if"]
+    assert jobs["pipeline"]["needs"] == "test"
+    assert "if" not in jobs["pipeline"], "it would run although the tests were skipped or failed"
+    assert jobs["test"]["uses"] == "./.github/workflows/ci.yml"
+    assert "workflow_call" in workflow(default, "ci.yml")["on"]
+    assert jobs["deploy"]["needs"] == "pipeline"
+    assert "needs.pipeline.result == 'success' || inputs.package != ''" in jobs["deploy"]["if"]
+    assert jobs["deploy"]["environment"] == "production"
+    assert deliver["concurrency"]["cancel-in-progress"] == "false"
+    groups = [workflow(default, name)["concurrency"]["group"] for name in ("ci.yml", "deliver.yml")]
+    assert groups[0].startswith("ci-${{ github.workflow }}-"), "a called workflow in its caller's group waits for ever"
+    runs = [step["run"] for step in jobs["deploy"]["steps"] if "run" in step]
+    assert runs == ["make setup", "make approve YES=1", "make deploy YES=1 ARGS=--rollback"]
+    assert jobs["deploy"]["steps"][-1]["env"]["ENDPOINT__ROLLOUT"] == "canary"
+
+
+def test_the_stack_lets_in_what_the_workflow_is(default: Project) -> None:
+    """The environment's name is part of what GitHub calls a job; the stack has to know it."""
+    stack = (default.path / "infrastructure" / "stack.yaml").read_text(encoding="utf-8")
+    environment = workflow(default, "deliver.yml")["jobs"]["deploy"]["environment"]
+    assert stack.count(f'"repo:${{Name}}:environment:{environment}"') == 2
+    assert stack.count('"repo:${Name}:ref:refs/heads/${GitHubBranch}"') == 2
+    assert "MaxSessionDuration: 21600" in stack
