@@ -119,6 +119,30 @@ def test_make_prints_every_verb_and_every_verb_expands(bake: Bake) -> None:
             assert "Traceback" not in words.stdout
 
 
+def test_help_says_which_verbs_have_not_run_on_aws(bake: Bake) -> None:
+    project = bake()
+    makefile = (project.path / "Makefile").read_text(encoding="utf-8")
+    heading = ""
+    said: dict[str, bool] = {}
+    recipes: dict[str, str] = {}
+    for line in makefile.splitlines():
+        if title := re.match("##@ (.*)", line):
+            heading = title[1]
+        elif verb := re.match("([a-z-]+):.* ## ", line):
+            said[verb[1]] = "(request validated, not run on AWS)" in heading
+        elif module := re.search(r"\(VERB\) pipelines\.(\w+)", line):
+            recipes.setdefault(list(said)[-1], module[1])
+    printed = project.make("help").stdout
+    cloud = [title for title in re.findall("(?m)^##@ (.*)", makefile) if "not run on AWS" in title]
+    assert cloud
+    assert all(title in printed for title in cloud)
+    for verb, module in recipes.items():
+        code = (project.path / "pipelines" / f"{module}.py").read_text(encoding="utf-8")
+        if re.search(r"(?m)^from pipelines import .*\b(aws|endpoints)\b", code):
+            assert said[verb], f"make {verb} asks AWS"
+    assert {"train", "deploy", "pipeline", "destroy"} <= {verb for verb, marked in said.items() if marked}
+
+
 def test_readme_names_only_verbs_and_variables_that_exist(ready: Project) -> None:
     readme = (ready.path / "README.md").read_text(encoding="utf-8")
     makefile = (ready.path / "Makefile").read_text(encoding="utf-8")

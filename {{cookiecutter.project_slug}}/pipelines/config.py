@@ -6,36 +6,23 @@ Unknown keys are refused with the nearest known one.
 
 from __future__ import annotations
 
-import math
 import os
 import re
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import yaml
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Discriminator,
-    Field,
-    Tag,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-)
+from pydantic import BaseModel, ValidationError
 
 from pipelines import ROOT
 from pipelines.console import UserError
+from pipelines.schema import LocalMode, Range, Settings, Tuning
 from training.config import ConfigurationError, Hyperparameters, nearest, parse, shown
 
-LocalMode = Literal["auto", "container", "process"]
-INSTANCE = r"^ml\.[a-z0-9-]+\.[a-z0-9]+$"
-OURS = ["artifacts", "async", "batch", "capture", "checkpoints", "data", "jobs", "models", "monitoring", "pipeline",
-        "pretrained", "raw", "registry", "source"]  # prefixes that verbs write to  # fmt: skip
-IMAGE = r"^[A-Za-z0-9][A-Za-z0-9._/:@-]*$"
+__all__ = ["LocalMode", "Range", "Settings", "Tuning", "load", "number"]
 
 
 class _Loader(yaml.SafeLoader):
@@ -45,192 +32,6 @@ class _Loader(yaml.SafeLoader):
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
 )
-
-
-class Section(BaseModel):
-    """Settings that cannot change and refuse unknown keys and values of another type."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-
-class Aws(Section):
-    """Where in AWS, and the account's own rules for everything that is created there."""
-
-    region: str = Field(pattern=r"^[a-z]{2,3}(-[a-z]+)+-[0-9]$")
-    tags: dict[str, str]
-    kms_key: str = Field(pattern=r"^(none|alias/[A-Za-z0-9/_-]+|arn:aws[a-z-]*:kms:[a-z0-9-]+:\d{12}:(key|alias)/\S+)$")
-    subnets: list[Annotated[str, Field(pattern=r"^subnet-[0-9a-f]+$")]]
-    security_groups: list[Annotated[str, Field(pattern=r"^sg-[0-9a-f]+$")]]
-    budget_usd: float = Field(gt=0, le=1_000_000)
-    github: str = Field(pattern=r"^(none|auto|[\w.-]+(@\d+/[\w.-]+@\d+|/[\w.-]+)(@[\w./-]+)?)$")
-    email: str = Field(pattern=r"^(none|[^@\s]+@[^@\s]+)$")
-    monthly_usd: float = Field(ge=0, le=1_000_000)
-
-    @field_validator("security_groups")
-    @classmethod
-    def _both_or_none(cls, value: list[str], info: ValidationInfo) -> list[str]:
-        if bool(value) != bool(info.data.get("subnets", value)):
-            raise ValueError("subnets and security_groups belong together: give both, or none")
-        return value
-
-
-class Images(Section):
-    """Which image trains and serves, and how it is built."""
-
-    training: str = Field(pattern=IMAGE)
-    serving: str = Field(pattern=IMAGE)
-    base: str = Field(pattern=IMAGE)
-    packages: Literal["auto"] | list[str]
-    build_options: list[str]
-
-
-class Compute(Section):
-    """What jobs run on."""
-
-    local_mode: LocalMode
-    local_instances: int = Field(ge=1, le=8)
-    instance_type: str = Field(pattern=INSTANCE)
-    instances: int = Field(ge=1, le=64)
-    process_instance_type: str = Field(pattern=INSTANCE)
-    volume_gb: int = Field(ge=1, le=16384)
-    max_hours: float = Field(gt=0, le=672)
-    spot: bool
-    max_wait_hours: float = Field(gt=0, le=672)
-    keep_alive_minutes: int = Field(ge=0, le=60)
-    input_mode: Literal["File", "FastFile"]
-    isolation: bool
-    encrypt_traffic: bool
-    remote_debug: bool
-
-    @field_validator("max_wait_hours")
-    @classmethod
-    def _waits_at_least_as_long_as_it_runs(cls, value: float, info: ValidationInfo) -> float:
-        if info.data.get("spot") and value < info.data.get("max_hours", 0):
-            raise ValueError("with spot it includes the time that a job runs: make it at least max_hours")
-        return value
-
-    @field_validator("keep_alive_minutes")
-    @classmethod
-    def _warm_pools_are_not_spot(cls, value: int, info: ValidationInfo) -> int:
-        if info.data.get("spot") and value:
-            raise ValueError("AWS keeps no spot instances warm: set spot to false, or this to 0")
-        return value
-
-
-class Data(Section):
-    """What is trained on."""
-
-    source: str = Field(min_length=1)
-    seed: int = Field(ge=0)
-    unreadable: float = Field(ge=0, le=1)
-    megapixels: float = Field(gt=0, le=10_000)
-    pretrained: str = Field(min_length=1)
-
-
-class Range(Section):
-    """Where a number is searched."""
-
-    min: float
-    max: float
-    scale: Literal["linear", "log"] = "linear"
-
-    @field_validator("max")
-    @classmethod
-    def _above_the_least(cls, value: float, info: ValidationInfo) -> float:
-        if value <= info.data.get("min", -math.inf):
-            raise ValueError("it must be above min")
-        return value
-
-    @field_validator("scale")
-    @classmethod
-    def _logarithms_are_of_what_is_positive(cls, value: str, info: ValidationInfo) -> str:
-        if value == "log" and info.data.get("min", 1) <= 0:
-            raise ValueError("on a log scale min must be above 0")
-        return value
-
-
-Choice = Annotated[  # told apart by their look, so that a mistake in one is not explained as one in the other
-    Annotated[Range, Tag("range")] | Annotated[list[bool | int | float | str], Tag("list")],
-    Discriminator(lambda value: "list" if isinstance(value, list) else "range"),
-]
-
-
-class Tuning(Section):
-    """What `tune` and `tune-local` search, and for what."""
-
-    ranges: dict[str, Choice] = Field(min_length=1, max_length=30)
-    objective: Literal["validation:accuracy", "validation:loss", "train:loss", "train:images_per_second"]
-    goal: Literal["Maximize", "Minimize"]
-    strategy: Literal["Bayesian", "Random"]
-    max_jobs: int = Field(ge=1, le=750)
-    max_parallel_jobs: int = Field(ge=1, le=100)
-    early_stopping: bool
-
-
-class EndpointSettings(Section):
-    """What `deploy` makes."""
-
-    name: str = Field(pattern=r"^(auto|[a-zA-Z0-9](-*[a-zA-Z0-9]){0,62})$")
-    type: Literal["realtime", "serverless", "async"]
-    instance_type: str = Field(pattern=INSTANCE)
-    instances: int = Field(ge=1, le=64)
-    max_instances: int = Field(ge=1, le=64)
-    memory_mb: Literal[1024, 2048, 3072, 4096, 5120, 6144]
-    max_concurrency: int = Field(ge=1, le=200)
-    ttl_hours: float = Field(ge=0, le=8760)
-    capture_percent: int = Field(ge=0, le=100)
-    rollout: Literal["all_at_once", "canary", "linear"]
-    alarms: list[str]
-
-
-class PipelineSettings(Section):
-    """When `pipeline` registers a model, and how long its steps' results are taken again."""
-
-    min_accuracy: float = Field(ge=0)
-    approval: Literal["PendingManualApproval", "Approved"]
-    cache_days: int = Field(ge=0, le=365)
-    schedule: str = Field(pattern=r"^(none|(cron|rate)\(.+\))$")
-    watch: str = Field(pattern=r"^[A-Za-z0-9]([A-Za-z0-9._/-]*[A-Za-z0-9])?$")
-    deploy_on_approval: bool
-    connection: str = Field(pattern=r"^(none|arn:aws[a-z-]*:codeconnections:[a-z0-9-]+:\d{12}:connection/\S+)$")
-
-    @field_validator("watch")
-    @classmethod
-    def _is_not_written_by_verbs(cls, value: str) -> str:
-        if value.split("/")[0] in OURS:
-            raise ValueError(f"the verbs write there and would start it; choose a prefix outside {', '.join(OURS)}")
-        return value
-
-
-class Monitoring(Section):
-    """How `monitor` watches an endpoint."""
-
-    schedule: Literal["hourly", "daily"]
-    instance_type: str = Field(pattern=INSTANCE)
-    limit: float = Field(gt=0, le=100)
-    minimum: int = Field(ge=1, le=1_000_000)
-    latency_ms: float = Field(gt=0, le=60_000)
-
-
-class Tracking(Section):
-    """Where finished runs are logged; a project without MLflow has no such section."""
-
-    uri: str = Field(pattern=r"^(local|[a-z][a-z0-9+]*://\S+|arn:aws[a-z-]*:sagemaker:[a-z0-9-]+:\d{12}:mlflow-\S+)$")
-
-
-class Settings(Section):
-    """All of `configs/`: `training` is training.yaml, the other sections are those of infrastructure.yaml."""
-
-    training: Hyperparameters
-    aws: Aws
-    images: Images
-    compute: Compute
-    data: Data
-    tuning: Tuning
-    endpoint: EndpointSettings
-    pipeline: PipelineSettings
-    monitoring: Monitoring
-    tracking: Tracking = Tracking(uri="local")
 
 
 def load(
