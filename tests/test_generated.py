@@ -136,10 +136,10 @@ def test_help_says_which_verbs_have_not_run_on_aws(bake: Bake) -> None:
     cloud = [title for title in re.findall("(?m)^##@ (.*)", makefile) if "not run on AWS" in title]
     assert cloud
     assert all(title in printed for title in cloud)
-    for verb, module in recipes.items():
-        code = (project.path / "pipelines" / f"{module}.py").read_text(encoding="utf-8")
+    for name, program in recipes.items():
+        code = (project.path / "pipelines" / f"{program}.py").read_text(encoding="utf-8")
         if re.search(r"(?m)^from pipelines import .*\b(aws|endpoints)\b", code):
-            assert said[verb], f"make {verb} asks AWS"
+            assert said[name], f"make {name} asks AWS"
     assert {"train", "deploy", "pipeline", "destroy"} <= {verb for verb, marked in said.items() if marked}
 
 
