@@ -570,6 +570,8 @@ def test_images_are_pushed_once_and_the_password_is_in_no_argument(
     aws: Recorder, docker: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     aws.answers["DescribeImages"] = refused("ImageNotFoundException")
+    for variable in [variable for variable in os.environ if variable.startswith("IMAGES__")]:
+        monkeypatch.delenv(variable)
     assert run_main(monkeypatch, image_push) == 0
     registry, expected = STACK.repository.partition("/")[0], []
     targets: tuple[engine.Target, ...] = ("training", "serving")

@@ -465,13 +465,13 @@ def registered(verb: Verb, project: Path, mode: str, target: str | None, monkeyp
     assert json.loads((folder / "evaluation.json").read_text())["metrics"]["accuracy"]["value"] == accuracy
     seen: list[int] = []
 
-    def see(_settings: Any, _plan: Any, samples: list[Any], _remove: Any) -> float:
+    def see(_settings: Any, _plan: Any, samples: list[Any], *_: Any) -> float:
         seen.append(len(samples))
         return 0.0
 
     monkeypatch.setattr(deploy, "_see", see)
     given = dict.fromkeys(("run", "job", "package", "endpoint", "type", "weight"), None)
-    deploy.deploy(settings(), Namespace(**given, artifact=artifact, yes=True))
+    deploy.deploy(settings(), Namespace(**given, artifact=artifact, yes=True, rollback=False))
     assert seen == [4]
 
 

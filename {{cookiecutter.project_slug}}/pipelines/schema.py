@@ -155,7 +155,7 @@ class EndpointSettings(Section):
 class PipelineSettings(Section):
     """When `pipeline` registers a model, and how long its steps' results are taken again."""
 
-    min_accuracy: float = Field(ge=0)
+    min_accuracy: float = Field(ge=0, le=2)
     approval: Literal["PendingManualApproval", "Approved"]
     cache_days: int = Field(ge=0, le=365)
     schedule: str = Field(pattern=r"^(none|(cron|rate)\(.+\))$")

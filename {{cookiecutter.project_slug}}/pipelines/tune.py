@@ -93,6 +93,7 @@ def _submit(settings: Settings, stack: aws.Stack, request: train.Request, image:
     made, search, folder = train.trainer(settings, stack, request, image), settings.tuning, f"jobs/{request.run}"
     made.source_code.entry_script = LAUNCHER  # of AWS's toolkit; and without one the tuner uploads nothing
     made.base_job_name = folder  # of no job: where the tuner uploads
+    del made.environment["TENSORBOARD_FOLDER"]  # a tuner's jobs have no output of that kind
     made.environment["CHECKPOINTS_PER_JOB"] = "1"
     ignored = made.source_code.ignore_patterns
     code = made.create_input_data_channel("code", str(SOURCE), key_prefix=f"{folder}/input", ignore_patterns=ignored)
