@@ -452,6 +452,7 @@ def registered(verb: Verb, project: Path, mode: str, target: str | None, monkeyp
     package = json.loads((project / "artifacts" / "registry" / NAME / "1" / "package.json").read_text())
     assert package["CustomerMetadataProperties"]["accuracy"] == f"{accuracy:.6f}"
     assert package["CustomerMetadataProperties"]["run"] == folder.name
+    assert (project / "artifacts" / "registry" / NAME / "1" / "report.html").is_file()
     assert package["ModelApprovalStatus"] == "PendingManualApproval"
     assert target is None or package["InferenceSpecification"]["Containers"][0]["Image"] == target
     artifact = project / "artifacts" / "registry" / NAME / "1" / "model.tar.gz"

@@ -76,7 +76,8 @@ def _plan(settings: Settings, source: str) -> tuple[str, float | None]:
     return (
         f"pipeline {engine.project_name()} in {settings.aws.region}, on {source}: two processing jobs on 1 x "
         f"{compute.process_instance_type}, {longest:g} hours at most each, and a training job on {compute.instances} x "
-        f"{compute.instance_type}{' spot, for less than below' if compute.spot else ''}, {hours:g} hours at most",
+        f"{compute.instance_type}{' spot, cheaper than the price below' if compute.spot else ''}, "
+        f"{hours:g} hours at most",
         cost,
     )
 

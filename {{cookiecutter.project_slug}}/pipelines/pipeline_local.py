@@ -22,7 +22,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipelines import ROOT, SOURCE, console, container, data, engine, image_push, process, register, registry, runs
+from pipelines import (
+    ROOT,
+    SOURCE,
+    console,
+    container,
+    data,
+    engine,
+    image_push,
+    page,
+    process,
+    register,
+    registry,
+    runs,
+)
 from pipelines.config import LocalMode, Settings, load
 from pipelines.console import TrainingView, UserError
 from pipelines.jobs import Interrupted, Job, JobFailed, Outputs
@@ -224,6 +237,7 @@ def run(settings: Settings, source: str | None, mode: LocalMode) -> Path:
     bucket = execution.path(f"s3://local/pipeline/{name}")
     shutil.move(bucket / "packed" / "images", folder / "data")
     shutil.copyfile(bucket / "evaluation" / "evaluation.json", folder / "evaluation.json")
+    print(page.attach(folder))
     with tempfile.TemporaryDirectory(prefix="register-") as temporary:
         evidence = register.evidence(folder / "model.tar.gz", Path(temporary))
         serving, approval = image_push.uri(settings, LOCAL, "serving"), settings.pipeline.approval

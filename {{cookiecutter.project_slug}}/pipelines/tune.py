@@ -61,7 +61,7 @@ def tune(settings: Settings, source: str | None, yes: bool) -> str:
     local = None if source.startswith("s3://") else data.prepare(settings, source)
     image = image_push.uri(settings, stack, "training")
     name = new_name()
-    spot = " spot, for less than below" if compute.spot else ""
+    spot = " spot, cheaper than the price below" if compute.spot else ""
     price = prices.hourly(settings, "training", compute.instance_type)
     prices.afford(
         settings,
