@@ -264,6 +264,10 @@ def test_a_laptop_without_torch_reaches_the_job(bake: Bake) -> None:
 def test_mlflow_logs_a_run_once_and_never_fails_training(bake: Bake, ready: Project) -> None:
     project = bake(mlflow=True)
     (project.path / ".venv").symlink_to(ready.path / ".venv")
+    uv = str(TEMPLATE / ".venv" / "bin" / "uv")
+    project.make("setup")
+    done = project.run(uv, "pip", "install", "tensorboard>=2.20", "--python", project.program("python"))
+    assert done.returncode == 0, done.stderr
     assert TRACKING in add_tests(project)
     run_tests(project, TRACKING)
     words = ("train-local", "LOCAL_MODE=process", "ARGS=--set training.epochs=2")

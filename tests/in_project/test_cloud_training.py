@@ -566,6 +566,15 @@ def calls(folder: Path) -> list[str]:
     return [line for line in lines if line.split()[0] in ("login", "tag", "push", "logout")]
 
 
+@pytest.mark.parametrize("length", [12, 19, 27, 28, 30])
+def test_jobs_have_names_that_the_stack_allows(monkeypatch: pytest.MonkeyPatch, length: int) -> None:
+    name = "classifier-of-so-many-animals1"[:length]
+    monkeypatch.setattr(engine, "project_name", lambda: name)
+    assert len(logs.prefix()) <= 27
+    assert logs.prefix() in (name, logs.short())  # Project and ShortProject of infrastructure/stack.yaml
+    assert len(logs.short()) <= 19
+
+
 def test_images_are_pushed_once_and_the_password_is_in_no_argument(
     aws: Recorder, docker: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

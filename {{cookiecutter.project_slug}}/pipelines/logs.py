@@ -29,8 +29,9 @@ PAGES = {
 
 
 def prefix() -> str:
-    """What the names of this project's jobs begin with; leaves room for a run's name and the SDK's time stamp."""
-    return engine.project_name()[:27]
+    """What the names of this project's jobs begin with: its own, where a run and the SDK's time stamp have room too."""
+    name = engine.project_name()
+    return name if len(name) <= 27 else short()
 
 
 def short() -> str:
