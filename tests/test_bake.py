@@ -29,7 +29,7 @@ CHOICES: dict[str, list[Any]] = {
 OPTIONS = CHOICES | {"aws_region": hook()["REGIONS"]}
 # A line a file; `if NAME` where the file belongs to an option.
 MANIFEST = [line.split() for line in (TEMPLATE / "tests" / "manifest.txt").read_text(encoding="utf-8").splitlines()]
-WITH_TEXT = {"LICENSE", "README.md", "pyproject.toml"}  # the files that hold text answers
+WITH_TEXT = {".cruft.json", "LICENSE", "README.md", "pyproject.toml"}  # the files that hold text answers
 LICENCES = {
     "Apache-2.0": "Apache License",
     "MIT": "MIT License",

@@ -111,7 +111,7 @@ def test_make_prints_every_verb_and_every_verb_expands(bake: Bake) -> None:
             *"bench-serve lint format clean bootstrap bootstrap-destroy image-push process train logs pull".split(),
             *"deploy invoke shift-traffic batch register approve monitor tune tune-local plan status destroy".split(),
             *"doctor report compare".split(),
-            *"pipeline pipeline-local pipeline-graph".split(),
+            *"pipeline pipeline-local pipeline-graph update-template".split(),
         }
         assert set(verbs) == wanted | ({"track"} if "track.py" in str(project.files()) else set())
         for verb in verbs:

@@ -1,0 +1,122 @@
+"""A project takes over what is new in the template, and keeps what its people changed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from cookiecutter.main import cookiecutter
+
+from tests.conftest import TEMPLATE, Project
+from tests.test_generated import run_tests
+
+SOURCE = "{{cookiecutter.project_slug}}"
+NEW = "A sentence that the template's newer version has.\n"
+
+
+def git(folder: Path, *words: str) -> str:
+    who = ("-c", "user.name=test", "-c", "user.email=test@example.com")
+    done = subprocess.run(["git", "-C", str(folder), *who, *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def commit(folder: Path) -> str:
+    git(folder, "add", "--all")
+    git(folder, "commit", "--quiet", "--message", "x")
+    return git(folder, "rev-parse", "HEAD")
+
+
+def replace(file: Path, old: str, new: str) -> None:
+    text = file.read_text(encoding="utf-8")
+    assert text.count(old) == 1
+    file.write_text(text.replace(old, new), encoding="utf-8")
+
+
+@pytest.fixture
+def template(tmp_path: Path) -> Path:
+    """A repository that holds the template as its first commit."""
+    folder = tmp_path / "template"
+    for name in ("cookiecutter.json", "hooks", SOURCE):
+        source = TEMPLATE / name
+        place = folder / name
+        place.parent.mkdir(exist_ok=True)
+        shutil.copytree(source, place) if source.is_dir() else shutil.copy(source, place)
+    git(tmp_path, "init", "--quiet", str(folder))
+    commit(folder)
+    return folder
+
+
+@pytest.fixture
+def project(template: Path, tmp_path: Path, ready: Project) -> Project:
+    """A project of that commit, committed."""
+    made = Project(Path(cookiecutter(str(template), no_input=True, output_dir=str(tmp_path))))
+    (made.path / ".venv").symlink_to(ready.path / ".venv")
+    commit(made.path)
+    return made
+
+
+def improve(template: Path) -> str:
+    """The template's second commit: a changed file, a new one, one that is gone."""
+    tree = template / SOURCE
+    text = (tree / "docs" / "scaling.md").read_text(encoding="utf-8")
+    (tree / "docs" / "scaling.md").write_text(text + "\n" + NEW, encoding="utf-8")
+    (tree / "docs" / "new.md").write_text(NEW, encoding="utf-8")
+    (tree / "docs" / "pipeline.mmd").unlink()
+    replace(tree / "configs" / "training.yaml", "batch_size: 64", "batch_size: 48")
+    return commit(template)
+
+
+def test_improvements_come_and_changes_stay(template: Path, project: Project) -> None:
+    replace(project.path / "configs" / "training.yaml", "seed: 0", "seed: 7")
+    (project.path / "src" / "ours.py").write_text('"""Ours."""\n')
+    before = commit(project.path)
+    newest = improve(template)
+    done = project.make("update-template")
+    assert f"merged with the template's {newest[:12]}" in done.stdout
+    assert git(project.path, "rev-parse", "HEAD") == before  # nothing was committed
+    settings = (project.path / "configs" / "training.yaml").read_text()
+    assert "seed: 7" in settings
+    assert "batch_size: 48" in settings
+    assert NEW in (project.path / "docs" / "scaling.md").read_text()
+    assert (project.path / "docs" / "new.md").read_text() == NEW
+    assert not (project.path / "docs" / "pipeline.mmd").exists()
+    assert (project.path / "src" / "ours.py").exists()
+    assert json.loads((project.path / ".cruft.json").read_text())["commit"] == newest
+    run_tests(project, "tests/test_house.py", "tests/test_inference.py")
+    commit(project.path)
+    assert f"nothing is new since {newest[:12]}" in project.make("update-template").stdout
+
+
+def test_lines_that_both_changed_are_named_and_nothing_is_lost(template: Path, project: Project) -> None:
+    replace(project.path / "configs" / "training.yaml", "batch_size: 64", "batch_size: 16")
+    commit(project.path)
+    improve(template)
+    done = project.run("make", "update-template")
+    assert done.returncode
+    assert "you and the template changed the same lines of configs/training.yaml" in done.stderr
+    both = (project.path / "configs" / "training.yaml").read_text()
+    assert "batch_size: 16" in both
+    assert "batch_size: 48" in both
+
+
+def test_what_is_not_committed_is_not_touched(template: Path, project: Project) -> None:
+    improve(template)
+    (project.path / "README.md").write_text("mine")
+    done = project.run("make", "update-template")
+    assert done.returncode
+    assert "there are changes that are not committed" in done.stderr
+    assert (project.path / "README.md").read_text() == "mine"
+
+
+def test_a_template_that_is_gone_is_said(template: Path, project: Project) -> None:
+    shutil.rmtree(template)
+    done = project.run("make", "update-template")
+    assert done.returncode
+    assert f"cruft could not update from {template}" in done.stderr
+    assert not git(project.path, "status", "--porcelain")
+    (project.path / ".cruft.json").unlink()
+    assert "the template of this project is not known" in project.run("make", "update-template").stderr

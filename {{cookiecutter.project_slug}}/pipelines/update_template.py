@@ -1,0 +1,73 @@
+"""Bring the template's improvements into this project, and keep the project's own changes: `make update-template`.
+
+    python -m pipelines.update_template
+
+cruft bakes the template twice, as it was for this project and as it is now, and git merges the difference. Nothing is
+committed. README.md says what to do should cruft be gone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+
+from pipelines import ROOT, console
+from pipelines.console import UserError
+from pipelines.environment import certificates, find_uv
+
+STATE = ROOT / ".cruft.json"  # written when the project was made: template, commit, answers
+CRUFT = "cruft>=2.16,<3"
+
+
+def git(*words: str) -> str:
+    """What a git command says about the project."""
+    return subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True).stdout
+
+
+def update() -> str:
+    """Merge what is new in the template.
+
+    Returns:
+        What was done, for people.
+
+    Raises:
+        UserError: when nothing was changed, or files are left that both sides changed.
+    """
+    if not STATE.exists():
+        raise UserError(f"{STATE.name} is missing, so the template of this project is not known; "
+                        "`uvx cruft link <template>` writes it")  # fmt: skip
+    if not git("rev-parse", "HEAD").strip().isalnum():
+        raise UserError("the project has no commit yet; `git add . && git commit` first, so that nothing can be lost")
+    if git("status", "--porcelain"):
+        raise UserError("there are changes that are not committed; commit or stash them, so that nothing can be lost")
+    before = json.loads(STATE.read_text(encoding="utf-8"))
+    bundle = certificates()
+    done = subprocess.run(
+        [find_uv(ROOT / ".venv"), "tool", "run", "--from", CRUFT, "cruft", "update", "--skip-apply-ask"],
+        cwd=ROOT, env=os.environ | ({"SSL_CERT_FILE": bundle} if bundle else {}), capture_output=True, text=True,
+    )  # fmt: skip
+    if done.returncode:
+        said = (done.stdout + done.stderr).strip().splitlines() or ["it gave no reason"]
+        raise UserError(f"cruft could not update from {before['template']}: {said[-1]}; nothing was changed")
+    now = json.loads(STATE.read_text(encoding="utf-8"))["commit"][:12]
+    both = sorted({*git("diff", "--name-only", "--diff-filter=U").split(),
+                   *(str(path.relative_to(ROOT)) for path in ROOT.rglob("*.rej") if ".venv" not in path.parts)})  # fmt: skip
+    if both:
+        raise UserError(f"merged with the template's {now}, but you and the template changed the same lines of "
+                        f"{', '.join(both)}; settle them as after `git merge`, then commit")  # fmt: skip
+    if now == before["commit"][:12]:
+        return f"nothing is new since {now}"
+    changed = len(git("status", "--porcelain").splitlines())
+    return f"merged with the template's {now}, {changed} files: look at `git diff HEAD`, run `make test`, then commit"
+
+
+def main() -> int:
+    """Command line; see the module's docstring."""
+    console.parser("Bring the template's improvements into this project.").parse_args()
+    print(update())
+    return 0
+
+
+if __name__ == "__main__":
+    console.run_verb(main)
