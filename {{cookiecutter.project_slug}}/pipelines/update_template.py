@@ -49,7 +49,8 @@ def update() -> str:
     )  # fmt: skip
     if done.returncode:
         said = (done.stdout + done.stderr).strip().splitlines() or ["it gave no reason"]
-        raise UserError(f"cruft could not update from {before['template']}: {said[-1]}; nothing was changed")
+        reason = next((line for line in said if "fatal:" in line), said[-1]).strip(" \u2502'")
+        raise UserError(f"cruft could not update from {before['template']}: {reason}; nothing was changed")
     now = json.loads(STATE.read_text(encoding="utf-8"))["commit"][:12]
     both = sorted({*git("diff", "--name-only", "--diff-filter=U").split(),
                    *(str(path.relative_to(ROOT)) for path in ROOT.rglob("*.rej") if ".venv" not in path.parts)})  # fmt: skip
