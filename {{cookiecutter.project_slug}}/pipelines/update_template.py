@@ -52,8 +52,8 @@ def update() -> str:
         reason = next((line for line in said if "fatal:" in line), said[-1]).strip(" \u2502'")
         raise UserError(f"cruft could not update from {before['template']}: {reason}; nothing was changed")
     now = json.loads(STATE.read_text(encoding="utf-8"))["commit"][:12]
-    both = sorted({*git("diff", "--name-only", "--diff-filter=U").split(),
-                   *(str(path.relative_to(ROOT)) for path in ROOT.rglob("*.rej") if ".venv" not in path.parts)})  # fmt: skip
+    rejected = git("ls-files", "--others", "--exclude-standard", "*.rej").split()
+    both = sorted({*git("diff", "--name-only", "--diff-filter=U").split(), *rejected})
     if both:
         raise UserError(f"merged with the template's {now}, but you and the template changed the same lines of "
                         f"{', '.join(both)}; settle them as after `git merge`, then commit")  # fmt: skip
