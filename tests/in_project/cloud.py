@@ -52,7 +52,8 @@ def aws(monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorder]:
     """An empty account in us-east-1."""
     from moto import mock_aws
 
-    for name in [name for name in os.environ if name.startswith("AWS_") and name != "AWS_CA_BUNDLE"]:
+    ours = ("AWS_", "INFERENCE_")  # the second is handed to endpoints, and `batch-local` sets one for its process
+    for name in [name for name in os.environ if name.startswith(ours) and name != "AWS_CA_BUNDLE"]:
         monkeypatch.delenv(name)
     variables = {"AWS_DEFAULT_REGION": "us-east-1", "AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing"}
     for name, value in (variables | {"SAGEMAKER_VALIDATE_ROLE": "false"}).items():

@@ -106,8 +106,8 @@ def test_nothing_is_wrong(healthy: Recorder) -> None:
 TRUST = {"Role": {"Arn": STACK.role, "AssumeRolePolicyDocument": {"Statement": [
     {"Effect": "Allow", "Principal": {"Service": "ec2.amazonaws.com"}}]}}}  # fmt: skip
 WRONG: list[tuple[str, Any, str, str, str]] = [
-    ("GetCallerIdentity", caller(seconds=-600), "fail", "clock is -", "NTP"),
-    ("GetCallerIdentity", caller(f"arn:aws:iam::{ACCOUNT}:root"), "warn", "account itself", "role"),
+    ("GetCallerIdentity", lambda _: caller(seconds=-600), "fail", "clock is -", "NTP"),
+    ("GetCallerIdentity", lambda _: caller(f"arn:aws:iam::{ACCOUNT}:root"), "warn", "account itself", "role"),
     ("DescribeStacks", {"Stacks": [{"StackStatus": "UPDATE_COMPLETE"}]}, "warn", "differs in Project", "bootstrap"),
     ("GetTemplate", {"TemplateBody": "{}"}, "warn", "differs in infrastructure/stack.yaml", "make bootstrap"),
     ("GetTemplate", refusal("AccessDenied"), "warn", "stack: not checked", "may not do that"),
