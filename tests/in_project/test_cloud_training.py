@@ -30,6 +30,7 @@ STACK = cloud.Stack(
     bucket="the-bucket", role="arn:aws:iam::123456789012:role/the-role",
     repository="123456789012.dkr.ecr.us-east-1.amazonaws.com/the-repository",
     topic="arn:aws:sns:us-east-1:123456789012:topic", scheduler_role="arn:aws:iam::123456789012:role/scheduler",
+    pipeline_role="arn:aws:iam::123456789012:role/pipeline",
 )  # fmt: skip
 CREATE = ("CreateTrainingJob", "CreateProcessingJob")
 NETWORK = ["aws.subnets=[subnet-0a, subnet-0b]", "aws.security_groups=[sg-0a]"]

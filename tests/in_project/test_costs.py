@@ -304,7 +304,7 @@ def test_serverless_and_async_endpoints(aws: Recorder, settings: Settings) -> No
 def test_status_of_stack_bucket_and_images(aws: Recorder, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "make bootstrap" in status.stored(settings)[0]
     repository = "123456789012.dkr.ecr.us-east-1.amazonaws.com/repo"
-    made = cloud.Stack(bucket="b", role=ROLE, repository=repository, topic="t", scheduler_role="s")
+    made = cloud.Stack(bucket="b", role=ROLE, repository=repository, topic="t", scheduler_role="s", pipeline_role="p")
     monkeypatch.setattr(cloud, "stack", lambda _: made)
     assert "RepositoryNotFoundException" in status.stored(settings)[2]
     aws.answers["DescribeImages"] = lambda p: (

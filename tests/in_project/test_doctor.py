@@ -26,6 +26,7 @@ STACK = cloud.Stack(
     repository=f"{ACCOUNT}.dkr.ecr.us-east-1.amazonaws.com/{NAME}",
     topic="t",
     scheduler_role=f"arn:aws:iam::{ACCOUNT}:role/{NAME}-scheduler",
+    pipeline_role="",
 )
 
 

@@ -311,6 +311,21 @@ def test_19_a_missing_channel_is_a_usage_error(job: Job) -> None:
     assert "is no packed data set" in job.failure()
 
 
+@pytest.mark.parametrize("first", [0, 1])
+def test_the_rank_that_explains_is_heard_whichever_fails_first(tmp_path: Path, packed: Path, first: int) -> None:
+    """A rank whose peer is gone sees a broken connection; that is not why the job failed."""
+    job = make(tmp_path, packed, 2)
+    failed = job.root / "failure"
+    job.inject(
+        "train.py",
+        "    settled = config.resolve(",
+        f"while world.rank != {first} and not Path({str(failed)!r}).exists(): pass\n"
+        "raise data.DataError('explained') if world.rank else RuntimeError('connection reset')",
+    )
+    assert job.run()[0] == 1
+    assert job.failure() == "error: explained"
+
+
 def test_22_a_used_container_gives_the_same_artifact(tmp_path: Path, packed: Path, undisturbed: dict[int, Job]) -> None:
     job = make(tmp_path, packed, 1)
     job.run(epochs=1, seed=5)

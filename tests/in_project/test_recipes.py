@@ -27,6 +27,7 @@ from tests.helpers import verb_environment
 from tests.test_cloud_training import STACK
 from training import train as script
 from training.config import Hyperparameters
+from training.data import load_channels
 from training.distributed import World
 
 __all__ = ["aws"]  # a fixture
@@ -189,7 +190,8 @@ def test_own_loop(
     )
     with caplog.at_level("INFO"):
         hyperparameters = Hyperparameters(epochs=8, batch_size=8, ema_decay=0.0)
-        script.train(hyperparameters, folders, World(0, 1, torch.device("cpu")))
+        splits = load_channels(folders.train, folders.validation)
+        script.train(hyperparameters, folders, *splits, World(0, 1, torch.device("cpu")))
     lines = [line for line in caplog.messages if re.match(r"epoch=\d+ step=\d+ .*val_accuracy=[0-9.]+ images_", line)]
     assert len(lines) == 8
     assert json.loads((tmp_path / "output" / "metrics.json").read_text())["val_accuracy"] > 0.8

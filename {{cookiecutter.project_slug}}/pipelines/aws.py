@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ from pipelines import engine
 from pipelines.config import Settings
 from pipelines.console import UserError
 
+OWN_DISK = re.compile(r"ml\.(g[4-9]|p[4-9]|p3dn|trn|[a-z]+\d+[a-z]*d)")  # machines with disks of their own
 ATTEMPTS = 5  # of a request, with growing pauses (botocore's standard mode)
 REASONS = {
     "no credentials": (
@@ -50,7 +52,7 @@ class Stack:
     repository: str
     topic: str
     scheduler_role: str
-    pipeline_role: str = ""
+    pipeline_role: str
 
 
 def client(settings: Settings, service: str, region: str | None = None) -> Any:
@@ -174,6 +176,11 @@ def kms_arn(settings: Settings) -> str | None:
         return None if key == "none" else key
     with explained(f"looking up {key}, which is aws.kms_key"):
         return str(client(settings, "kms").describe_key(KeyId=key)["KeyMetadata"]["Arn"])
+
+
+def volume_key(key: str | None, instance_type: str) -> str | None:
+    """The key of a machine's volume; None where its own hardware encrypts that: AWS refuses a key then."""
+    return None if OWN_DISK.match(instance_type) else key
 
 
 def encryption(settings: Settings) -> dict[str, str]:

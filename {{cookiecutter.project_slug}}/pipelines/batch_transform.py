@@ -15,7 +15,6 @@ import json
 import math
 import os
 import tempfile
-import time
 from argparse import Namespace
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +26,6 @@ from tqdm import tqdm
 from pipelines import aws, console, data, endpoints, engine, image_push, logs, prices, rollout, runs, source, storage
 from pipelines.config import Settings, load
 from pipelines.console import UserError
-from pipelines.train import OWN_DISK
 
 MEGABYTE = 2**20
 USUAL, MOST = 6, 100  # megabytes of a request; AWS: so many at most, and of all concurrent ones together
@@ -74,9 +72,10 @@ def start(settings: Settings, options: Namespace) -> str:
         uri = model.uri or storage.artifact(settings, stack, model.archive)
     prefix = storage.upload(settings, local, stack.bucket, f"raw/{data.state(local, [])}") if local else options.data
     manifest, place = [{"prefix": f"{prefix.rstrip('/')}/"}, *sorted(sizes)], f"s3://{stack.bucket}/batch/{name}"
-    end = time.strftime("at(%Y-%m-%dT%H:%M:%S)", time.gmtime(time.time() + hours * 3600))
     try:
-        endpoints.set_end(settings, stack, name, end, "transform job")  # a transform job has no limit of its own
+        endpoints.set_end(
+            settings, stack, name, endpoints.end_after(hours), "transform job"
+        )  # a transform job has no limit of its own
         with aws.explained("starting the transform job"):
             storage.put(settings, f"{place}/images.manifest", json.dumps(manifest).encode())
             rollout.create_model(settings, stack, name, image, uri, model.package)
@@ -96,7 +95,8 @@ def _create(settings: Settings, name: str, place: str, payload: int) -> None:
     from sagemaker.core import resources, shapes
 
     chosen, key = settings.endpoint, aws.kms_arn(settings)
-    disk = {"volume_kms_key_id": key} if key and not OWN_DISK.match(chosen.instance_type) else {}
+    volume_key = aws.volume_key(key, chosen.instance_type)
+    disk = {"volume_kms_key_id": volume_key} if volume_key else {}
     images = shapes.TransformS3DataSource(s3_data_type="ManifestFile", s3_uri=f"{place}/images.manifest")
     resources.TransformJob.create(
         transform_job_name=name, model_name=name, region=settings.aws.region, batch_strategy="SingleRecord",

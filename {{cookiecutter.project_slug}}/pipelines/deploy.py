@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import base64
 import tempfile
-import time
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +23,6 @@ from pipelines.console import UserError
 from pipelines.rollout import SECOND, Plan
 
 TOLERANCE = 0.02  # of a golden sample's probabilities, as in src/inference/inference.py
-MONTH = 730  # hours: what an endpoint is counted for that never deletes itself
 
 
 def deploy(settings: Settings, options: Namespace) -> None:
@@ -47,7 +45,7 @@ def deploy(settings: Settings, options: Namespace) -> None:
         plan = replace(plan, uri=plan.uri or storage.artifact(settings, stack, model.archive))
     before, end = endpoints.end(settings, name), None
     if chosen.ttl_hours:
-        end = time.strftime("at(%Y-%m-%dT%H:%M:%S)", time.gmtime(time.time() + chosen.ttl_hours * 3600))
+        end = endpoints.end_after(chosen.ttl_hours)
     try:
         endpoints.set_end(settings, stack, name, end)
         with aws.explained(f"{'updating' if facts else 'creating'} the endpoint {name}"):
@@ -158,27 +156,20 @@ def _agree(settings: Settings, plan: Plan, label: str, yes: bool) -> None:
     fleet += [(max(old["InitialInstanceCount"], chosen.max_instances), old["InstanceType"]) for old in plan.beside]
     each = [(count, prices.hourly(settings, kind, machine)) for count, machine in fleet]
     hourly = None if any(price is None for _, price in each) else sum(count * (price or 0.0) for count, price in each)
-    hours = (chosen.ttl_hours or MONTH) + (rollout.UPDATE_HOURS if update else 0)
+    hours = (chosen.ttl_hours or prices.MONTH) + (rollout.UPDATE_HOURS if update else 0)
     lines = [
         f"{'update' if update else 'create'} the {chosen.type} endpoint {plan.name} in {settings.aws.region}: {label}"
         f"{f' as {SECOND} for {plan.weight} % of the requests' if plan.weight else ''}",
         f"  on {' and '.join(f'at most {count} x {machine}' for count, machine in fleet)}, in "
         f"{'the image of the package' if plan.package else plan.image}",
-        f"  {_usd(hourly)} an hour at most, {_usd(hourly, hours)} "
+        f"  {prices.usd(hourly)} an hour at most, {prices.usd(hourly, hours)} "
         + (f"until it deletes itself after {chosen.ttl_hours:g} hours" if chosen.ttl_hours else "a month"),
     ]
     if not chosen.ttl_hours:
-        lines.append(f"  WARNING: endpoint.ttl_hours is 0: it never deletes itself and costs {_usd(hourly, 24)} a day")
-    try:
-        prices.check_budget(settings, None if hourly is None else hourly * hours, yes)
-    except UserError:
-        print("\n".join(lines), flush=True)
-        raise
-    aws.confirm("\n".join(lines), yes)
-
-
-def _usd(hourly: float | None, hours: float = 1) -> str:
-    return "an unknown price" if hourly is None else f"{hourly * hours:.2f} USD"
+        lines.append(
+            f"  WARNING: endpoint.ttl_hours is 0: it never deletes itself and costs {prices.usd(hourly, 24)} a day"
+        )
+    prices.agree(settings, "\n".join(lines), None if hourly is None else hourly * hours, yes)
 
 
 def _ask_golden(

@@ -107,6 +107,11 @@ def end(settings: Settings, endpoint: str) -> str | None:
             raise
 
 
+def end_after(hours: float) -> str:
+    """When that is, as a schedule says it."""
+    return time.strftime("at(%Y-%m-%dT%H:%M:%S)", time.gmtime(time.time() + hours * 3600))
+
+
 def set_end(settings: Settings, stack: aws.Stack, endpoint: str, when: str | None, kind: str = "endpoint") -> None:
     """Schedule, move or (None) cancel the end of an endpoint, or of a job: a schedule fires once and deletes itself."""
     operation, parameter, limit = ENDS[kind]

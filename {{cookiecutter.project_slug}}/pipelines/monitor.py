@@ -26,12 +26,10 @@ from pipelines import ROOT, SOURCE, aws, console, endpoints, image_push, logs, p
 from pipelines.config import Settings, load
 from pipelines.console import UserError
 from pipelines.process_job import CODE
-from pipelines.train import OWN_DISK
 
 EVERY = {"hourly": 1, "daily": 24}  # hours
 CRON = {"hourly": "cron(20 * * * ? *)", "daily": "cron(20 0 * * ? *)"}  # captured requests may come minutes late
 HOURS = 0.5  # of a job, at most
-MONTH = 730  # hours: what is counted when nothing ends the endpoint
 CLOUDWATCH = 5.7  # USD a month at most: 3 alarms, 6 metrics, 1 dashboard, beyond the free ones
 NAMESPACE = "ModelDrift"  # as in src/processing/monitor.py
 MEASURES = ("Drift", "Predictions", "Confidence", "Brightness", "Contrast")  # the first is their maximum
@@ -88,11 +86,10 @@ def monitor(settings: Settings, name: str, yes: bool) -> None:
     image = image_push.ensure(settings, stack, "training")
     code = storage.upload(settings, SOURCE, stack.bucket, f"source/{runs.source_hash()}")
     bucket, _, prefix = watched.captured.removeprefix("s3://").partition("/")
-    key = aws.kms_arn(settings)
+    encryption = aws.encryption(settings)
     with aws.explained(f"monitoring {name}"):
-        encryption = {"ServerSideEncryption": "aws:kms", "SSEKMSKeyId": key} if key else {}
         aws.client(settings, "s3").put_object(Bucket=bucket, Key=f"{prefix}/.monitored", Body=b"", **encryption)
-        request = job(settings, stack, watched, image, code, key)
+        request = job(settings, stack, watched, image, code, encryption.get("SSEKMSKeyId"))
         _schedule(settings, stack, name, json.dumps(request), end)
         cloudwatch = aws.client(settings, "cloudwatch")
         for alarm in alarms(settings, watched):
@@ -107,29 +104,20 @@ def monitor(settings: Settings, name: str, yes: bool) -> None:
 def _agree(settings: Settings, watched: Watched, end: datetime | None, yes: bool) -> None:
     """Say what will be made, where, and what it can cost; go on only inside the budget, and when told to."""
     chosen, region = settings.monitoring, settings.aws.region
-    hours = (end - datetime.now(UTC)).total_seconds() / 3600 if end else MONTH
+    hours = (end - datetime.now(UTC)).total_seconds() / 3600 if end else prices.MONTH
     price, jobs = prices.hourly(settings, "processing", chosen.instance_type), int(hours / EVERY[chosen.schedule]) + 1
-    cost = None if price is None else price * HOURS * jobs + CLOUDWATCH * hours / MONTH
+    cost = None if price is None else price * HOURS * jobs + CLOUDWATCH * hours / prices.MONTH
     hourly = None if price is None else price * HOURS / EVERY[chosen.schedule]
     lines = [
         f"monitor the variant {watched.variant} of {watched.endpoint} in {region}: {chosen.schedule} a processing job "
         f"on 1 x {chosen.instance_type} of {HOURS * 60:.0f} minutes at most, 3 alarms, a dashboard",
-        f"  {_usd(hourly)} an hour, {_usd(hourly, 24)} a day at most; with CloudWatch {_usd(cost)} "
+        f"  {prices.usd(hourly)} an hour, {prices.usd(hourly, 24)} a day at most; with CloudWatch {prices.usd(cost)} "
         + (f"until the endpoint ends in {hours:.1f} hours" if end else "a month"),
     ]
     if hours < EVERY[chosen.schedule]:
         lines.append("  WARNING: it may end before the first comparison; set monitoring.schedule to hourly, or deploy "
                      "again with a later end (endpoint.ttl_hours)")  # fmt: skip
-    try:
-        prices.check_budget(settings, cost, yes)
-    except UserError:
-        print("\n".join(lines), flush=True)
-        raise
-    aws.confirm("\n".join(lines), yes)
-
-
-def _usd(sum_or_none: float | None, times: int = 1) -> str:
-    return "an unknown price" if sum_or_none is None else f"{sum_or_none * times:.2f} USD"
+    prices.agree(settings, "\n".join(lines), cost, yes)
 
 
 def job(settings: Settings, stack: aws.Stack, watched: Watched, image: str, code: str, key: str | None) -> Any:
@@ -140,8 +128,8 @@ def job(settings: Settings, stack: aws.Stack, watched: Watched, image: str, code
     machine = dict[str, Any](
         InstanceCount=1, InstanceType=chosen.instance_type, VolumeSizeInGB=settings.compute.volume_gb
     )
-    if key and not OWN_DISK.match(chosen.instance_type):
-        machine["VolumeKmsKeyId"] = key
+    if volume_key := aws.volume_key(key, chosen.instance_type):
+        machine["VolumeKmsKeyId"] = volume_key
     network: dict[str, Any] = {"EnableNetworkIsolation": settings.compute.isolation}
     if settings.aws.subnets:
         network["VpcConfig"] = {"Subnets": settings.aws.subnets, "SecurityGroupIds": settings.aws.security_groups}

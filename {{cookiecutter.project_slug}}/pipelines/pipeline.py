@@ -15,7 +15,20 @@ import time
 from pathlib import Path
 from typing import Any
 
-from pipelines import SOURCE, aws, console, data, engine, image_push, prices, process_job, registry, runs, storage
+from pipelines import (
+    SOURCE,
+    aws,
+    console,
+    data,
+    engine,
+    image_push,
+    prices,
+    process_job,
+    registry,
+    runs,
+    storage,
+    train,
+)
 from pipelines.config import Settings, load
 from pipelines.console import UserError
 from pipelines.pipeline_graph import mermaid
@@ -70,14 +83,13 @@ def _plan(settings: Settings, source: str) -> tuple[str, float | None]:
     compute, longest = settings.compute, process_job.hours(settings)
     packs = prices.hourly(settings, "processing", compute.process_instance_type)
     trains = prices.hourly(settings, "training", compute.instance_type)
-    hours = round(compute.max_hours + compute.keep_alive_minutes / 60, 2)
+    hours = train.longest(settings)
     known = packs is not None and trains is not None
     cost = 2 * packs * longest + trains * hours * compute.instances if known else None  # type: ignore[operator]
     return (
         f"pipeline {engine.project_name()} in {settings.aws.region}, on {source}: two processing jobs on 1 x "
-        f"{compute.process_instance_type}, {longest:g} hours at most each, and a training job on {compute.instances} x "
-        f"{compute.instance_type}{' spot, cheaper than the price below' if compute.spot else ''}, "
-        f"{hours:g} hours at most",
+        f"{compute.process_instance_type}, {longest:g} hours at most each, and a training job on "
+        f"{train.machines(settings)}, {hours:g} hours at most",
         cost,
     )
 

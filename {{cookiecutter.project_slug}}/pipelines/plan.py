@@ -13,8 +13,6 @@ from pipelines import console, engine, prices, tune
 from pipelines.config import Settings, load
 from pipelines.console import UserError
 
-MONTH = 730.0  # hours
-
 
 def training(settings: Settings) -> Iterator[str]:
     """What a training job is and costs."""
@@ -57,7 +55,7 @@ def deployment(settings: Settings) -> Iterator[str]:
     if end:
         all_of_it = None if cost is None else cost * end
         yield f"  at most {_dollars(all_of_it)} in {end:g} hours, when it deletes itself{_judged(settings, all_of_it)}"
-    month = None if cost is None else cost * MONTH
+    month = None if cost is None else cost * prices.MONTH
     if end:
         yield f"  at most {_dollars(month)} a month if it never ended"
     else:

@@ -17,6 +17,7 @@ from pipelines.console import UserError
 
 CACHE = ROOT / ".cache" / "prices.json"
 DAY = 86400  # seconds
+MONTH = 730  # hours: what is counted for what nothing ends
 USAGE = {  # of an instance type; a serverless "instance type" is its memory, as in Mem-4GB
     "training": "Train", "hosting": "Host", "async": "AsyncInf", "processing": "Processing", "transform": "Tsform",
     "serverless": "ServerlessInf",
@@ -61,6 +62,25 @@ def check_budget(settings: Settings, dollars_at_most: float | None, yes: bool) -
             f"{known} is over aws.budget_usd ({settings.aws.budget_usd:g} USD), so nothing was created; "
             "say YES=1 to go on, or raise the budget"
         )
+
+
+def usd(hourly: float | None, hours: float = 1) -> str:
+    """What some hours cost, for people."""
+    return "an unknown price" if hourly is None else f"{hourly * hours:.2f} USD"
+
+
+def agree(settings: Settings, plan: str, dollars_at_most: float | None, yes: bool) -> None:
+    """Show what will be created; go on only inside the budget, and when told to.
+
+    Raises:
+        UserError: when it is over budget, or somebody says no.
+    """
+    try:
+        check_budget(settings, dollars_at_most, yes)
+    except UserError:
+        print(plan, flush=True)
+        raise
+    aws.confirm(plan, yes)
 
 
 def afford(settings: Settings, plan: str, dollars_at_most: float | None, yes: bool) -> None:

@@ -16,7 +16,6 @@ from pipelines import SOURCE, aws, console, data, image_push, logs, prices, runs
 from pipelines.config import Settings, load
 from pipelines.console import UserError
 from pipelines.jobs import Interrupted
-from pipelines.train import OWN_DISK
 from pipelines.train_local import interruptible
 
 CODE, INPUT, OUTPUT = (f"/opt/ml/processing/{part}" for part in ("input/code", "input/raw", "output"))
@@ -108,7 +107,7 @@ def processor(settings: Settings, stack: aws.Stack, image: str, script: str, ses
         instance_count=1,
         instance_type=kind or compute.process_instance_type,
         volume_size_in_gb=compute.volume_gb,
-        volume_kms_key=None if OWN_DISK.match(compute.process_instance_type) else key,
+        volume_kms_key=aws.volume_key(key, compute.process_instance_type),
         output_kms_key=key,
         max_runtime_in_seconds=round(hours(settings) * 3600),
         sagemaker_session=session,

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,6 @@ METRICS = {
     "train:images_per_second": "images_per_second",
 }  # fmt: skip
 LIVE = "/opt/ml/output/tensorboard"  # what is written there SageMaker puts into the bucket, while the job runs
-OWN_DISK = re.compile(r"ml\.(g[4-9]|p[4-9]|p3dn|trn|[a-z]+\d+[a-z]*d)")  # encrypted by its hardware: AWS refuses a key
 
 
 @dataclass(frozen=True)
@@ -64,13 +62,12 @@ def train(settings: Settings, source: str | None, run: str | None, yes: bool) ->
     local = None if request or source.startswith("s3://") else data.prepare(settings, source)
     name, image = run or runs.new_name(), image_push.uri(settings, stack, "training")
     price = prices.hourly(settings, "training", compute.instance_type)
-    hours = round(compute.max_hours + compute.keep_alive_minutes / 60, 2)
+    hours = longest(settings)
     where = request.channels["train"] if request else local.relative_to(ROOT) if local else source
     prices.afford(
         settings,
-        f"run {name}: a training job in {settings.aws.region} on {compute.instances} x {compute.instance_type}"
-        f"{' spot, cheaper than the price below' if compute.spot else ''}, {hours:g} hours at most, in {image}, "
-        f"on {where}",
+        f"run {name}: a training job in {settings.aws.region} on {machines(settings)}, {hours:g} hours at most, in "
+        f"{image}, on {where}",
         None if price is None else price * hours * compute.instances,
         yes,
     )
@@ -78,6 +75,18 @@ def train(settings: Settings, source: str | None, run: str | None, yes: bool) ->
     if request is None:
         request = Request(name, settings.training.as_dict(), stage_data(settings, stack, source, local))
     return submit(settings, stack, request, image)
+
+
+def machines(settings: Settings) -> str:
+    """What a training job runs on, for plans."""
+    compute = settings.compute
+    spot = " spot, cheaper than the price below" if compute.spot else ""
+    return f"{compute.instances} x {compute.instance_type}{spot}"
+
+
+def longest(settings: Settings) -> float:
+    """Hours that a training job can bill at most, its warm pool included."""
+    return round(settings.compute.max_hours + settings.compute.keep_alive_minutes / 60, 2)
 
 
 def stage_image(settings: Settings, stack: aws.Stack) -> None:
@@ -131,8 +140,8 @@ def trainer(settings: Settings, stack: aws.Stack, request: Request, image: str, 
     optional: dict[str, Any] = {}
     if compute.keep_alive_minutes:
         optional["keep_alive_period_in_seconds"] = compute.keep_alive_minutes * 60
-    if key and not OWN_DISK.match(compute.instance_type):
-        optional["volume_kms_key_id"] = key
+    if volume_key := aws.volume_key(key, compute.instance_type):
+        optional["volume_kms_key_id"] = volume_key
     times = {"max_runtime_in_seconds": round(compute.max_hours * 3600)}
     if compute.spot:
         times["max_wait_time_in_seconds"] = round(compute.max_wait_hours * 3600)

@@ -28,7 +28,9 @@ from pipelines.process_job import CODE, INPUT, OUTPUT
 MODEL, TEST = (f"/opt/ml/processing/input/{part}" for part in ("model", "test"))
 MARKER = re.compile(r'"<<(metrics\.[\w.]+)>>"|<<([\w.]+)>>')
 NAMES = {"Training": "TrainingJobName", "Processing": "ProcessingJobName"}
-LOCAL = aws.Stack("local", "arn:aws:iam::000000000000:role/local", engine.project_name(), "", "")  # needs no account
+LOCAL = aws.Stack(
+    "local", "arn:aws:iam::000000000000:role/local", engine.project_name(), "", "", ""
+)  # needs no account
 
 
 @dataclass(frozen=True)

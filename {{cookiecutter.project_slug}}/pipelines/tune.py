@@ -61,14 +61,13 @@ def tune(settings: Settings, source: str | None, yes: bool) -> str:
     local = None if source.startswith("s3://") else data.prepare(settings, source)
     image = image_push.uri(settings, stack, "training")
     name = new_name()
-    spot = " spot, cheaper than the price below" if compute.spot else ""
     price = prices.hourly(settings, "training", compute.instance_type)
     prices.afford(
         settings,
         f"search {name}: {search.max_jobs} training jobs at most, {search.max_parallel_jobs} at a time, in "
-        f"{settings.aws.region} on {compute.instances} x {compute.instance_type}{spot}, {compute.max_hours:g} hours at "
-        f"most each, in {image}, on {local.relative_to(ROOT) if local else source}; it searches "
-        f"{', '.join(search.ranges)} for {search.objective}",
+        f"{settings.aws.region} on {train.machines(settings)}, {compute.max_hours:g} hours at most each, in {image}, "
+        f"on {local.relative_to(ROOT) if local else source}; it searches {', '.join(search.ranges)} for "
+        f"{search.objective}",
         most(settings, price),
         yes,
     )

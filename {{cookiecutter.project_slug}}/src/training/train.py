@@ -48,6 +48,7 @@ from training.pretrained import freeze, load_weights, published_weights, read_we
 from training.watch import NonFiniteLoss  # noqa: E402
 
 logger = logging.getLogger("training")
+EXPLANATION = "error: "  # how a reason that is for the user begins
 EXPLAINED = (
     config.ConfigurationError,
     data.DataError,
@@ -86,11 +87,16 @@ class Folders:
         return cls(train, validation, model, output, checkpoints if checkpoints.is_dir() else None, pretrained)
 
 
-def train(hyperparameters: config.Hyperparameters, folders: Folders, world: distributed.World) -> None:
+def train(
+    hyperparameters: config.Hyperparameters,
+    folders: Folders,
+    train_split: data.Split,
+    validation: data.Split,
+    world: distributed.World,
+) -> None:
     """Train, evaluate and write the artifact and the run's files (main rank only)."""
     folders.output.mkdir(parents=True, exist_ok=True)
     logger.addHandler(_file_handler(folders.output / "train.log") if world.is_main else logging.NullHandler())
-    train_split, validation = data.load_channels(folders.train, folders.validation)
     settled = config.resolve(hyperparameters, train_split.image_size, len(train_split))
     torch.manual_seed(settled.seed)
     model = build_model(settled.model, len(train_split.classes), train_split.image_size)
@@ -157,8 +163,10 @@ def main(arguments: list[str]) -> int:
         if hyperparameters.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
+        # Before the ranks meet: one that leaves while they do breaks the meeting for the others.
+        splits = data.load_channels(folders.train, folders.validation)
         world = distributed.start(hyperparameters.peer_timeout_seconds)
-        train(hyperparameters, folders, world)
+        train(hyperparameters, folders, *splits, world)
         distributed.stop()
         return 0
     except interruption.Stopped:
@@ -167,15 +175,21 @@ def main(arguments: list[str]) -> int:
             Path(os.environ["TRAINING_STOPPED_FILE"]).touch()
         return interruption.EXIT_CODE
     except EXPLAINED as error:
-        reason, code = f"error: {error}", 2
+        reason, code = f"{EXPLANATION}{error}", 2
     except Exception:
         reason, code = traceback.format_exc(), 1
     print(reason, file=sys.stderr, flush=True)
-    failure = os.environ.get("SM_OUTPUT_FAILURE")
     with contextlib.suppress(OSError):  # the disk may be what failed
-        if failure:
-            Path(failure).write_text(reason, encoding="utf-8")
+        if os.environ.get("SM_OUTPUT_FAILURE"):
+            _explain(Path(os.environ["SM_OUTPUT_FAILURE"]), reason)
     return code
+
+
+def _explain(failure: Path, reason: str) -> None:
+    """Write why the job failed, but keep what another rank explained: its end looks like a broken connection here."""
+    explained = failure.exists() and failure.read_text(encoding="utf-8").startswith(EXPLANATION)
+    if reason.startswith(EXPLANATION) or not explained:
+        failure.write_text(reason, encoding="utf-8")
 
 
 def _file_handler(path: Path) -> logging.Handler:
