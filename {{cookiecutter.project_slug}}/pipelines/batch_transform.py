@@ -119,15 +119,9 @@ def _create(settings: Settings, name: str, place: str, payload: int) -> None:
 
 def _clean(settings: Settings, stack: aws.Stack, name: str) -> None:
     """Remove the job's model and the schedule that would stop it."""
-    from botocore.exceptions import ClientError
-
     endpoints.set_end(settings, stack, name, None)
     with aws.explained(f"removing the model {name}"):
-        try:
-            aws.client(settings, "sagemaker").delete_model(ModelName=name)
-        except ClientError as error:
-            if not aws.missing(error):
-                raise
+        aws.unless_missing(aws.client(settings, "sagemaker").delete_model, ModelName=name)
 
 
 def join(settings: Settings, name: str) -> int:

@@ -185,10 +185,9 @@ def quotas(settings: Settings) -> Iterator[Line]:
         wanted[f"{compute.instance_type} for training warm pool usage"] = compute.instances
     if endpoint.type != "serverless":
         wanted[f"{endpoint.instance_type} for endpoint usage"] = max(endpoint.instances, endpoint.max_instances)
-    pages = aws.client(settings, "service-quotas").get_paginator("list_service_quotas").paginate(
-        ServiceCode="sagemaker"
-    )  # fmt: skip
-    found: dict[str, Any] = {quota["QuotaName"]: quota for page in pages for quota in page["Quotas"]}
+    service = aws.client(settings, "service-quotas")
+    listed = aws.pages(service, "list_service_quotas", "Quotas", ServiceCode="sagemaker")
+    found: dict[str, Any] = {quota["QuotaName"]: quota for quota in listed}
     for name, count in wanted.items():
         quota = found.get(name)
         if quota is None:
@@ -203,10 +202,9 @@ def quotas(settings: Settings) -> Iterator[Line]:
 
 def images(settings: Settings, made: aws.Stack) -> Iterator[Line]:
     """Whether the images of the project as it is now are in ECR: a stale image has another name."""
-    pages = aws.client(settings, "ecr").get_paginator("describe_images").paginate(
-        repositoryName=made.repository.partition("/")[2]
-    )  # fmt: skip
-    there = {tag for page in pages for image in page["imageDetails"] for tag in image.get("imageTags", [])}
+    ecr, name = aws.client(settings, "ecr"), made.repository.partition("/")[2]
+    listed = aws.pages(ecr, "describe_images", "imageDetails", repositoryName=name)
+    there = {tag for image in listed for tag in image.get("imageTags", [])}
     targets: tuple[engine.Target, ...] = ("training", "serving")
     for target in targets:
         if getattr(settings.images, target) == "project":

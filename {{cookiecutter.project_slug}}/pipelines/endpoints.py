@@ -44,15 +44,10 @@ def name(settings: Settings, given: str | None) -> str:
 
 def describe(settings: Settings, endpoint: str) -> dict[str, Any] | None:
     """What AWS knows of an endpoint; None when there is none."""
-    from botocore.exceptions import ClientError
-
     with aws.explained(f"looking up the endpoint {endpoint}"):
-        try:
-            return dict(aws.client(settings, "sagemaker").describe_endpoint(EndpointName=endpoint))
-        except ClientError as error:
-            if aws.missing(error):
-                return None
-            raise
+        describe_endpoint = aws.client(settings, "sagemaker").describe_endpoint
+        found: dict[str, Any] | None = aws.unless_missing(describe_endpoint, EndpointName=endpoint)
+        return found
 
 
 def running(settings: Settings, endpoint: str) -> dict[str, Any]:
@@ -96,15 +91,9 @@ def link(settings: Settings, endpoint: str) -> str:
 
 def end(settings: Settings, endpoint: str) -> str | None:
     """When an endpoint deletes itself, as `at(2026-11-21T21:00:00)` in UTC; None: never."""
-    from botocore.exceptions import ClientError
-
     with aws.explained(f"looking up when {endpoint} ends"):
-        try:
-            return str(aws.client(settings, "scheduler").get_schedule(Name=f"{endpoint}-end")["ScheduleExpression"])
-        except ClientError as error:
-            if aws.missing(error):
-                return None
-            raise
+        found = aws.unless_missing(aws.client(settings, "scheduler").get_schedule, Name=f"{endpoint}-end")
+        return found and str(found["ScheduleExpression"])
 
 
 def end_after(hours: float) -> str:
@@ -237,11 +226,9 @@ def _ask_async(settings: Settings, endpoint: Any, facts: dict[str, Any], body: b
     """Put the request into the bucket, wait for the answer or the failure there, and clean up."""
     s3 = aws.client(settings, "s3")
     folder = facts["AsyncInferenceConfig"]["OutputConfig"]["S3OutputPath"].rpartition("/")[0]
-    bucket, _, prefix = folder.removeprefix("s3://").partition("/")
-    question = {"Bucket": bucket, "Key": f"{prefix}/input/{uuid.uuid4().hex}"}
-    s3.put_object(**question, Body=body, **aws.encryption(settings))
+    uri = f"{folder}/input/{uuid.uuid4().hex}"
+    s3.put_object(**aws.place(uri), Body=body, **aws.encryption(settings))
     try:
-        uri = f"s3://{question['Bucket']}/{question['Key']}"
         made = endpoint.invoke_async(input_location=uri, content_type=kind, region=settings.aws.region)
         if not any(variant.get("CurrentInstanceCount") for variant in facts["ProductionVariants"]):
             print(
@@ -257,22 +244,17 @@ def _ask_async(settings: Settings, endpoint: Any, facts: dict[str, Any], body: b
                 raise UserError(f"{endpoint.endpoint_name} failed: {sentence(failure.decode(errors='replace'))}")
             time.sleep(ASYNC_POLL)
     finally:
-        s3.delete_object(**question)
+        s3.delete_object(**aws.place(uri))
     raise UserError(f"no answer in {ASYNC_PATIENCE // 60} minutes; it would come to {made.output_location}")
 
 
 def _taken(s3: Any, uri: str) -> bytes | None:
     """The content of an object, which is deleted then; None when it is not there."""
-    from botocore.exceptions import ClientError
-
-    bucket, _, key = uri.removeprefix("s3://").partition("/")
-    try:
-        content = bytes(s3.get_object(Bucket=bucket, Key=key)["Body"].read())
-    except ClientError as error:
-        if error.response["Error"]["Code"] != "NoSuchKey":
-            raise
-        return None
-    s3.delete_object(Bucket=bucket, Key=key)
+    place = aws.place(uri)
+    found = aws.unless_missing(s3.get_object, **place)
+    content = found and bytes(found["Body"].read())
+    if found:
+        s3.delete_object(**place)
     return content
 
 

@@ -69,17 +69,10 @@ def find(settings: Settings, name: str | None, kinds: tuple[str, ...] = KINDS) -
 
 def describe(settings: Settings, kind: str, name: str) -> dict[str, Any]:
     """What SageMaker knows of a job, its status as `Status`; empty when there is none."""
-    from botocore.exceptions import ClientError
-
     call = getattr(aws.client(settings, "sagemaker"), f"describe_{words(kind, '_')}_job")
     with aws.explained(f"looking up the job {name}"):
-        try:
-            facts: dict[str, Any] = call(**{f"{kind}JobName": name})
-        except ClientError as error:
-            if aws.missing(error):
-                return {}
-            raise
-    return facts | {"Name": name, "Status": facts[f"{kind}JobStatus"]}
+        facts: dict[str, Any] | None = aws.unless_missing(call, **{f"{kind}JobName": name})
+    return facts | {"Name": name, "Status": facts[f"{kind}JobStatus"]} if facts else {}
 
 
 def follow(settings: Settings, kind: str, name: str, once: bool = False) -> dict[str, Any]:

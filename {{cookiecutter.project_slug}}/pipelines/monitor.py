@@ -85,11 +85,9 @@ def monitor(settings: Settings, name: str, yes: bool) -> None:
     _agree(settings, watched, end, yes)
     image = image_push.ensure(settings, stack, "training")
     code = storage.upload(settings, SOURCE, stack.bucket, f"source/{runs.source_hash()}")
-    bucket, _, prefix = watched.captured.removeprefix("s3://").partition("/")
-    encryption = aws.encryption(settings)
+    storage.put(settings, f"{watched.captured}/.monitored", b"")
     with aws.explained(f"monitoring {name}"):
-        aws.client(settings, "s3").put_object(Bucket=bucket, Key=f"{prefix}/.monitored", Body=b"", **encryption)
-        request = job(settings, stack, watched, image, code, encryption.get("SSEKMSKeyId"))
+        request = job(settings, stack, watched, image, code, aws.kms_arn(settings))
         _schedule(settings, stack, name, json.dumps(request), end)
         cloudwatch = aws.client(settings, "cloudwatch")
         for alarm in alarms(settings, watched):
@@ -162,8 +160,6 @@ def job(settings: Settings, stack: aws.Stack, watched: Watched, image: str, code
 
 
 def _schedule(settings: Settings, stack: aws.Stack, name: str, request: str, end: datetime | None) -> None:
-    from botocore.exceptions import ClientError
-
     scheduler = aws.client(settings, "scheduler")
     wanted: dict[str, Any] = {
         "Name": f"{name}-monitor",
@@ -180,11 +176,7 @@ def _schedule(settings: Settings, stack: aws.Stack, name: str, request: str, end
         },
         **({"EndDate": end} if end else {}),
     }
-    try:
-        scheduler.update_schedule(**wanted)
-    except ClientError as error:
-        if not aws.missing(error):
-            raise
+    if aws.unless_missing(scheduler.update_schedule, **wanted) is None:
         scheduler.create_schedule(**wanted)
 
 

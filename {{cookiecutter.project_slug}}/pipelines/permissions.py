@@ -28,14 +28,12 @@ class Need:
 
 def refused(settings: Settings, principal: str, needs: Iterator[Need]) -> list[str]:
     """Actions that IAM's simulator does not allow a user or role."""
-    simulator = aws.client(settings, "iam").get_paginator("simulate_principal_policy")
-    found = []
+    iam, found = aws.client(settings, "iam"), list[str]()
     for need in needs:
-        pages = simulator.paginate(
-            PolicySourceArn=principal, ActionNames=need.actions, ResourceArns=[need.resource],
-            ContextEntries=need.context,
+        results = aws.pages(
+            iam, "simulate_principal_policy", "EvaluationResults", PolicySourceArn=principal, ActionNames=need.actions,
+            ResourceArns=[need.resource], ContextEntries=need.context,
         )  # fmt: skip
-        results = [result for page in pages for result in page["EvaluationResults"]]
         found += [result["EvalActionName"] for result in results if result["EvalDecision"] != "allowed"]
     return found
 

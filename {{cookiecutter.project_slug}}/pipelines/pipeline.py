@@ -96,16 +96,11 @@ def _plan(settings: Settings, source: str) -> tuple[str, float | None]:
 
 def _upsert(settings: Settings, stack: aws.Stack, document: dict[str, Any]) -> None:
     """Create the pipeline, or update it where it differs, and show how."""
-    from botocore.exceptions import ClientError
-
     sagemaker, name = aws.client(settings, "sagemaker"), engine.project_name()
     said = {"PipelineName": name, "PipelineDefinition": json.dumps(document), "RoleArn": stack.pipeline_role}
     with aws.explained(f"updating the pipeline {name}"):
-        try:
-            deployed = sagemaker.describe_pipeline(PipelineName=name)
-        except ClientError as error:
-            if not aws.missing(error):
-                raise
+        deployed = aws.unless_missing(sagemaker.describe_pipeline, PipelineName=name)
+        if deployed is None:
             sagemaker.create_pipeline(**said, Tags=aws.tags(settings))
             print(f"created the pipeline {name}", flush=True)
             return
@@ -134,10 +129,8 @@ def follow(settings: Settings, arn: str) -> None:
         while True:
             with aws.explained(f"looking at {arn}"):
                 status = sagemaker.describe_pipeline_execution(PipelineExecutionArn=arn)["PipelineExecutionStatus"]
-                pages = sagemaker.get_paginator("list_pipeline_execution_steps").paginate(
-                    PipelineExecutionArn=arn, SortOrder="Ascending"
-                )
-                steps = [step for page in pages for step in page["PipelineExecutionSteps"]]
+                asked = {"PipelineExecutionArn": arn, "SortOrder": "Ascending"}
+                steps = list(aws.pages(sagemaker, "list_pipeline_execution_steps", "PipelineExecutionSteps", **asked))
             for step in steps:
                 line = _line(step)
                 if shown.get(step["StepName"]) != line:

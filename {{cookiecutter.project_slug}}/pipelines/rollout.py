@@ -200,8 +200,6 @@ def undo(settings: Settings, stack: aws.Stack, plan: Plan, end: str | None) -> N
         plan: that failed.
         end: when the endpoint was to be deleted before.
     """
-    from botocore.exceptions import ClientError
-
     sagemaker = aws.client(settings, "sagemaker")
     try:
         facts = endpoints.describe(settings, plan.name) or {}
@@ -213,10 +211,6 @@ def undo(settings: Settings, stack: aws.Stack, plan: Plan, end: str | None) -> N
         deletions = {"EndpointConfigName": sagemaker.delete_endpoint_config, "ModelName": sagemaker.delete_model}
         for argument, delete in deletions.items():
             with aws.explained(f"removing {plan.config}"):
-                try:
-                    delete(**{argument: plan.config})
-                except ClientError as error:
-                    if not aws.missing(error):
-                        raise
+                aws.unless_missing(delete, **{argument: plan.config})
     except UserError as error:
         print(f"{error}; what may be left, and costs nothing: a model and a configuration {plan.config}", flush=True)

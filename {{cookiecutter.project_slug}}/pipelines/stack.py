@@ -16,15 +16,8 @@ LEFTOVER = ("REVIEW_IN_PROGRESS", "CREATE_FAILED", "ROLLBACK_COMPLETE", "ROLLBAC
 
 def find(cloud: Any, name: str) -> dict[str, Any] | None:
     """The stack as CloudFormation describes it, or None."""
-    from botocore.exceptions import ClientError
-
-    try:
-        found: dict[str, Any] = cloud.describe_stacks(StackName=name)["Stacks"][0]
-    except ClientError as error:
-        if aws.missing(error):
-            return None
-        raise
-    return found
+    found = aws.unless_missing(cloud.describe_stacks, StackName=name)
+    return found and dict(found["Stacks"][0])
 
 
 def usable(cloud: Any, name: str) -> dict[str, Any] | None:
@@ -66,8 +59,7 @@ def settle(cloud: Any, stack: str, doing: str) -> str:
 
 def first_failure(cloud: Any, stack: str) -> str:
     """Why the last operation failed: the resource that failed first, not those that were cancelled because of it."""
-    pages = cloud.get_paginator("describe_stack_events").paginate(StackName=stack)
-    events = (event for page in pages for event in page["StackEvents"])  # newest first
+    events = aws.pages(cloud, "describe_stack_events", "StackEvents", StackName=stack)  # newest first
     last = itertools.takewhile(lambda event: event.get("ResourceStatusReason") != "User Initiated", events)
     failed = [event for event in last if event["ResourceStatus"].endswith("_FAILED")]
     reasons = [event for event in failed if "cancelled" not in event.get("ResourceStatusReason", "").lower()]

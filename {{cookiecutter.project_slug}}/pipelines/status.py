@@ -76,18 +76,19 @@ def _bucket(settings: Settings, bucket: str) -> str:
     metric = {"Namespace": "AWS/S3", "MetricName": "BucketSizeBytes", "Dimensions": dimensions}
     query: list[dict[str, Any]] = [{"Id": "size", "MetricStat": {"Metric": metric, "Period": 86400, "Stat": "Average"}}]
     now = datetime.now(UTC)
-    pages = aws.client(settings, "cloudwatch").get_paginator("get_metric_data").paginate(
-        MetricDataQueries=query, StartTime=now - timedelta(days=3), EndTime=now, ScanBy="TimestampDescending"
+    results = aws.pages(
+        aws.client(settings, "cloudwatch"), "get_metric_data", "MetricDataResults", MetricDataQueries=query,
+        StartTime=now - timedelta(days=3), EndTime=now, ScanBy="TimestampDescending",
     )  # fmt: skip
-    values = [value for page in pages for result in page["MetricDataResults"] for value in result["Values"]]
+    values = [value for result in results for value in result["Values"]]
     return f"{values[0] / GB:.1f} GB yesterday" if values else "S3 has not measured its size yet"
 
 
 def _images(settings: Settings, repository: str) -> str:
-    pages = aws.client(settings, "ecr").get_paginator("describe_images").paginate(
-        repositoryName=repository.partition("/")[2]
-    )  # fmt: skip
-    sizes = [image["imageSizeInBytes"] for page in pages for image in page["imageDetails"]]
+    ecr, name = aws.client(settings, "ecr"), repository.partition("/")[2]
+    sizes = [
+        image["imageSizeInBytes"] for image in aws.pages(ecr, "describe_images", "imageDetails", repositoryName=name)
+    ]
     return f"{len(sizes)} images, {sum(sizes) / GB:.1f} GB"
 
 

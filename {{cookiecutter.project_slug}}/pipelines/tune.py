@@ -163,12 +163,10 @@ def report(settings: Settings, facts: dict[str, Any]) -> None:
     """
     name, config = facts["Name"], facts["HyperParameterTuningJobConfig"]
     with aws.explained(f"listing the jobs of {name}"):
-        pages = aws.client(settings, "sagemaker").get_paginator("list_training_jobs_for_hyper_parameter_tuning_job")
-        listed = [
-            job
-            for page in pages.paginate(HyperParameterTuningJobName=name, SortBy="CreationTime", SortOrder="Ascending")
-            for job in page["TrainingJobSummaries"]
-        ]
+        listed = list(aws.pages(
+            aws.client(settings, "sagemaker"), "list_training_jobs_for_hyper_parameter_tuning_job",
+            "TrainingJobSummaries", HyperParameterTuningJobName=name, SortBy="CreationTime", SortOrder="Ascending",
+        ))  # fmt: skip
     trials = [
         tuning.Trial(
             job["TrainingJobName"], {key: _read(value) for key, value in job["TunedHyperParameters"].items()},
