@@ -38,8 +38,7 @@ from pipelines import (
 )
 from pipelines.config import LocalMode, Settings, load
 from pipelines.console import TrainingView, UserError
-from pipelines.jobs import Interrupted, Job, JobFailed, Outputs
-from pipelines.train_local import interruptible, threads
+from pipelines.jobs import Interrupted, Job, JobFailed, Outputs, interruptible, threads
 from pipelines.training_pipeline import LOCAL, Inputs, definition
 
 CHECKS: dict[str, Callable[[Any, Any], bool]] = {

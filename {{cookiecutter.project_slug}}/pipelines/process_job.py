@@ -8,15 +8,13 @@ local folder is uploaded first, once as long as its files stay the same. `make t
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from typing import Any
 
 from pipelines import SOURCE, aws, console, data, image_push, logs, prices, runs, storage
 from pipelines.config import Settings, load
 from pipelines.console import UserError
-from pipelines.jobs import Interrupted
-from pipelines.train_local import interruptible
+from pipelines.jobs import Interrupted, interruptible
 
 CODE, INPUT, OUTPUT = (f"/opt/ml/processing/{part}" for part in ("input/code", "input/raw", "output"))
 LONGEST = 120  # hours of a Processing job
@@ -36,7 +34,6 @@ def process(settings: Settings, source: str | None, yes: bool) -> tuple[str, str
     Raises:
         UserError: when no job was started.
     """
-    os.environ.setdefault("SAGEMAKER_VALIDATE_ROLE", "false")
     compute, source = settings.compute, source or settings.data.source
     stack = aws.stack(settings)
     local = None if source.startswith("s3://") else data.raw(source)

@@ -9,7 +9,6 @@ a run have a prefix of their own in the bucket, so that spot interruptions and `
 from __future__ import annotations
 
 import contextlib
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,7 @@ from typing import Any
 from pipelines import ROOT, SOURCE, aws, console, data, image_push, logs, prices, runs, storage
 from pipelines.config import Settings, load
 from pipelines.console import UserError
-from pipelines.jobs import LAUNCHER, Interrupted
-from pipelines.train_local import interruptible
+from pipelines.jobs import LAUNCHER, Interrupted, interruptible
 from training.config import parse
 
 NUMBER = "=([0-9.eE+-]+)"
@@ -55,7 +53,6 @@ def train(settings: Settings, source: str | None, run: str | None, yes: bool) ->
     Raises:
         UserError: when no job was started.
     """
-    os.environ.setdefault("SAGEMAKER_VALIDATE_ROLE", "false")  # it simulates policies, which few are allowed to
     compute, source = settings.compute, source or settings.data.source
     stack = aws.stack(settings)
     request = _resumed(settings, run) if run else None

@@ -11,18 +11,15 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
-import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from pipelines import ROOT, console, container, data, engine, page, process, runs
 from pipelines.config import LocalMode, Settings, load
 from pipelines.console import TrainingView, UserError
-from pipelines.jobs import Interrupted, Job, JobFailed
+from pipelines.jobs import Interrupted, Job, JobFailed, interruptible, threads
 from training.config import Hyperparameters
 
 STARTED = time.monotonic()
@@ -113,11 +110,6 @@ def _request(run: str) -> dict[str, Any]:
     return request
 
 
-def threads(instances: int) -> dict[str, str]:
-    """Hosts that share this machine share its cores; each would otherwise start a thread for every core."""
-    return {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // instances))} if instances > 1 else {}
-
-
 def _fresh_root(name: str) -> Path:
     """A new folder for the job; its base name is the compose project's name, so it is never used twice."""
     attempt = 1
@@ -128,23 +120,6 @@ def _fresh_root(name: str) -> Path:
             return root
         except FileExistsError:
             attempt += 1
-
-
-@contextlib.contextmanager
-def interruptible() -> Iterator[None]:
-    """Turn SIGINT and SIGTERM into a plain exception: `ModelTrainer.train` swallows KeyboardInterrupt."""
-
-    def interrupt(number: int, _frame: object) -> None:
-        for other in previous:  # once is enough: what follows is the clean-up
-            signal.signal(other, signal.SIG_IGN)
-        raise Interrupted(signal.Signals(number).name)
-
-    previous = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def main() -> int:

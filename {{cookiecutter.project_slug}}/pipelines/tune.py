@@ -10,7 +10,6 @@ PyTorch images have a `train` of their own, which finds the source by hyperparam
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import time
 from typing import Any
@@ -18,8 +17,7 @@ from typing import Any
 from pipelines import ROOT, SOURCE, aws, console, data, image_push, logs, prices, train, tuning
 from pipelines.config import Range, Settings, load, number
 from pipelines.console import UserError
-from pipelines.jobs import LAUNCHER, Interrupted
-from pipelines.train_local import interruptible
+from pipelines.jobs import LAUNCHER, Interrupted, interruptible
 
 KIND = logs.TUNING
 TOOLKIT = re.compile(r"/[\w.-]*pytorch[\w.-]*training[\w.-]*[:@]")  # images that bring AWS's sagemaker-training
@@ -50,7 +48,6 @@ def tune(settings: Settings, source: str | None, yes: bool) -> str:
     Raises:
         UserError: when none was started.
     """
-    os.environ.setdefault("SAGEMAKER_VALIDATE_ROLE", "false")
     compute, search, source = settings.compute, settings.tuning, source or settings.data.source
     if TOOLKIT.search(settings.images.training) and (compute.isolation or compute.instances > 1):
         raise UserError(

@@ -20,7 +20,7 @@ from typing import Any
 from pipelines import ROOT, console, data, engine, runs, train, train_local, tuning
 from pipelines.config import LocalMode, Settings, Tuning, load, number
 from pipelines.console import UserError
-from pipelines.jobs import Interrupted
+from pipelines.jobs import Interrupted, interruptible
 from training.config import Hyperparameters, parse
 
 STUDIES = runs.ARTIFACTS / "tuning"
@@ -55,7 +55,7 @@ def tune(settings: Settings, source: str, name: str | None, verbose: bool) -> Pa
         (folder / RESULT).unlink(missing_ok=True)
         (folder / REQUEST).write_text(json.dumps(request), encoding="utf-8")
         try:
-            with train_local.interruptible():
+            with interruptible():
                 trials = _search(settings, source, folder, mode, verbose)
         except Interrupted as error:
             message = f"stopped by {error}; the search goes on with `make tune-local RUN={name}`"
