@@ -57,21 +57,19 @@ def start(settings: Settings, options: Namespace) -> str:
         raise UserError(f"{largest} has {sizes[largest]:,} bytes, and batch transform takes {MOST} MB; take it out")
     with tempfile.TemporaryDirectory(prefix="batch-") as folder:
         model = source.find(settings, options, Path(folder))
-        image, price = (
-            image_push.uri(settings, stack, "serving"),
-            prices.hourly(settings, "transform", chosen.instance_type),
-        )
+        image = image_push.uri(settings, stack, "serving")
         plan = (
             f"{name}: a transform job in {settings.aws.region} on {chosen.instances} x {chosen.instance_type}, "
             f"{hours:g} hours at most, in {'the image of the package' if model.package else image}, classifies "
             f"{len(sizes)} images of {options.data} with {model.label}"
         )
-        prices.afford(settings, plan, None if price is None else price * hours * chosen.instances, options.yes)
+        price = prices.hourly(settings, "transform", chosen.instance_type)
+        prices.afford(settings, plan, prices.cost(price, hours * chosen.instances), options.yes)
         if not model.package:
             image_push.ensure(settings, stack, "serving")
         uri = model.uri or storage.artifact(settings, stack, model.archive)
-    prefix = storage.upload(settings, local, stack.bucket, f"raw/{data.state(local, [])}") if local else options.data
-    manifest, place = [{"prefix": f"{prefix.rstrip('/')}/"}, *sorted(sizes)], f"s3://{stack.bucket}/batch/{name}"
+    prefix = storage.raw(settings, stack, options.data, local)
+    manifest, place = [{"prefix": f"{prefix}/"}, *sorted(sizes)], f"s3://{stack.bucket}/batch/{name}"
     try:
         endpoints.set_end(
             settings, stack, name, endpoints.end_after(hours), "transform job"
@@ -179,8 +177,7 @@ def main() -> int:
     parser.add_argument("--wait", action="store_true", help="follow the log, then fetch the answers")
     parser.add_argument("--yes", action="store_true", help="go on although it is over budget")
     options = parser.parse_args()
-    overrides = [] if options.instances is None else [f"endpoint.instances={options.instances}"]
-    settings = load([*options.set, *overrides])
+    settings = load(options.set, options={"endpoint.instances": options.instances})
     if not options.data:
         if not options.job:
             raise UserError("DATA is missing; name images, such as make batch DATA=folder/of/images", 2)

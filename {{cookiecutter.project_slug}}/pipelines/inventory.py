@@ -179,8 +179,7 @@ def _endpoint(settings: Settings, sagemaker: Any, summary: dict[str, Any]) -> li
 
 
 def _price(settings: Settings, use: str, instance: str, count: int) -> float | None:
-    price = prices.hourly(settings, use, instance) if instance else None
-    return None if price is None else price * count
+    return prices.cost(prices.hourly(settings, use, instance), count) if instance else None
 
 
 def _attached(settings: Settings, ours: set[str], all_names: set[str], running: set[str]) -> list[Item]:
@@ -239,5 +238,5 @@ def _monitoring(settings: Settings, facts: dict[str, Any], job: dict[str, Any], 
     every = 1 if facts["ScheduleExpression"].split()[1] == "*" else 24
     price = _price(settings, "processing", machine["InstanceType"], machine["InstanceCount"])
     detail = f"{'hourly' if every == 1 else 'daily'} 1 x {machine['InstanceType']}, {hours * 60:.0f} min at most"
-    usd, endpoint = None if price is None else price * hours / every, facts["Name"].removesuffix("-monitor")
+    usd, endpoint = prices.cost(price, hours / every), facts["Name"].removesuffix("-monitor")
     return Item("monitoring", facts["Name"], facts["CreationDate"], detail, removal, usd, bills=True, of=endpoint)

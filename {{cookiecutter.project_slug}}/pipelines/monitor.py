@@ -105,7 +105,7 @@ def _agree(settings: Settings, watched: Watched, end: datetime | None, yes: bool
     hours = (end - datetime.now(UTC)).total_seconds() / 3600 if end else prices.MONTH
     price, jobs = prices.hourly(settings, "processing", chosen.instance_type), int(hours / EVERY[chosen.schedule]) + 1
     cost = None if price is None else price * HOURS * jobs + CLOUDWATCH * hours / prices.MONTH
-    hourly = None if price is None else price * HOURS / EVERY[chosen.schedule]
+    hourly = prices.cost(price, HOURS / EVERY[chosen.schedule])
     lines = [
         f"monitor the variant {watched.variant} of {watched.endpoint} in {region}: {chosen.schedule} a processing job "
         f"on 1 x {chosen.instance_type} of {HOURS * 60:.0f} minutes at most, 3 alarms, a dashboard",

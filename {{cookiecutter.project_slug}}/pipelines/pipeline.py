@@ -58,7 +58,7 @@ def start(settings: Settings, source: str | None, yes: bool) -> str:
     targets: tuple[engine.Target, ...] = ("training", "serving")
     for target in targets:
         image_push.ensure(settings, stack, target)
-    uri = storage.upload(settings, local, stack.bucket, f"raw/{data.state(local, [])}") if local else source.rstrip("/")
+    uri = storage.raw(settings, stack, source, local)
     champion = registry.champion(settings)
     inputs = Inputs(f"{uri}/", storage.pretrained(settings, stack), champion.accuracy if champion else 0.0)
     with tempfile.TemporaryDirectory() as staged:
@@ -84,13 +84,12 @@ def _plan(settings: Settings, source: str) -> tuple[str, float | None]:
     packs = prices.hourly(settings, "processing", compute.process_instance_type)
     trains = prices.hourly(settings, "training", compute.instance_type)
     hours = train.longest(settings)
-    known = packs is not None and trains is not None
-    cost = 2 * packs * longest + trains * hours * compute.instances if known else None  # type: ignore[operator]
+    costs = prices.cost(packs, 2 * longest), prices.cost(trains, hours * compute.instances)
     return (
         f"pipeline {engine.project_name()} in {settings.aws.region}, on {source}: two processing jobs on 1 x "
         f"{compute.process_instance_type}, {longest:g} hours at most each, and a training job on "
         f"{train.machines(settings)}, {hours:g} hours at most",
-        cost,
+        None if None in costs else sum(cost or 0.0 for cost in costs),
     )
 
 

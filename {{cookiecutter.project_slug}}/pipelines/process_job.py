@@ -42,9 +42,9 @@ def process(settings: Settings, source: str | None, yes: bool) -> tuple[str, str
     target = f"s3://{stack.bucket}/data/{name}"
     price = prices.hourly(settings, "processing", kind)
     plan = f"{name}: a processing job in {settings.aws.region} on 1 x {kind}, {longest:g} hours at most, in {image}, "
-    prices.afford(settings, f"{plan}packs {source} into {target}", None if price is None else price * longest, yes)
+    prices.afford(settings, f"{plan}packs {source} into {target}", prices.cost(price, longest), yes)
     image_push.ensure(settings, stack, "training")
-    uri = storage.upload(settings, local, stack.bucket, f"raw/{data.state(local, [])}") if local else source.rstrip("/")
+    uri = storage.raw(settings, stack, source, local)
     with aws.explained("starting the processing job"):
         try:
             with interruptible():  # Processor.run swallows KeyboardInterrupt

@@ -47,6 +47,15 @@ class Plan:
         return [old for old in self.old["ProductionVariants"] if self.weight and old["VariantName"] != SECOND]
 
 
+def fleet(settings: Settings) -> tuple[str, int, str]:
+    """An endpoint's kind of use, as prices have it, and how many of which machine at most; serverless: of its memory."""
+    chosen = settings.endpoint
+    if chosen.type == "serverless":
+        return chosen.type, chosen.max_concurrency, f"Mem-{chosen.memory_mb // 1024}GB"
+    kind = "async" if chosen.type == "async" else "hosting"
+    return kind, max(chosen.instances, chosen.max_instances), chosen.instance_type
+
+
 def create_model(settings: Settings, stack: aws.Stack, name: str, image: str, uri: str, package: str | None) -> None:
     """Create a model: of an image and an artifact, or of a package."""
     from sagemaker.core import resources, shapes

@@ -52,6 +52,13 @@ def upload(settings: Settings, folder: Path, bucket: str, prefix: str) -> str:
     return uri
 
 
+def raw(settings: Settings, stack: aws.Stack, source: str, local: Path | None) -> str:
+    """Upload the raw images `local`, once as long as its files stay the same; without it they are in S3, at `source`."""
+    if local is None:
+        return source.rstrip("/")
+    return upload(settings, local, stack.bucket, f"raw/{data.state(local, [])}")
+
+
 def dataset(settings: Settings, stack: aws.Stack, folder: Path) -> str:
     """Upload a packed data set; returns its URI."""
     info = json.loads((folder / "train" / "dataset.json").read_text(encoding="utf-8"))

@@ -58,14 +58,13 @@ def train(settings: Settings, source: str | None, run: str | None, yes: bool) ->
     request = _resumed(settings, run) if run else None
     local = None if request or source.startswith("s3://") else data.prepare(settings, source)
     name, image = run or runs.new_name(), image_push.uri(settings, stack, "training")
-    price = prices.hourly(settings, "training", compute.instance_type)
     hours = longest(settings)
     where = request.channels["train"] if request else local.relative_to(ROOT) if local else source
     prices.afford(
         settings,
         f"run {name}: a training job in {settings.aws.region} on {machines(settings)}, {hours:g} hours at most, in "
         f"{image}, on {where}",
-        None if price is None else price * hours * compute.instances,
+        prices.cost(prices.hourly(settings, "training", compute.instance_type), hours * compute.instances),
         yes,
     )
     stage_image(settings, stack)
@@ -222,8 +221,7 @@ def main() -> int:
     options = parser.parse_args()
     if options.run and (options.data or any(override.startswith("training.") for override in options.set)):
         raise UserError(f"run {options.run} resumes with what it was started with; leave the other options out")
-    overrides = [] if options.instances is None else [f"compute.instances={options.instances}"]
-    settings = load([*options.set, *overrides])
+    settings = load(options.set, options={"compute.instances": options.instances})
     job = train(settings, options.data, options.run, options.yes)
     print(f"started {job}. {logs.after(settings, 'Training', job)}", flush=True)
     if options.wait:

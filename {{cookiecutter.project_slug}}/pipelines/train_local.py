@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines import ROOT, console, container, data, engine, page, process, runs
-from pipelines.config import LocalMode, Settings, load
+from pipelines.config import Settings, load
 from pipelines.console import TrainingView, UserError
 from pipelines.jobs import Interrupted, Job, JobFailed, interruptible, threads
 from training.config import Hyperparameters
@@ -26,8 +26,8 @@ STARTED = time.monotonic()
 
 
 def train(
-    settings: Settings, source: str | None, run: str | None, mode: LocalMode, instances: int, verbose: bool,
-    name: str | None = None, started: float = STARTED,
+    settings: Settings, source: str | None, run: str | None, verbose: bool, name: str | None = None,
+    started: float = STARTED,
 ) -> Path:  # fmt: skip
     """Train once and publish the run.
 
@@ -36,8 +36,6 @@ def train(
         source: folder of raw images; None: the configured one.
         run: name of an interrupted run to resume, with the data and hyperparameters that it was started with; None:
             a fresh run.
-        mode: container, process, or auto.
-        instances: containers (or nodes of processes) that train together.
         verbose: show everything that the container prints.
         name: of a fresh run; None: one by time.
         started: when, by the monotonic clock, its time began.
@@ -52,9 +50,9 @@ def train(
         request = _request(run)
         source = request["source"]
         settings = settings.model_copy(update={"training": Hyperparameters(**request["hyperparameters"])})
-    hyperparameters = settings.training.as_dict()
+    hyperparameters, instances = settings.training.as_dict(), settings.compute.local_instances
     dataset = data.prepare(settings, source)
-    image = engine.choose(settings, "training", mode, instances)
+    image = engine.choose(settings, "training")
     name = run or name or runs.new_name()
     checkpoints = runs.CHECKPOINTS / name
     checkpoints.mkdir(parents=True, exist_ok=True)
@@ -133,12 +131,8 @@ def main() -> int:
     options = parser.parse_args()
     if options.run and (options.data or any(override.startswith("training.") for override in options.set)):
         raise UserError(f"run {options.run} resumes with what it was started with; leave the other options out")
-    overrides = list(options.set)
-    overrides += [f"compute.local_mode={options.mode}"] if options.mode else []
-    overrides += [f"compute.local_instances={options.instances}"] if options.instances is not None else []
-    settings = load(overrides)
-    compute = settings.compute
-    folder = train(settings, options.data, options.run, compute.local_mode, compute.local_instances, options.verbose)
+    own = {"compute.local_mode": options.mode, "compute.local_instances": options.instances}
+    folder = train(load(options.set, options=own), options.data, options.run, options.verbose)
     print(runs.describe(folder))
     print(page.attach(folder))
     return 0

@@ -23,10 +23,11 @@ KIND = logs.TUNING
 TOOLKIT = re.compile(r"/[\w.-]*pytorch[\w.-]*training[\w.-]*[:@]")  # images that bring AWS's sagemaker-training
 
 
-def most(settings: Settings, price: float | None) -> float | None:
+def most(settings: Settings) -> float | None:
     """USD that a tuning job can cost at most; the tuner keeps no warm pools."""
     compute = settings.compute
-    return None if price is None else price * compute.instances * compute.max_hours * settings.tuning.max_jobs
+    price = prices.hourly(settings, "training", compute.instance_type)
+    return prices.cost(price, compute.instances * compute.max_hours * settings.tuning.max_jobs)
 
 
 def new_name() -> str:
@@ -58,14 +59,13 @@ def tune(settings: Settings, source: str | None, yes: bool) -> str:
     local = None if source.startswith("s3://") else data.prepare(settings, source)
     image = image_push.uri(settings, stack, "training")
     name = new_name()
-    price = prices.hourly(settings, "training", compute.instance_type)
     prices.afford(
         settings,
         f"search {name}: {search.max_jobs} training jobs at most, {search.max_parallel_jobs} at a time, in "
         f"{settings.aws.region} on {train.machines(settings)}, {compute.max_hours:g} hours at most each, in {image}, "
         f"on {local.relative_to(ROOT) if local else source}; it searches {', '.join(search.ranges)} for "
         f"{search.objective}",
-        most(settings, price),
+        most(settings),
         yes,
     )
     train.stage_image(settings, stack)
