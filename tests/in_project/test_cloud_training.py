@@ -270,7 +270,7 @@ def test_ctrl_c_while_starting_says_whether_a_job_runs(account: Recorder, starte
         started(account)
     assert error.value.code == 130
     assert ("stop-training-job --training-job-name j" in str(error.value)) == started_already
-    assert ("no job was started" in str(error.value)) != started_already
+    assert ("no training job was started" in str(error.value)) != started_already
 
 
 def described(account: Recorder, **changes: Any) -> dict[str, Any]:

@@ -411,7 +411,7 @@ def test_status_shows_what_executes_and_destroy_stops_it(
         {"PipelineExecutionArn": ARN, "PipelineExecutionStatus": state, "StartTime": began},
         {"PipelineExecutionArn": f"{ARN}x", "PipelineExecutionStatus": "Succeeded", "StartTime": began},
     ]}  # fmt: skip
-    shown = "\n".join(status.table(inventory.everything(settings())))
+    shown = "\n".join(inventory.table(inventory.everything(settings())))
     assert shown.count("pipeline run") == 1
     assert f"{NAME}/abc123" in shown
     account.clear()

@@ -12,7 +12,7 @@ import boto3
 import pytest
 import yaml
 
-from pipelines import ROOT, bootstrap, config
+from pipelines import ROOT, bootstrap, config, status
 from pipelines.aws import stack as outputs
 from pipelines.console import UserError
 from tests.cloud import GOLDEN, Recorder, aws
@@ -98,6 +98,7 @@ def test_all_triggers(aws: Recorder, capsys: pytest.CaptureFixture[str]) -> None
     target = events.list_targets_by_rule(Rule=uploaded["Name"])["Targets"][0]
     assert target["Arn"] == machine["stateMachineArn"]
     assert outputs(config.load()).bucket == BUCKET
+    assert status.stored(config.load())[-1] == f"pipeline {NAME}: started by rate(7 days) and by new data under incoming"
     assert len(aws.named("ExecuteChangeSet")) == 1
 
 

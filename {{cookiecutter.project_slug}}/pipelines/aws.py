@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,6 +55,11 @@ class Stack:
     topic: str
     scheduler_role: str
     pipeline_role: str
+
+    @property
+    def partition(self) -> str:
+        """Of ARNs: aws, aws-cn, aws-us-gov."""
+        return self.role.split(":")[1]
 
 
 def client(settings: Settings, service: str, region: str | None = None) -> Any:
@@ -179,6 +184,19 @@ def ask(question: str) -> str:
         return input(f"{question} ").strip()
     except EOFError:
         return ""
+
+
+def failure(facts: Mapping[str, Any]) -> str:
+    """Why a job or an endpoint failed, as AWS describes it."""
+    return " ".join(facts.get("FailureReason", "AWS gives no reason").split())
+
+
+def console(settings: Settings, page: str) -> str:
+    """The address of a page of SageMaker's console."""
+    region = settings.aws.region
+    hosts = {"cn-": "amazonaws.cn", "us-gov": "amazonaws-us-gov.com"}
+    host = next((hosts[part] for part in hosts if region.startswith(part)), "aws.amazon.com")
+    return f"https://{region}.console.{host}/sagemaker/home?region={region}#/{page}"
 
 
 def place(uri: str) -> dict[str, str]:

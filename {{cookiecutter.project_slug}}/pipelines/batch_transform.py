@@ -164,7 +164,7 @@ def join(settings: Settings, name: str) -> int:
     for label, count in sorted(labels.items()):
         print(f"{count:8}  {label}")
     if facts["Status"] != "Completed":
-        print(f"{name} is {facts['Status']}: {' '.join(facts.get('FailureReason', 'no reason given').split())}")
+        print(f"{name} is {facts['Status']}: {aws.failure(facts)}")
     return 1 if bad else 0
 
 

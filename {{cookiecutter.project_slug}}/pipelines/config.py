@@ -19,10 +19,10 @@ from pydantic import BaseModel, ValidationError
 
 from pipelines import ROOT
 from pipelines.console import UserError
-from pipelines.schema import LocalMode, Range, Settings, Tuning
+from pipelines.schema import Range, Settings, Tuning
 from training.config import ConfigurationError, Hyperparameters, nearest, parse, shown
 
-__all__ = ["LocalMode", "Range", "Settings", "Tuning", "load", "number"]
+__all__ = ["Range", "Settings", "Tuning", "load", "number"]
 
 
 class _Loader(yaml.SafeLoader):

@@ -80,7 +80,7 @@ def _see(settings: Settings, plan: Plan, samples: list[dict[str, Any]], remove: 
     if facts["EndpointStatus"] != "InService" or facts["EndpointConfigName"] != plan.config:
         healthy = facts["EndpointStatus"] == "InService"
         what = "went back to what it was" if healthy else f"is {facts['EndpointStatus']}"
-        raise UserError(f"{plan.name} {what}: {facts.get('FailureReason', 'AWS gives no reason')}; {remove}")
+        raise UserError(f"{plan.name} {what}: {aws.failure(facts)}; {remove}")
     back = remove
     if plan.old["ProductionVariants"]:
         back = (

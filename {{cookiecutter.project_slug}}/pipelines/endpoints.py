@@ -83,10 +83,7 @@ def wait(settings: Settings, endpoint: str) -> dict[str, Any]:
 
 def link(settings: Settings, endpoint: str) -> str:
     """Its page in the console."""
-    region = settings.aws.region
-    hosts = {"cn-": "amazonaws.cn", "us-gov": "amazonaws-us-gov.com"}
-    host = next((hosts[part] for part in hosts if region.startswith(part)), "aws.amazon.com")
-    return f"https://{region}.console.{host}/sagemaker/home?region={region}#/endpoints/{endpoint}"
+    return aws.console(settings, f"endpoints/{endpoint}")
 
 
 def end(settings: Settings, endpoint: str) -> str | None:
@@ -118,7 +115,7 @@ def set_end(settings: Settings, stack: aws.Stack, endpoint: str, when: str | Non
             FlexibleTimeWindow={"Mode": "OFF"},
             ActionAfterCompletion="DELETE",
             Target={
-                "Arn": f"arn:{stack.role.split(':')[1]}:scheduler:::aws-sdk:sagemaker:{operation}",
+                "Arn": f"arn:{stack.partition}:scheduler:::aws-sdk:sagemaker:{operation}",
                 "RoleArn": stack.scheduler_role,
                 "Input": json.dumps({parameter: endpoint}),
             },

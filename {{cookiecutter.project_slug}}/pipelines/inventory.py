@@ -6,10 +6,10 @@ It is the tag `project` that makes a thing the project's: another project's name
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 
 from pipelines import aws, engine, prices
@@ -240,3 +240,34 @@ def _monitoring(settings: Settings, facts: dict[str, Any], job: dict[str, Any], 
     detail = f"{'hourly' if every == 1 else 'daily'} 1 x {machine['InstanceType']}, {hours * 60:.0f} min at most"
     usd, endpoint = prices.cost(price, hours / every), facts["Name"].removesuffix("-monitor")
     return Item("monitoring", facts["Name"], facts["CreationDate"], detail, removal, usd, bills=True, of=endpoint)
+
+
+def table(items: Sequence[Item]) -> list[str]:
+    """A line for each, and what all cost together."""
+    ends = {item.of: item for item in items if item.kind == "end schedule"}
+    lines = []
+    for item in items:
+        cost = "price unknown" if item.usd is None else f"{item.usd:.3f} USD/h" if item.bills else ""
+        note = ""
+        if item.kind == "endpoint":
+            end = ends.get(item.name)
+            note = f"until {end.detail} UTC" if end else "NO END: nothing deletes it; `make destroy`"
+        lines.append("  ".join(
+            [f"{item.kind:15}", f"{item.name:40}", f"{item.since.astimezone(UTC):%Y-%m-%d %H:%M}",
+             f"{_age(item.since):>7}", f"{cost:>13}", item.detail, note]
+        ).rstrip())  # fmt: skip
+    return [*lines, _total(items)]
+
+
+def _total(items: Iterable[Item]) -> str:
+    """What all cost together."""
+    costs = [item.usd for item in items if item.bills]
+    unknown = costs.count(None)
+    known = sum(cost for cost in costs if cost is not None)
+    more = f" and {unknown} of unknown price" if unknown else ""
+    return f"in all at most {known:.3f} USD an hour{more}, storage and requests apart"
+
+
+def _age(since: datetime) -> str:
+    hours = (datetime.now(UTC) - since.astimezone(UTC)).total_seconds() / 3600
+    return f"{hours * 60:.0f} min" if hours < 1 else f"{hours:.0f} h" if hours < 48 else f"{hours / 24:.0f} d"

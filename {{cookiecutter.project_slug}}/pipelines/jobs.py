@@ -1,4 +1,4 @@
-"""What a local training job is given and what it leaves, the same in a container and as a process."""
+"""What a local training job is given and leaves, in a container as in a process; signals as exceptions."""
 
 from __future__ import annotations
 

@@ -169,7 +169,7 @@ def _schedule(settings: Settings, stack: aws.Stack, name: str, request: str, end
         "FlexibleTimeWindow": {"Mode": "OFF"},
         "ActionAfterCompletion": "DELETE",
         "Target": {
-            "Arn": f"arn:{stack.role.split(':')[1]}:scheduler:::aws-sdk:sagemaker:createProcessingJob",
+            "Arn": f"arn:{stack.partition}:scheduler:::aws-sdk:sagemaker:createProcessingJob",
             "RoleArn": stack.scheduler_role,
             "Input": request,
             "RetryPolicy": {"MaximumRetryAttempts": 2, "MaximumEventAgeInSeconds": 1800},

@@ -43,7 +43,7 @@ def needs(settings: Settings, stack: aws.Stack, account: str, owner: str) -> Ite
 
     Statements that depend on a setting are left out.
     """
-    partition, region, project = stack.role.split(":")[1], settings.aws.region, engine.project_name()
+    partition, region, project = stack.partition, settings.aws.region, engine.project_name()
     values = {
         "AWS::Partition": partition, "AWS::Region": region, "AWS::AccountId": account, "AWS::StackName": project,
         "AWS::URLSuffix": "amazonaws.com.cn" if partition == "aws-cn" else "amazonaws.com", "Project": project,

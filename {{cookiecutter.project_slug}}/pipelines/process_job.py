@@ -13,8 +13,6 @@ from typing import Any
 
 from pipelines import SOURCE, aws, console, data, image_push, logs, prices, runs, storage
 from pipelines.config import Settings, load
-from pipelines.console import UserError
-from pipelines.jobs import Interrupted, interruptible
 
 CODE, INPUT, OUTPUT = (f"/opt/ml/processing/{part}" for part in ("input/code", "input/raw", "output"))
 LONGEST = 120  # hours of a Processing job
@@ -45,14 +43,8 @@ def process(settings: Settings, source: str | None, yes: bool) -> tuple[str, str
     prices.afford(settings, f"{plan}packs {source} into {target}", prices.cost(price, longest), yes)
     image_push.ensure(settings, stack, "training")
     uri = storage.raw(settings, stack, source, local)
-    with aws.explained("starting the processing job"):
-        try:
-            with interruptible():  # Processor.run swallows KeyboardInterrupt
-                _run(settings, stack, image, name, uri, target)
-        except Interrupted as error:
-            made = logs.describe(settings, "Processing", name)
-            end = f"{name} runs. {logs.after(settings, 'Processing', name)}" if made else "no job was started"
-            raise UserError(f"stopped by {error}; {end}", code=130) from error
+    with logs.starting(settings, "Processing", name):
+        _run(settings, stack, image, name, uri, target)
     return name, f"{target}/images"
 
 

@@ -48,7 +48,7 @@ class Plan:
 
 
 def fleet(settings: Settings) -> tuple[str, int, str]:
-    """An endpoint's kind of use, as prices have it, and how many of which machine at most; serverless: of its memory."""
+    """An endpoint's kind of use, as prices have it, and how many of which machine at most; or of its memory."""
     chosen = settings.endpoint
     if chosen.type == "serverless":
         return chosen.type, chosen.max_concurrency, f"Mem-{chosen.memory_mb // 1024}GB"
@@ -175,7 +175,7 @@ def back(settings: Settings, plan: Plan) -> None:
     facts = endpoints.wait(settings, plan.name)
     if facts["EndpointStatus"] != "InService" or facts["EndpointConfigName"] != config:
         raise UserError(f"{plan.name} is {facts['EndpointStatus']} and not back on {config}: "
-                        f"{facts.get('FailureReason', 'AWS gives no reason')}; `make status` shows it")  # fmt: skip
+                        f"{aws.failure(facts)}; `make status` shows it")  # fmt: skip
     endpoints.scale(settings, plan.name, [variant["VariantName"] for variant in facts["ProductionVariants"]])
 
 

@@ -9,7 +9,6 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, Validatio
 
 from training.config import Hyperparameters
 
-LocalMode = Literal["auto", "container", "process"]
 INSTANCE = r"^ml\.[a-z0-9-]+\.[a-z0-9]+$"
 OURS = ["artifacts", "async", "batch", "capture", "checkpoints", "data", "jobs", "models", "monitoring", "pipeline",
         "pretrained", "raw", "registry", "source"]  # prefixes that verbs write to  # fmt: skip
@@ -56,7 +55,7 @@ class Images(Section):
 class Compute(Section):
     """What jobs run on."""
 
-    local_mode: LocalMode
+    local_mode: Literal["auto", "container", "process"]
     local_instances: int = Field(ge=1, le=8)
     instance_type: str = Field(pattern=INSTANCE)
     instances: int = Field(ge=1, le=64)

@@ -53,7 +53,7 @@ def upload(settings: Settings, folder: Path, bucket: str, prefix: str) -> str:
 
 
 def raw(settings: Settings, stack: aws.Stack, source: str, local: Path | None) -> str:
-    """Upload the raw images `local`, once as long as its files stay the same; without it they are in S3, at `source`."""
+    """Upload the raw images `local`, once as long as its files stay the same; without it `source` is in S3."""
     if local is None:
         return source.rstrip("/")
     return upload(settings, local, stack.bucket, f"raw/{data.state(local, [])}")

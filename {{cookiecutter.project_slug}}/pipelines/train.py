@@ -8,7 +8,6 @@ a run have a prefix of their own in the bucket, so that spot interruptions and `
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from typing import Any
 from pipelines import ROOT, SOURCE, aws, console, data, image_push, logs, prices, runs, storage
 from pipelines.config import Settings, load
 from pipelines.console import UserError
-from pipelines.jobs import LAUNCHER, Interrupted, interruptible
+from pipelines.jobs import LAUNCHER
 from training.config import parse
 
 NUMBER = "=([0-9.eE+-]+)"
@@ -101,17 +100,10 @@ def stage_data(settings: Settings, stack: aws.Stack, source: str, local: Path | 
 
 def submit(settings: Settings, stack: aws.Stack, request: Request, image: str) -> str:
     """Create the training job; returns its name."""
-    with aws.explained("starting the training job"), contextlib.ExitStack() as signals:
-        signals.enter_context(interruptible())  # ModelTrainer.train swallows KeyboardInterrupt
-        try:
-            made = trainer(settings, stack, request, image)
-            made.train(input_data_config=inputs(settings, request), wait=False, logs=False)
-        except Interrupted as error:
-            signals.close()
-            job = logs.newest(settings, request.run)
-            end = f"{job} runs. {logs.after(settings, 'Training', job)}" if job else "no job was started"
-            raise UserError(f"stopped by {error}; {end}", code=130) from error
-        return str(made._latest_training_job.training_job_name)
+    with logs.starting(settings, "Training", request.run):
+        made = trainer(settings, stack, request, image)
+        made.train(input_data_config=inputs(settings, request), wait=False, logs=False)
+    return str(made._latest_training_job.training_job_name)
 
 
 def trainer(settings: Settings, stack: aws.Stack, request: Request, image: str, session: Any = None) -> Any:

@@ -17,7 +17,7 @@ from typing import Any
 from pipelines import ROOT, SOURCE, aws, console, data, image_push, logs, prices, train, tuning
 from pipelines.config import Range, Settings, load, number
 from pipelines.console import UserError
-from pipelines.jobs import LAUNCHER, Interrupted, interruptible
+from pipelines.jobs import LAUNCHER
 
 KIND = logs.TUNING
 TOOLKIT = re.compile(r"/[\w.-]*pytorch[\w.-]*training[\w.-]*[:@]")  # images that bring AWS's sagemaker-training
@@ -71,15 +71,8 @@ def tune(settings: Settings, source: str | None, yes: bool) -> str:
     train.stage_image(settings, stack)
     channels = train.stage_data(settings, stack, source, local)
     request = train.Request(name, settings.training.as_dict(), channels)
-    with aws.explained("starting the tuning job"), contextlib.ExitStack() as signals:
-        signals.enter_context(interruptible())
-        try:
-            _submit(settings, stack, request, image)
-        except Interrupted as error:
-            signals.close()
-            there = logs.describe(settings, KIND, name)
-            end = f"{name} runs. {logs.after(settings, KIND, name)}" if there else "no tuning job was started"
-            raise UserError(f"stopped by {error}; {end}", code=130) from error
+    with logs.starting(settings, KIND, name):
+        _submit(settings, stack, request, image)
     return name
 
 
@@ -178,7 +171,7 @@ def report(settings: Settings, facts: dict[str, Any]) -> None:
     )
     print(tuning.table(searched, trials))
     if facts["Status"] == "Failed":
-        raise UserError(f"{name} failed: {' '.join(facts.get('FailureReason', 'no reason given').split())}")
+        raise UserError(f"{name} failed: {aws.failure(facts)}")
     best = tuning.best(searched, trials)
     if best:
         print(f"best: {best.name}; fetch it with `make pull JOB={best.name}`, or train longer with its values:")
