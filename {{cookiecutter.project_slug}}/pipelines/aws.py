@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -167,8 +168,6 @@ def confirm(plan: str, yes: bool) -> None:
     Raises:
         UserError: when the answer is no, or nobody is there to give one.
     """
-    import sys
-
     print(plan, flush=True)
     if yes:
         return

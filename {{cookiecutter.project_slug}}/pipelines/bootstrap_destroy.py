@@ -11,7 +11,6 @@ from __future__ import annotations
 import sys
 
 from pipelines import aws, console, engine, inventory, registry, stack
-from pipelines.bootstrap import bucket_name
 from pipelines.config import Settings, load
 from pipelines.console import UserError
 
@@ -27,7 +26,7 @@ def destroy(settings: Settings, everything: bool, confirmed: str, yes: bool) -> 
             )
         cloud = aws.client(settings, "cloudformation")
         account = aws.client(settings, "sts").get_caller_identity()["Account"]
-        bucket, found = bucket_name(settings, account), stack.find(cloud, name)
+        bucket, found = stack.bucket_name(settings, account), stack.find(cloud, name)
         where = f"in {settings.aws.region}, account {account}"
         if found is None and not everything:
             print(f"there is no stack {name} {where}; ALL=1 deletes bucket and repository, should they be left")

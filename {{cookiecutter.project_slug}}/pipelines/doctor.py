@@ -16,7 +16,7 @@ from datetime import UTC, date, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any, Literal, NamedTuple
 
-from pipelines import ROOT, aws, bootstrap, console, engine, permissions, stack
+from pipelines import ROOT, aws, console, engine, permissions, stack
 from pipelines.config import Settings, load
 from pipelines.console import UserError
 
@@ -132,9 +132,9 @@ def up_to_date(settings: Settings, caller: dict[str, str]) -> Iterator[Line]:
     found = stack.find(cloud, name) or {}
     body = cloud.get_template(StackName=name)["TemplateBody"]
     now = {item["ParameterKey"]: item["ParameterValue"] for item in found.get("Parameters", [])}
-    wanted = bootstrap.parameters(settings, caller["Arn"], now)
+    wanted = stack.parameters(settings, caller["Arn"], now)
     same = (json.loads(body) if isinstance(body, str) else body) == json.loads(
-        bootstrap.template(settings, caller["Account"])
+        stack.template(settings, caller["Account"])
     )
     differing = [] if same else ["infrastructure/stack.yaml"]
     differing += [key for key, value in wanted.items() if now.get(key) != value]

@@ -140,7 +140,8 @@ def scale(settings: Settings, endpoint: str, variants: Sequence[str]) -> None:
     waits = chosen.type == "async"
     lowest, highest = 0 if waits else chosen.instances, max(chosen.instances, chosen.max_instances)
     if chosen.type == "serverless" or lowest == highest:
-        return unscale(settings, endpoint, variants)
+        unscale(settings, endpoint, variants)
+        return
     scaling, metric = aws.client(settings, "application-autoscaling"), "SageMakerVariantInvocationsPerInstance"
     own = {"Namespace": "AWS/SageMaker", "Dimensions": [{"Name": "EndpointName", "Value": endpoint}]}
     backlog = {"MetricName": "ApproximateBacklogSizePerInstance", "Statistic": "Average", **own}
@@ -179,7 +180,6 @@ def scale(settings: Settings, endpoint: str, variants: Sequence[str]) -> None:
                     DatapointsToAlarm=2, Threshold=1.0, ComparisonOperator="GreaterThanOrEqualToThreshold",
                     TreatMissingData="missing", AlarmActions=[first["PolicyARN"]], Tags=aws.tags(settings),
                 )  # fmt: skip
-    return None
 
 
 def ask(settings: Settings, facts: dict[str, Any], body: bytes, kind: str, variant: str | None = None) -> Any:

@@ -71,7 +71,7 @@ def everything(settings: Settings) -> list[Item]:
                 removal = ("sagemaker", f"delete_{_snake(word)}", {f"{word}Name": summary[f"{word}Name"]})
                 endpoints.append(Item(kind, summary[f"{word}Name"], summary["CreationTime"], "", removal))
         ours, all_names = {item.name for item in endpoints if item.bills}, {item["EndpointName"] for item in listed}
-        found += executions(sagemaker)
+        found += _executions(sagemaker)
         running = {item.name for item in found if item.kind == "transform job"}
         return found + endpoints + _attached(settings, ours, all_names, running)
 
@@ -136,7 +136,7 @@ def _jobs(settings: Settings, sagemaker: Any, kind: str) -> list[Item]:
     return items
 
 
-def executions(sagemaker: Any) -> list[Item]:
+def _executions(sagemaker: Any) -> list[Item]:
     """Executions of the project's pipeline that run; what they cost are their jobs, which are listed too."""
     items = []
     for pipeline in _ours(sagemaker, aws.pages(sagemaker, "list_pipelines", "PipelineSummaries"), "Pipeline"):

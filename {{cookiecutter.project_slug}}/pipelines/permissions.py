@@ -9,8 +9,9 @@ from typing import Any
 
 import yaml
 
-from pipelines import aws, bootstrap, engine
+from pipelines import aws, engine
 from pipelines.config import Settings
+from pipelines.stack import TEMPLATE
 
 KINDS = re.compile(
     r"TrainingJob|ProcessingJob|TransformJob|HyperParameterTuningJob|EndpointConfig|Endpoint|Model(?:PackageGroup|Package)?"
@@ -60,7 +61,7 @@ def needs(settings: Settings, stack: aws.Stack, account: str, owner: str) -> Ite
         text = re.sub(r"\$\{(.+?)\}", lambda name: values[name[1]], text)
         return str(text) if text == "*" else str(text.replace("*", "x"))
 
-    document = yaml.safe_load(bootstrap.TEMPLATE.read_text(encoding="utf-8"))["Resources"][owner]["Properties"]
+    document = yaml.safe_load(TEMPLATE.read_text(encoding="utf-8"))["Resources"][owner]["Properties"]
     policies = document.get("Policies", [document])
     for statement in (entry for policy in policies for entry in policy["PolicyDocument"]["Statement"]):
         if "Action" not in statement:

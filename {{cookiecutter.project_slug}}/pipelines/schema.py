@@ -135,7 +135,7 @@ class Tuning(Section):
     early_stopping: bool
 
 
-class EndpointSettings(Section):
+class Endpoint(Section):
     """What `deploy` makes."""
 
     name: str = Field(pattern=r"^(auto|[a-zA-Z0-9](-*[a-zA-Z0-9]){0,62})$")
@@ -151,7 +151,7 @@ class EndpointSettings(Section):
     alarms: list[str]
 
 
-class PipelineSettings(Section):
+class Pipeline(Section):
     """When `pipeline` registers a model, and how long its steps' results are taken again."""
 
     min_accuracy: float = Field(ge=0, le=2)
@@ -195,7 +195,7 @@ class Settings(Section):
     compute: Compute
     data: Data
     tuning: Tuning
-    endpoint: EndpointSettings
-    pipeline: PipelineSettings
+    endpoint: Endpoint
+    pipeline: Pipeline
     monitoring: Monitoring
     tracking: Tracking = Tracking(uri="local")
