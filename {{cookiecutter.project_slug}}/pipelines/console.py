@@ -23,8 +23,8 @@ PLAN = re.compile(r"^training for (\d+) epochs of (\d+) steps")
 RESUMED = re.compile(r"^resumed after epoch (\d+) of \d+ and (\d+) steps")
 EPOCH = re.compile(r"^epoch=\d+ step=(\d+) .*val_accuracy=([0-9.eE+-]+)")
 PROGRESS = re.compile(r"^progress epoch \d+/\d+ step (\d+)/\d+")
-DRIVER = ("++ ", "Executing command:", "Training Container Execution Completed", "An error occurred with exit code",
-          "Command failed with exit code")  # fmt: skip
+DRIVER = ("++ ", "+++ ", "Executing command:", "Training Container Execution Completed",
+          "An error occurred with exit code", "Command failed with exit code")  # fmt: skip
 
 
 class UserError(Exception):

@@ -152,7 +152,8 @@ def describe(folder: Path) -> str:
     metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     first = facts.get("seconds_to_first_step")
     rows = [
-        ("run", f"{facts['run']} ({facts['mode']}{', image ' + facts['image'] if facts.get('image') else ''})"),
+        ("run", f"{facts['run']} ({facts['mode']})"),
+        *([("image", facts["image"])] if facts.get("image") else []),
         ("data set", f"{facts['data']}"),
         ("validation accuracy", f"{metrics['val_accuracy']:.4f}"),
         ("validation loss", f"{metrics['val_loss']:.4f}"),

@@ -53,10 +53,9 @@ def progress(total: int, verb: str, unit: str = "images") -> Iterator[Callable[[
                 return
             reported, rate = now, done / (now - began)
             left = duration((total - done) / rate) if rate > 0 else "?"
-            scale, word = (1e6, "MB") if unit == "B" else (1, unit)
-            print(
-                f"{verb} {done / scale:.0f}/{total / scale:.0f} {word}, {rate / scale:,.1f}/s, {left} left", flush=True
-            )
+            amounts = f"{done / 1e6:.1f}/{total / 1e6:.1f} MB" if unit == "B" else f"{done}/{total} {unit}"
+            speed = f"{rate / 1e6:.1f} MB/s" if unit == "B" else f"{rate:.1f}/s"
+            print(f"{verb} {amounts}, {speed}, {left} left", flush=True)
 
     yield tick
 
