@@ -19,6 +19,7 @@ SECONDS = 10.0  # between two lines of a loop where there is no terminal
 LONG = 30.0  # between two lines of a wait there
 SOON = 2.0  # a wait that is over by then is not worth a word on a terminal
 WIDEST = 120  # columns of a bar; on more it is hard to read
+SHAPE = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}{postfix}]"
 
 
 def bar(total: int, verb: str, unit: str, output: TextIO, done: int = 0) -> Any:
@@ -27,7 +28,7 @@ def bar(total: int, verb: str, unit: str, output: TextIO, done: int = 0) -> Any:
 
     columns = min(shutil.get_terminal_size().columns, WIDEST)
     sizes = {"unit": "B", "unit_scale": True} if unit == "B" else {"unit": f" {unit}"}
-    return tqdm(total=total, initial=done, desc=verb, file=output, ncols=columns, **sizes)
+    return tqdm(total=total, initial=done, desc=verb, file=output, ncols=columns, bar_format=SHAPE, **sizes)
 
 
 @contextlib.contextmanager
