@@ -99,8 +99,8 @@ def main() -> int:
     parser.add_argument("--job", help="name of a training job (default: the project's newest)")
     options = parser.parse_args()
     folder = pull(load(options.set), options.job)
-    print(runs.describe(folder))
     print(page.attach(folder))
+    print(runs.describe(folder))
     return 0
 
 

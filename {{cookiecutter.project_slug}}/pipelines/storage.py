@@ -9,11 +9,10 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from tqdm import tqdm
-
 from pipelines import aws, data
 from pipelines.config import Settings
 from pipelines.console import UserError
+from processing.progress import progress
 
 THREADS = 8
 SPLITS = ("train", "validation")  # what a training job is given of a data set
@@ -43,11 +42,13 @@ def upload(settings: Settings, folder: Path, bucket: str, prefix: str) -> str:
         todo = sorted(name for name, size in files.items() if there.get(name) != size)
         print(f"uploading {len(todo)} of {len(files)} files to {uri}", flush=True)
 
-        def put(name: str) -> None:
-            s3.upload_file(str(folder / name.removeprefix(f"{prefix}/")), bucket, name, ExtraArgs=encryption)
+        with progress(sum(files[name] for name in todo), "uploading", "B") as tick, ThreadPoolExecutor(THREADS) as pool:
 
-        with ThreadPoolExecutor(THREADS) as pool:
-            list(tqdm(pool.map(put, todo), total=len(todo), unit="file", disable=None))
+            def put(name: str) -> None:
+                path = str(folder / name.removeprefix(f"{prefix}/"))
+                s3.upload_file(path, bucket, name, ExtraArgs=encryption, Callback=tick)
+
+            list(pool.map(put, todo))
         s3.put_object(Bucket=bucket, Key=f"{prefix}{DONE}", Body=b"", **encryption)
     return uri
 
@@ -98,8 +99,11 @@ def get(settings: Settings, uri: str) -> bytes:
 
 def download(settings: Settings, uri: str, file: Path) -> None:
     """Fetch an object into a file, which appears when it is whole."""
+    s3, place = aws.client(settings, "s3"), aws.place(uri)
     with aws.explained(f"downloading {uri}"):
-        aws.client(settings, "s3").download_file(**aws.place(uri), Filename=str(file))
+        size = s3.head_object(**place)["ContentLength"]
+        with progress(size, f"downloading {file.name}", "B") as tick:
+            s3.download_file(**place, Filename=str(file), Callback=tick)
 
 
 def put(settings: Settings, uri: str, content: bytes) -> None:
@@ -114,7 +118,8 @@ def artifact(settings: Settings, stack: aws.Stack, archive: Path) -> str:
     with aws.explained(f"uploading {archive} to {uri}"):
         there = aws.unless_missing(s3.head_object, **aws.place(uri)) or {}
         if there.get("ContentLength") != archive.stat().st_size:
-            s3.upload_file(str(archive), **aws.place(uri), ExtraArgs=aws.encryption(settings))
+            with progress(archive.stat().st_size, f"uploading {archive.name}", "B") as tick:
+                s3.upload_file(str(archive), **aws.place(uri), ExtraArgs=aws.encryption(settings), Callback=tick)
     return uri
 
 

@@ -133,8 +133,8 @@ def main() -> int:
         raise UserError(f"run {options.run} resumes with what it was started with; leave the other options out")
     own = {"compute.local_mode": options.mode, "compute.local_instances": options.instances}
     folder = train(load(options.set, options=own), options.data, options.run, options.verbose)
-    print(runs.describe(folder))
     print(page.attach(folder))
+    print(runs.describe(folder))
     return 0
 
 

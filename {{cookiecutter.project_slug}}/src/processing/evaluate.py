@@ -29,6 +29,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the source root, instead of this script's folder
 
 from inference.artifact import Artifact, ArtifactError, open_artifact
+from processing.progress import progress
 
 BATCH = 64
 BINS = 15  # of the reliability diagram, as in the paper
@@ -62,11 +63,13 @@ def evaluate(artifact: Artifact, data: Path) -> dict[str, Any]:
     if not shards:
         raise EvaluationError(f"{data} holds no image; add images to the data set and pack it again")
     labels, probabilities = [], []
-    for images, targets in shards:
-        for first in range(0, len(targets), BATCH):
-            batch = list(np.asarray(images[first : first + BATCH]))
-            probabilities += artifact.handlers.predict_fn(batch, artifact.model)["probabilities"]
-        labels += targets.tolist()
+    with progress(sum(len(targets) for _, targets in shards), "evaluating") as tick:
+        for images, targets in shards:
+            for first in range(0, len(targets), BATCH):
+                batch = list(np.asarray(images[first : first + BATCH]))
+                probabilities += artifact.handlers.predict_fn(batch, artifact.model)["probabilities"]
+                tick(len(batch))
+            labels += targets.tolist()
     truth, scores = np.array(labels), np.array(probabilities)
     confusion = np.zeros((len(classes), len(classes)), dtype=np.int64)
     np.add.at(confusion, (truth, scores.argmax(1)), 1)
