@@ -1,6 +1,8 @@
 """Classify image files with an artifact, through its four handlers.
 
-python src/inference/predict.py --artifact artifacts/latest/model.tar.gz photo.jpg
+    python src/inference/predict.py --artifact artifacts/latest/model.tar.gz photo.jpg
+
+Exit codes: 0, 1: an image could not be read, 2: the artifact could not.
 """
 
 from __future__ import annotations
