@@ -21,8 +21,8 @@ CONTAINER = re.compile(r"^(?:\S*?[-_])?(algo-\d+)(?:[-_]\d+)?\s*\| ?")  # compos
 PLAN = re.compile(r"^training for (\d+) epochs of (\d+) steps")
 EPOCH = re.compile(r"^epoch=\d+ step=(\d+) .*val_accuracy=([0-9.eE+-]+)")
 PROGRESS = re.compile(r"^progress epoch \d+/\d+ step (\d+)/\d+")
-DRIVER = ("++ ", "Executing command:", "Training Container Execution Completed", "An error occurred with exit code",
-          "Command failed with exit code")  # fmt: skip
+DRIVER = ("++ ", "+++ ", "Executing command:", "Training Container Execution Completed",
+          "An error occurred with exit code", "Command failed with exit code")  # fmt: skip
 
 
 class UserError(Exception):
