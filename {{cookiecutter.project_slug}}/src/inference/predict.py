@@ -39,7 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     prediction = artifact.handlers.predict_fn(body, artifact.model)
                     text, _ = artifact.handlers.output_fn(prediction, "application/json")
                 except (OSError, artifact.handlers.RequestError) as error:
-                    print(f"error: {path}: {error}", file=sys.stderr)
+                    reason = error.strerror if isinstance(error, OSError) else error
+                    print(f"error: {path}: {reason}", file=sys.stderr)
                     failed += 1
                     continue
                 if options.json:

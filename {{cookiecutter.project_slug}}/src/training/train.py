@@ -13,6 +13,7 @@ know if it is in one.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import logging
 import os
@@ -45,7 +46,7 @@ from training.checkpoint import CheckpointError  # noqa: E402
 from training.export import write_artifact, write_json  # noqa: E402
 from training.loop import fit  # noqa: E402
 from training.model import ModelError, build_model  # noqa: E402
-from training.pretrained import freeze, load_weights, published_weights, read_weights  # noqa: E402
+from training.pretrained import find_weights, freeze, load_weights, published_weights, read_weights  # noqa: E402
 from training.watch import NonFiniteLoss  # noqa: E402
 
 logger = logging.getLogger("training")
@@ -118,8 +119,9 @@ def train(
     settled = config.resolve(hyperparameters, train_split.image_size, len(train_split))
     torch.manual_seed(settled.seed)
     model = build_model(settled.model, len(train_split.classes), train_split.image_size)
-    if folders.pretrained:
-        load_weights(model, read_weights(folders.pretrained))
+    weights = find_weights(folders.pretrained) if folders.pretrained else None
+    if weights:
+        load_weights(model, read_weights(weights))
     elif settled.pretrained == "default":
         load_weights(model, published_weights(settled.model))
     freeze(model, settled.frozen_stages)
@@ -159,6 +161,7 @@ def train(
             "hyperparameters": settled.as_dict(),
             "git_commit": git_commit,
             "dataset_fingerprint": validation.info["fingerprint"],
+            "pretrained_sha256": hashlib.sha256(weights.read_bytes()).hexdigest() if weights else None,
             "versions": {
                 "python": platform.python_version(),
                 "torch": torch.__version__,
