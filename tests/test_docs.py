@@ -22,7 +22,8 @@ def commands(page: Path) -> list[list[str]]:
     """The words of every `make` in the blocks of a page, in order."""
     blocks = re.findall(r"(?ms)^```\n(.*?)^```", page.read_text(encoding="utf-8"))
     lines = [line.partition(" # ")[0].strip() for block in blocks for line in block.splitlines()]
-    return [shlex.split(line)[1:] for line in lines if line.startswith("make ")]
+    return [shlex.split(re.sub("<.*?>", lambda place: place[0].replace(" ", "-"), line))[1:]
+            for line in lines if line.startswith("make ")]  # fmt: skip
 
 
 def cloud(project: Project) -> set[str]:
