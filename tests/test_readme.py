@@ -14,7 +14,7 @@ PAGES = [TEMPLATE / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG
 SVG = "{http://www.w3.org/2000/svg}"
 ELEMENTS = {SVG + name for name in ("svg", "title", "style", "rect", "g", "text", "tspan")}
 ATTRIBUTES = {"viewBox", "role", "x", "y", "rx", "width", "height", "fill", "stroke", "class", "style", "textLength"}
-ELSEWHERE = re.compile(r"https?://(?!127\.0\.0\.1)|url\(|@import|/(?:root|home|Users)/")
+ELSEWHERE = re.compile(r"https?://(?!127\.0\.0\.1|0\.0\.0\.0)|url\(|@import|/(?:root|home|Users)/")
 
 
 def blocks(page: Path) -> list[str]:
