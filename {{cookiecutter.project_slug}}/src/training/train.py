@@ -143,7 +143,8 @@ def train(
     trained, history = fit(model, train_split, validation, settled, world, folders.checkpoints, record)
     if world.is_main:
         record(history)
-        rates = [epoch["images_per_second"] for epoch in history[1:] or history]  # the first epoch warms up
+        # The first epoch warms up; one that was resumed at its very end trained nothing.
+        rates = [epoch["images_per_second"] for epoch in history[1:] or history if epoch["images_per_second"]] or [0.0]
         metrics = {
             "val_accuracy": history[-1]["val_accuracy"],
             "val_loss": history[-1]["val_loss"],
