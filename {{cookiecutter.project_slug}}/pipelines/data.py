@@ -108,7 +108,7 @@ def _pack(settings: Settings, folder: Path) -> Path:
         return target
     stamp.unlink(missing_ok=True)
     script = SOURCE / "processing" / "preprocess.py"
-    command = [sys.executable, str(script), "--input", str(folder), "--output", str(target), *words]
+    command = [sys.executable, str(script), "--input", str(folder), "--output", os.path.relpath(target), *words]
     if subprocess.run(command).returncode:
         raise UserError(f"{folder} was not packed (see above)")
     stamp.write_text(json.dumps(packed), encoding="utf-8")

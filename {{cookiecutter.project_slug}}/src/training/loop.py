@@ -37,9 +37,9 @@ PROGRESS_SECONDS = 5.0  # between progress lines inside an epoch
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Sums over a whole split, each image counted once on any number of ranks."""
+    """Means over a whole split, each image counted once on any number of ranks."""
 
-    loss: float
+    loss: float  # cross-entropy, in nats
     accuracy: float
     images: int
 
@@ -68,6 +68,8 @@ def fit(
         all epochs (on the main rank).
 
     Raises:
+        ConfigurationError: when a batch has fewer images than there are ranks and parts.
+        CheckpointError: when the folder's checkpoints are damaged or of another run.
         Stopped: after SIGTERM, on every rank, once a checkpoint is written.
         NonFiniteLoss: on every rank, before the optimizer step that it would have spoilt.
     """
