@@ -5,8 +5,8 @@
     python3 pipelines/environment.py --audit            # what `make audit` runs: known vulnerabilities of what it holds
 
 It runs on the system's Python, so it uses the standard library only. A committed `uv.lock` is respected; without one
-the newest versions inside the ranges of pyproject.toml are installed. `--resolution lowest-direct --upgrade` installs the
-lowest ones, and `--resolution highest --upgrade` the newest, whatever the lock says.
+the newest versions inside the ranges of pyproject.toml are installed. `--resolution lowest-direct --upgrade` installs
+the lowest ones, and `--resolution highest --upgrade` the newest, whatever the lock says.
 """
 
 import os

@@ -116,7 +116,7 @@ def normalise(batch: torch.Tensor, mean: Sequence[float], std: Sequence[float]) 
         _constants[key] = scale, pixels.new_tensor([-m / s for m, s in zip(mean, std, strict=True)] * width)
     scale, offset = _constants[key]
     images = pixels.mul_(scale).add_(offset).view(batch.shape).permute(0, 3, 1, 2)
-    # On Apple's GPUs the backward pass of batch normalisation fails in channels_last order before torch's pull request 188371 (2026).
+    # There the backward pass of batch normalisation fails in channels_last order (torch's pull request 188371, 2026).
     return images.contiguous() if images.device.type == "mps" else images
 
 
