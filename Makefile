@@ -1,6 +1,6 @@
 # The template's own verbs. The generated project has a Makefile of its own.
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-faults test-hosts lint bench
+.PHONY: help demo test test-faults test-hosts lint bench record
 
 PYTHON ?= python3
 READY := .venv/.ready
@@ -25,7 +25,7 @@ demo: $(READY) ## bake the template into build/ and there: data, train-local, ev
 	@cd $(PROJECT) && .venv/bin/python -m pipelines.runs
 
 test: $(READY) ## tests of the template, and those of the project that it generates
-	@.venv/bin/python -m pytest -m "not faults and not hosts" $(ARGS)
+	@.venv/bin/python -m pytest -n 2 --dist loadgroup -m "not faults and not hosts" $(ARGS)
 
 test-faults: $(READY) ## kills, truncated checkpoints, full disks and hung peers, injected into real training jobs
 	@.venv/bin/python -m pytest -m faults $(ARGS)
@@ -38,6 +38,9 @@ bench: $(READY) ## start-up, the loop and the server, and others of their kind: 
 	@.venv/bin/python benchmarks/loaders.py $(ARGS)
 	@.venv/bin/python benchmarks/scaling.py $(ARGS)
 	@.venv/bin/python benchmarks/serving.py $(ARGS)
+
+record: $(READY) ## record README's commands in a terminal: keeps docs/recording.svg
+	@.venv/bin/uv run --quiet --no-project --python .venv/bin/python --with "pyte>=0.8,<0.9" benchmarks/record.py
 
 lint: $(READY) ## ruff and mypy on hooks, tests and benchmarks (the generated project is linted by the tests)
 	@.venv/bin/ruff check .

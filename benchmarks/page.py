@@ -17,7 +17,8 @@ PAGE = TEMPLATE / "docs" / "benchmarks.md"
 
 def own_environment() -> dict[str, str]:
     """The environment without what the `make` that started a benchmark hands down: its ARGS are not the project's."""
-    return {name: value for name, value in os.environ.items() if name not in ("ARGS", "MAKEFLAGS", "MAKEOVERRIDES")}
+    handed_down = ("ARGS", "MAKEFLAGS", "MAKELEVEL", "MAKEOVERRIDES")
+    return {name: value for name, value in os.environ.items() if name not in handed_down}
 
 
 def bake(folder: str) -> tuple[Path, str]:

@@ -28,18 +28,26 @@ HOSTILE = {
 }
 
 
-def run_tests(project: Project, *words: str) -> None:
-    done = project.run("make", "test", f"ARGS={' '.join(words)}")
+# `make test` of the template has two workers: the tests that use the engine run in one of them, one after another,
+# because several look whether a container is left.
+with_engine = pytest.mark.xdist_group("engine")
+NO_ENGINE = {"DOCKER_HOST": "unix:///nowhere", "REQUIRE_CONTAINERS": ""}
+
+
+def run_tests(project: Project, *words: str, **environment: str) -> None:
+    done = project.run("make", "test", f"ARGS={' '.join(words)}", **environment)
     print(done.stdout[-3000:])
     assert done.returncode == 0, done.stdout + done.stderr
     if os.environ.get("REQUIRE_CONTAINERS"):
         assert "skipped" not in done.stdout.splitlines()[-1]
 
 
+@with_engine
 def test_its_own_tests_pass(ready: Project) -> None:
     run_tests(ready)
 
 
+@with_engine
 def test_its_own_tests_pass_with_every_other_answer(bake: Bake, ready: Project) -> None:
     """And nothing in an answer is ever executed."""
     project = bake(**HOSTILE)
@@ -49,6 +57,11 @@ def test_its_own_tests_pass_with_every_other_answer(bake: Bake, ready: Project) 
     assert not list(project.path.parent.rglob("canary"))
 
 
+USE_THE_ENGINE = {
+    f"tests/test_{name}.py"
+    for name in ("batch_transform", "cloud_training", "containers", "doctor", "environment", "failures", "pipeline",
+                 "serve_local", "tune")
+}  # fmt: skip
 FAULTS = "tests/test_faults.py"
 TRACKING = "tests/test_tracking.py"  # needs the answer mlflow
 OTHER_HOSTS = {"RAY_PYTHON": "ray", "TORCHSERVE_PYTHON": "torchserve"}  # variable of the tests, name of the host
@@ -64,8 +77,17 @@ def add_tests(project: Project) -> list[str]:
     return names
 
 
-def test_hostile_data_settings_and_machines(bake: Bake, ready: Project, tmp_path: Path) -> None:
-    """`tests/in_project`: tests that run among the project's own, but that its users need not keep."""
+@with_engine
+def test_hostile_machines(bake: Bake, ready: Project) -> None:
+    """The tests of `tests/in_project`, which users need not keep, that use the Docker engine."""
+    project = bake()
+    (project.path / ".venv").symlink_to(ready.path / ".venv")
+    assert {*add_tests(project)} > USE_THE_ENGINE
+    run_tests(project, *sorted(USE_THE_ENGINE))
+
+
+def test_hostile_data_and_settings(bake: Bake, ready: Project, tmp_path: Path) -> None:
+    """The others: they pass where no engine answers, and all of them are linted."""
     project = bake()
     (project.path / ".venv").symlink_to(ready.path / ".venv")
     names = add_tests(project)
@@ -74,9 +96,8 @@ def test_hostile_data_settings_and_machines(bake: Bake, ready: Project, tmp_path
     for words in (["ruff", "check", "."], ["ruff", "format", "--check", "."], mypy):
         done = project.run(ready.program(words[0]), *words[1:], **caches)
         assert done.returncode == 0, done.stdout + done.stderr
-    assert len(names) >= 8
     elsewhere = {FAULTS, TRACKING, *(f"tests/test_{name}.py" for name in OTHER_HOSTS.values())}
-    run_tests(project, *(name for name in names if name not in elsewhere))
+    run_tests(project, *(name for name in names if name not in USE_THE_ENGINE | elsewhere), **NO_ENGINE)
 
 
 @pytest.mark.hosts
@@ -163,6 +184,7 @@ def engine_state() -> set[str]:
     }
 
 
+@with_engine
 @pytest.mark.parametrize("mode", ["auto", "process"])
 def test_verbs_from_a_fresh_clone_leave_nothing(ready: Project, mode: str) -> None:
     before = engine_state()
@@ -178,6 +200,7 @@ def test_verbs_from_a_fresh_clone_leave_nothing(ready: Project, mode: str) -> No
     assert re.fullmatch(r"[0-9a-f]{40}", run["git_commit"])
 
 
+@with_engine
 def test_a_path_with_spaces_and_a_name_like_no_other(bake: Bake, tmp_path: Path, ready: Project) -> None:
     project = Project(tmp_path / "my own prøject")
     shutil.copytree(bake().path, project.path)
@@ -232,6 +255,7 @@ def test_a_commit_with_a_secret_is_refused(ready: Project, bake: Bake, kind: str
     assert f"Secret Type: {kind}" in refused.stdout + refused.stderr
 
 
+@with_engine
 @pytest.mark.parametrize("mode", ["container", "process"])
 def test_a_second_run_needs_no_network(ready: Project, mode: str, request: pytest.FixtureRequest) -> None:
     """In a network namespace of its own, with the engine's socket and nothing else."""
@@ -308,6 +332,7 @@ def test_mlflow_logs_a_run_once_and_never_fails_training(bake: Bake, ready: Proj
     assert "validation accuracy" in done.stdout
 
 
+@with_engine
 def test_files_belong_to_a_user_who_is_not_root(bake: Bake, engine: str) -> None:
     """What root wrote in a container is given back; and a container trains where the host has no torch."""
     socket = Path("/var/run/docker.sock")
@@ -329,7 +354,7 @@ def test_files_belong_to_a_user_who_is_not_root(bake: Bake, engine: str) -> None
             return done.stdout
 
         make("setup", "ARGS=--group laptop")
-        assert "(container, image" in make("train-local", "LOCAL_MODE=container", "ARGS=--set training.epochs=2")
+        assert "(container)" in make("train-local", "LOCAL_MODE=container", "ARGS=--set training.epochs=2")
         assert {path.lstat().st_uid for path in home.rglob("*")} == {12345}
     assert engine
 

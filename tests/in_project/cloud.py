@@ -16,7 +16,10 @@ from typing import Any
 
 import botocore.client
 import pytest
+from botocore.exceptions import ClientError
 from botocore.validate import ParamValidator
+
+from pipelines.aws import Stack
 
 Call = tuple[str, dict[str, Any]]
 GOLDEN = Path(__file__).with_name("golden")
@@ -28,6 +31,19 @@ VOLATILE = [  # in this order
     (re.compile(r"(training|serving)-[0-9a-f]{12}"), r"\1-<hash>"),
     (re.compile(r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d(\.\d+)?(\+00:00|Z)?"), "<date>"),
 ]
+STACK = Stack(
+    bucket="the-bucket", role="arn:aws:iam::123456789012:role/the-role",
+    repository="123456789012.dkr.ecr.us-east-1.amazonaws.com/the-repository",
+    topic="arn:aws:sns:us-east-1:123456789012:topic", scheduler_role="arn:aws:iam::123456789012:role/scheduler",
+    pipeline_role="arn:aws:iam::123456789012:role/pipeline",
+)  # fmt: skip
+KEY = "arn:aws:kms:us-east-1:123456789012:key/1234abcd-12ab-34cd-56ef-1234567890ab"
+NETWORK = ["aws.subnets=[subnet-0a, subnet-0b]", "aws.security_groups=[sg-0a]"]
+
+
+def refused(code: str, message: str = "it says no", operation: str = "Operation") -> ClientError:
+    """What boto3 raises when AWS refuses."""
+    return ClientError({"Error": {"Code": code, "Message": message}}, operation)
 
 
 class Recorder(list[Call]):

@@ -24,7 +24,7 @@ import numpy as np
 from PIL import Image
 
 from pipelines.serve_local import command
-from tests.helpers import verb_environment
+from tests.helpers import free_port, verb_environment
 from training.export import checksums
 
 JSON, NPY, ANY_IMAGE = "application/json", "application/x-npy", "application/x-image"
@@ -264,12 +264,6 @@ EXCLUDED: dict[str, dict[int, str]] = {
         37: "its body is a status",
     },
 }
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @dataclass

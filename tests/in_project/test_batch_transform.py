@@ -18,8 +18,8 @@ from inference import batch
 from pipelines import aws as cloud
 from pipelines import batch_transform, destroy, inventory, logs, prices, runs
 from pipelines.console import UserError
-from tests.cloud import Recorder, aws, check_golden
-from tests.test_deploy import KEY, NAME, NETWORK, STACK, Hosting, hosting, quota, settings, written
+from tests.cloud import KEY, NETWORK, STACK, Recorder, aws, check_golden
+from tests.test_deploy import NAME, Hosting, hosting, quota, settings, written
 from tests.test_inference import archive, artifact, classifier, photo
 
 __all__ = ["archive", "artifact", "aws", "classifier", "hosting"]  # fixtures

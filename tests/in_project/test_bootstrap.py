@@ -17,12 +17,11 @@ from typing import Any
 import boto3
 import pytest
 import yaml
-from botocore.exceptions import ClientError
 
 from pipelines import ROOT, bootstrap, bootstrap_destroy, config, stack
 from pipelines.aws import stack as outputs
 from pipelines.console import UserError
-from tests.cloud import GOLDEN, Recorder, aws, check_golden
+from tests.cloud import GOLDEN, Recorder, aws, check_golden, refused
 from tests.test_costs import THEIRS, make_endpoint
 
 __all__ = ["aws"]  # fixture
@@ -93,10 +92,6 @@ def make(*overrides: str, yes: bool = True) -> None:
 
 def destroy(everything: bool = False, confirmed: str = "", yes: bool = True) -> None:
     bootstrap_destroy.destroy(config.load(), everything, confirmed, yes)
-
-
-def refused(code: str, operation: str, message: str = "it says no") -> ClientError:
-    return ClientError({"Error": {"Code": code, "Message": message}}, operation)
 
 
 def statements(node: Any, path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
@@ -438,7 +433,7 @@ def test_no_is_an_answer(aws: Recorder, monkeypatch: pytest.MonkeyPatch) -> None
     ],
 )
 def test_refused(aws: Recorder, operation: str, code: str, words: str) -> None:
-    aws.answers[operation] = refused(code, operation)
+    aws.answers[operation] = refused(code, operation=operation)
     with pytest.raises(UserError, match=rf"making the stack {NAME} failed: it says no \({code}\); .*{words}"):
         make()
     aws.answers.clear()
@@ -479,7 +474,7 @@ def answer_statuses(aws: Recorder, *statuses: str) -> None:
     def answer(_: dict[str, Any]) -> dict[str, Any]:
         status = next(said)
         if not status:
-            raise refused("ValidationError", "DescribeStacks", "Stack with id x does not exist")
+            raise refused("ValidationError", "Stack with id x does not exist", "DescribeStacks")
         return {"Stacks": [{"StackName": NAME, "StackId": "arn:s", "StackStatus": status}]}
 
     aws.answers |= {"DescribeStacks": answer, "DescribeStackResources": {"StackResources": []},

@@ -16,34 +16,22 @@ from typing import Any
 
 import boto3
 import pytest
-from botocore.exceptions import ClientError, NoCredentialsError
+from botocore.exceptions import NoCredentialsError
 
 from pipelines import ROOT, config, data, engine, image_push, logs, prices, process_job, pull, runs, storage, train
 from pipelines import aws as cloud
 from pipelines.console import UserError
-from tests.cloud import Recorder, aws, check_golden
+from tests.cloud import KEY, NETWORK, STACK, Recorder, aws, check_golden, refused
 from tests.helpers import verb_environment
 
 __all__ = ["aws"]  # a fixture
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # the SDK's temporary folder
-STACK = cloud.Stack(
-    bucket="the-bucket", role="arn:aws:iam::123456789012:role/the-role",
-    repository="123456789012.dkr.ecr.us-east-1.amazonaws.com/the-repository",
-    topic="arn:aws:sns:us-east-1:123456789012:topic", scheduler_role="arn:aws:iam::123456789012:role/scheduler",
-    pipeline_role="arn:aws:iam::123456789012:role/pipeline",
-)  # fmt: skip
 CREATE = ("CreateTrainingJob", "CreateProcessingJob")
-NETWORK = ["aws.subnets=[subnet-0a, subnet-0b]", "aws.security_groups=[sg-0a]"]
 NOW = round(datetime.now(UTC).timestamp() * 1000)
-KEY = "arn:aws:kms:us-east-1:123456789012:key/1234abcd-12ab-34cd-56ef-1234567890ab"
 
 
 def settings(*overrides: str) -> config.Settings:
     return config.load(["aws.region=us-east-1", *overrides], {})
-
-
-def refused(code: str, message: str = "no") -> ClientError:
-    return ClientError({"Error": {"Code": code, "Message": message}}, "Operation")
 
 
 @pytest.fixture

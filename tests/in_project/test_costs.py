@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from botocore.exceptions import ClientError, EndpointConnectionError
+from botocore.exceptions import EndpointConnectionError
 
 from pipelines import aws as cloud
 from pipelines import destroy, engine, inventory, plan, prices, status
 from pipelines.config import Settings, load
 from pipelines.console import UserError
 from pipelines.inventory import Item
-from tests.cloud import Recorder, aws, check_golden
+from tests.cloud import Recorder, aws, check_golden, refused
 
 __all__ = ["aws"]  # a fixture
 NAME = engine.project_name()
@@ -46,10 +46,6 @@ def list_prices(parameters: dict[str, Any]) -> dict[str, Any]:
     if "NextToken" not in parameters:
         return {"PriceList": [offer(f"USE1-{usage}-more", 99), offer(f"USE1-Studio{usage}", 99)], "NextToken": "2"}
     return {"PriceList": [offer(f"USE1-{usage}", 0, USD[usage])] if usage in USD else []}
-
-
-def refusal(code: str, operation: str = "x", message: str = "no") -> ClientError:
-    return ClientError({"Error": {"Code": code, "Message": message}}, operation)
 
 
 @pytest.fixture
@@ -83,7 +79,7 @@ def test_a_price_is_found_on_any_page_and_asked_once_a_day(
         {"PriceList": [offer("USE1-Train:ml.g5.xlarge", 0)]},
         {"PriceList": ['{"product": {"attributes": {"usagetype": "Train:ml.g5.xlarge"}}}']},
         {"PriceList": [offer("Train:ml.g5.xlarge", 7).replace("USD", "CNY")]},
-        refusal("AccessDeniedException"),
+        refused("AccessDeniedException"),
         EndpointConnectionError(endpoint_url="x"),
     ],
 )
@@ -262,7 +258,7 @@ def test_status_shows_everything_of_the_project_with_its_price(aws: Recorder, se
 
 def test_status_counts_what_has_no_price(aws: Recorder, settings: Settings) -> None:
     make_endpoint(NAME)
-    aws.answers["GetProducts"] = refusal("AccessDeniedException")
+    aws.answers["GetProducts"] = refused("AccessDeniedException")
     lines = status.table(inventory.everything(settings))
     assert "price unknown" in lines[0]
     assert lines[-1].startswith("in all at most 0.000 USD an hour and 1 of unknown price")
@@ -335,7 +331,7 @@ def test_more_than_one_page_of_endpoints_and_tags(
 
 def test_tags_that_may_not_be_read(aws: Recorder, settings: Settings) -> None:
     make_endpoint("quite-another")
-    aws.answers["ListTags"] = refusal("AccessDeniedException")
+    aws.answers["ListTags"] = refused("AccessDeniedException")
     assert inventory.everything(settings) == []
     make_endpoint(NAME)
     with pytest.raises(UserError, match=r"listing what the project has in AWS failed.*make doctor"):
@@ -353,7 +349,7 @@ def test_after_destroy_nothing_of_the_project_bills_and_nothing_of_others_is_tou
     aws: Recorder, settings: Settings, capsys: pytest.CaptureFixture[str]
 ) -> None:
     jobs = furnish(settings, aws)
-    busy = [refusal("ValidationException", message="Cannot update in-progress endpoint")]
+    busy = [refused("ValidationException", message="Cannot update in-progress endpoint")]
     original = cloud.client(settings, "sagemaker")
     assert original.list_endpoints()["Endpoints"]
     aws.clear()
@@ -442,7 +438,7 @@ def test_destroy_names_what_it_may_not_remove_and_removes_the_rest(
     monkeypatch.setattr(destroy, "PATIENCE", 5.0)
     make_endpoint(NAME)
     make_endpoint(f"{NAME}-b")
-    original, denied = aws.answers, refusal("AccessDeniedException", message="not authorized")
+    original, denied = aws.answers, refused("AccessDeniedException", message="not authorized")
     seen: list[str] = []
 
     def only_the_other(parameters: dict[str, Any]) -> Any:
@@ -478,12 +474,12 @@ def test_destroy_names_what_is_left_although_it_bills_nothing(
 ) -> None:
     make_endpoint(NAME)
     attach(settings, NAME)
-    aws.answers[operation] = refusal("ThrottlingException", message="slow down")
+    aws.answers[operation] = refused("ThrottlingException", message="slow down")
     with pytest.raises(UserError, match=r"still there: .*\(slow down\)"):
         destroy.destroy(settings, None, yes=True)
 
 
 def test_destroy_with_expired_credentials_says_so(aws: Recorder, settings: Settings) -> None:
-    aws.answers["ListTrainingJobs"] = refusal("ExpiredTokenException")
+    aws.answers["ListTrainingJobs"] = refused("ExpiredTokenException")
     with pytest.raises(UserError, match="the AWS credentials have expired"):
         destroy.destroy(settings, None, yes=True)

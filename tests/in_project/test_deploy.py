@@ -21,19 +21,11 @@ from payload import RequestError
 from pipelines import aws as cloud
 from pipelines import config, deploy, endpoints, engine, invoke, prices, rollout, runs, shift_traffic
 from pipelines.console import UserError
-from tests.cloud import Recorder, aws, check_golden
+from tests.cloud import KEY, NETWORK, STACK, Recorder, aws, check_golden, refused
 from tests.test_inference import archive, artifact, classifier, photo
 
 __all__ = ["archive", "artifact", "aws", "classifier"]  # fixtures
 NAME = engine.project_name()
-STACK = cloud.Stack(
-    bucket="the-bucket", role="arn:aws:iam::123456789012:role/the-role",
-    repository="123456789012.dkr.ecr.us-east-1.amazonaws.com/the-repository",
-    topic="arn:aws:sns:us-east-1:123456789012:topic", scheduler_role="arn:aws:iam::123456789012:role/scheduler",
-    pipeline_role="arn:aws:iam::123456789012:role/pipeline",
-)  # fmt: skip
-KEY = "arn:aws:kms:us-east-1:123456789012:key/1234abcd-12ab-34cd-56ef-1234567890ab"
-NETWORK = ["aws.subnets=[subnet-0a, subnet-0b]", "aws.security_groups=[sg-0a]"]
 READS = ("Describe", "List", "Get", "Head")
 MAKES = ("CreateSchedule", "UpdateSchedule", "CreateModel", "CreateEndpointConfig", "CreateEndpoint", "UpdateEndpoint")
 
@@ -395,7 +387,7 @@ def test_money(hosting: Hosting, monkeypatch: pytest.MonkeyPatch, capsys: pytest
 
 
 def quota(operation: str) -> ClientError:
-    return ClientError({"Error": {"Code": "ResourceLimitExceeded", "Message": "The limit is 0."}}, operation)
+    return refused("ResourceLimitExceeded", "The limit is 0.", operation)
 
 
 @pytest.mark.parametrize("operation", ["CreateSchedule", "CreateModel", "CreateEndpointConfig", "CreateEndpoint"])
@@ -428,7 +420,7 @@ def test_an_update_that_got_through_is_not_taken_back(hosting: Hosting, capsys: 
 
     def lost(asked: dict[str, Any]) -> None:
         hosting.state = {"PendingDeploymentSummary": {"EndpointConfigName": asked["EndpointConfigName"]}}
-        raise ClientError({"Error": {"Code": "InternalFailure", "Message": "lost"}}, "UpdateEndpoint")
+        raise refused("InternalFailure", "lost", "UpdateEndpoint")
 
     hosting.calls.answers["UpdateEndpoint"] = lost
     with pytest.raises(UserError, match="lost"):
@@ -438,7 +430,7 @@ def test_an_update_that_got_through_is_not_taken_back(hosting: Hosting, capsys: 
 
 
 def test_an_image_that_is_not_in_the_repository(hosting: Hosting, monkeypatch: pytest.MonkeyPatch) -> None:
-    gone = ClientError({"Error": {"Code": "ImageNotFoundException", "Message": "none"}}, "DescribeImages")
+    gone = refused("ImageNotFoundException", "none", "DescribeImages")
     hosting.calls.answers["DescribeImages"] = gone
 
     def no_engine() -> None:

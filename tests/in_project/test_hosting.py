@@ -22,8 +22,8 @@ import imaging
 from inference import inference
 from pipelines import engine, runs
 from tests.conftest import project_image
-from tests.helpers import CLASSES, draw
-from tests.hosting import CASES, EXCLUDED, NOT_APPLICABLE, NOT_HTTP, Facts, free_port, serving
+from tests.helpers import CLASSES, draw, free_port
+from tests.hosting import CASES, EXCLUDED, NOT_APPLICABLE, NOT_HTTP, Facts, serving
 from tests.test_inference import artifact
 from tests.test_serving import endpoint
 

@@ -29,9 +29,9 @@ from pipelines import monitor as verb_module
 from pipelines.console import UserError
 from processing import monitor
 from processing.preprocess import pack
-from tests.cloud import Recorder, aws, check_golden
+from tests.cloud import KEY, NETWORK, STACK, Recorder, aws, check_golden
 from tests.helpers import CLASSES, Verb, draw
-from tests.test_deploy import KEY, NAME, NETWORK, STACK, Hosting, hosting, run, settings
+from tests.test_deploy import NAME, Hosting, hosting, run, settings
 from tests.test_inference import archive, artifact, classifier
 from training.config import Hyperparameters, resolve
 from training.data import load_channels

@@ -19,8 +19,7 @@ from inference.artifact import open_artifact
 from pipelines import runs, serve_local
 from processing.evaluate import evaluate
 from processing.preprocess import pack
-from tests.helpers import CLASSES
-from tests.test_serving import free_port
+from tests.helpers import CLASSES, free_port
 from training.config import Hyperparameters, resolve
 from training.data import load_channels
 from training.distributed import World

@@ -41,7 +41,7 @@ from pipelines import aws as cloud
 from pipelines.console import UserError
 from pipelines.pipeline_local import Execution
 from pipelines.training_pipeline import LOCAL, Inputs
-from tests.cloud import Recorder, aws, check_golden
+from tests.cloud import KEY, STACK, Recorder, aws, check_golden
 from tests.helpers import Verb, verb_environment
 from tests.test_training_local import NO_ENGINE
 
@@ -49,12 +49,6 @@ __all__ = ["aws"]  # a fixture
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # the SDK's temporary folder
 NAME = engine.project_name()
 ACCOUNT = "arn:aws:iam::123456789012:role"
-STACK = cloud.Stack(
-    bucket="the-bucket", role=f"{ACCOUNT}/the-role", topic="arn:aws:sns:us-east-1:123456789012:topic",
-    repository="123456789012.dkr.ecr.us-east-1.amazonaws.com/the-repository", scheduler_role=f"{ACCOUNT}/scheduler",
-    pipeline_role=f"{ACCOUNT}/pipeline",
-)  # fmt: skip
-KEY = "arn:aws:kms:us-east-1:123456789012:key/1234abcd-12ab-34cd-56ef-1234567890ab"
 EVERYTHING = [
     "aws.subnets=[subnet-0a, subnet-0b]", "aws.security_groups=[sg-0a]", f"aws.kms_key={KEY}",
     "aws.tags={team: vision}", "compute.isolation=true", "compute.encrypt_traffic=true", "compute.spot=false",

@@ -8,7 +8,7 @@ import os
 import re
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -48,7 +48,7 @@ class OnTheDevice(TorchFunctionMode):
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-def test_training_makes_no_float64_on_the_device(packed: Path, optimizer: str) -> None:
+def test_training_makes_no_float64_on_the_device(packed: Path, optimizer: Literal["adamw", "sgd"]) -> None:
     splits = data.load_channels(*(packed / name for name in ("train", "validation")))
     chosen = Hyperparameters(
         model="cnn", image_size=splits[0].image_size, epochs=1, batch_size=4, learning_rate=0.01, optimizer=optimizer,
@@ -81,8 +81,8 @@ def test_copies_wait_except_those_to_nvidias_gpus(monkeypatch: pytest.MonkeyPatc
 def test_apples_gpus_get_the_usual_order_of_memory_and_no_timing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(speed, "_step_seconds", lambda *_: pytest.fail("the device is not waited for"))
     network = model.build_model("cnn", 2, 8)
-    for asked in ("auto", False):
-        settings = Hyperparameters(compile=asked)  # type: ignore[arg-type]
+    for asked in (Hyperparameters().compile, False):
+        settings = Hyperparameters(compile=asked)
         chosen = speed.choose(network, torch.zeros(4, 3, 8, 8), settings, 10**9, APPLE, contextlib.nullcontext)
         assert chosen == {"channels_last": False, "compile": False}
     assert loop.has_fast_bf16(APPLE.device) is False
@@ -100,7 +100,8 @@ def test_pixels_are_in_the_usual_order_there(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_checkpoint_keeps_the_random_state_of_apples_gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    state, restored = torch.arange(4, dtype=torch.uint8), []
+    state = torch.arange(4, dtype=torch.uint8)
+    restored: list[torch.Tensor] = []
     monkeypatch.setattr(torch.mps, "get_rng_state", lambda: state)
     monkeypatch.setattr(torch.mps, "set_rng_state", restored.append)
     network = model.build_model("cnn", 2, 8)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import shutil
 import tarfile
@@ -21,7 +22,7 @@ from training import checkpoint, speed
 from training.config import Hyperparameters
 from training.distributed import World
 from training.model import ModelError, build_model
-from training.pretrained import freeze, load_weights, published_weights, read_weights, train_mode
+from training.pretrained import find_weights, freeze, load_weights, published_weights, read_weights, train_mode
 
 ALONE = World(rank=0, size=1, device=torch.device("cpu"))
 
@@ -40,7 +41,7 @@ def test_weights_come_from_files_of_every_usual_kind(tmp_path: Path, kind: str) 
         torch.save({"state_dict": state, "epoch": 3}, place)
     else:
         torch.save({f"module.{key}": value for key, value in state.items()} if kind == "parallel" else state, place)
-    read = read_weights(tmp_path if kind == "folder" else place)
+    read = read_weights(find_weights(tmp_path if kind == "folder" else place))
     assert set(read) == set(state)
     assert same(read, state, list(state))
 
@@ -67,7 +68,7 @@ class Evil:
 def test_what_is_no_weights_is_one_sentence(tmp_path: Path, make: Any, sentence: str, capsys: Any) -> None:
     make(tmp_path)
     with pytest.raises(ModelError) as error:
-        read_weights(tmp_path)
+        read_weights(find_weights(tmp_path))
     assert sentence in str(error.value)
     assert "\n" not in str(error.value)
     assert "gotcha" not in capsys.readouterr().out
@@ -131,7 +132,8 @@ def test_a_run_starts_from_a_file(verb: Verb, project: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "a new head for 10 classes" in done.stdout
     folder = project / "artifacts" / "latest"
-
+    digest = hashlib.sha256((project.parent / "my weights.safetensors").read_bytes()).hexdigest()
+    assert json.loads((folder / "run.json").read_text())["pretrained_sha256"] == digest
     with tarfile.open(folder / "model.tar.gz") as archive:
         archive.extract("model.safetensors", project.parent, filter="data")
     weights = load_file(project.parent / "model.safetensors")

@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,11 +21,12 @@ import pytest
 import imaging
 from inference import inference
 from pipelines import SOURCE
-from tests.helpers import CLASSES, draw
+from tests.helpers import CLASSES, draw, free_port
 from tests.host_ray import HostError, processes, ray_host
+from tests.hosting import npy
 from tests.test_house import MODULES, imported
 from tests.test_inference import artifact, classifier, photo
-from tests.test_requests import BAD, npy
+from tests.test_requests import BAD
 from training.export import checksums
 
 __all__ = ["artifact", "classifier"]  # fixtures
@@ -52,12 +52,6 @@ def python() -> Path:
     if "RAY_PYTHON" not in os.environ:
         pytest.skip("RAY_PYTHON names no interpreter of an environment with Ray; see tests/host_ray.py")
     return Path(os.environ["RAY_PYTHON"])
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 class Host:

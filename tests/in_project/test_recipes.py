@@ -22,9 +22,8 @@ from moto.sagemaker.models import sagemaker_backends
 from inference import inference
 from pipelines import ROOT, SOURCE, data, image_push, prices, runs
 from pipelines import aws as cloud
-from tests.cloud import Call, Recorder, aws, check_golden
+from tests.cloud import STACK, Call, Recorder, aws, check_golden
 from tests.helpers import verb_environment
-from tests.test_cloud_training import STACK
 from training import train as script
 from training.config import Hyperparameters
 from training.data import load_channels

@@ -19,8 +19,8 @@ from pipelines import approve, bootstrap_destroy, pull, register, registry, runs
 from pipelines import aws as cloud
 from pipelines.console import UserError
 from pipelines.registry import Package
-from tests.cloud import Recorder, aws, check_golden
-from tests.test_deploy import NAME, STACK, Hosting, hosting, run, settings, written
+from tests.cloud import STACK, Recorder, aws, check_golden
+from tests.test_deploy import NAME, Hosting, hosting, run, settings, written
 from tests.test_inference import archive, artifact, classifier
 
 __all__ = ["archive", "artifact", "aws", "classifier", "hosting"]  # fixtures

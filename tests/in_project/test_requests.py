@@ -17,17 +17,11 @@ import payload
 from inference import inference
 from payload import JSON_TYPE, Limits, RequestError
 from tests.helpers import CLASSES, draw
+from tests.hosting import NPY, npy
 from tests.test_inference import artifact, classifier, photo
 from training.export import checksums
 
 __all__ = ["artifact", "classifier"]  # fixtures
-NPY = "application/x-npy"
-
-
-def npy(array: Any, allow_pickle: bool = False) -> bytes:
-    buffer = io.BytesIO()
-    np.save(buffer, array, allow_pickle=allow_pickle)
-    return buffer.getvalue()
 
 
 def header(text: str, version: tuple[int, int] = (1, 0)) -> bytes:

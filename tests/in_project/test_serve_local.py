@@ -16,9 +16,8 @@ from typing import Any
 import pytest
 
 from pipelines import engine, serve_local
-from tests.helpers import Verb, containers_and_networks, verb_environment
+from tests.helpers import Verb, containers_and_networks, free_port, verb_environment
 from tests.test_inference import archive, artifact, photo
-from tests.test_serving import free_port
 
 __all__ = ["archive", "artifact"]  # fixtures
 RUN = "20260101-000000-abcd"

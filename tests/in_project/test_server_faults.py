@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 
 from pipelines.serve_local import command
-from tests.helpers import verb_environment
-from tests.hosting import ANY_IMAGE, Running, ask, free_port, serving
+from tests.helpers import free_port, verb_environment
+from tests.hosting import ANY_IMAGE, Running, ask, serving
 from tests.test_inference import artifact, photo
 
 __all__ = ["artifact"]  # a fixture

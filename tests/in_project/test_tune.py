@@ -30,9 +30,9 @@ from pipelines import (
     tuning,
 )
 from pipelines.console import UserError
-from tests.cloud import Recorder, aws, check_golden
+from tests.cloud import KEY, NETWORK, Recorder, aws, check_golden, refused
 from tests.helpers import Verb, verb_environment
-from tests.test_cloud_training import KEY, NETWORK, account, refused, settings
+from tests.test_cloud_training import account, settings
 
 __all__ = ["account", "aws"]  # fixtures
 pytestmark = pytest.mark.filterwarnings(

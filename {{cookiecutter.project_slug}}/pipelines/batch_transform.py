@@ -21,11 +21,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from pipelines import aws, console, data, endpoints, engine, image_push, logs, prices, rollout, runs, source, storage
 from pipelines.config import Settings, load
 from pipelines.console import UserError
+from processing.progress import progress
 
 MEGABYTE = 2**20
 USUAL, MOST = 6, 100  # megabytes of a request; AWS: so many at most, and of all concurrent ones together
@@ -156,6 +155,7 @@ def join(settings: Settings, name: str) -> int:
         if prefix + file not in there:
             return {"file": file, "error": f"batch transform gave no answer; see `make logs JOB={name}`"}
         try:
+            tick(1)
             answer = json.loads(storage.get(settings, f"{place}/{prefix}{file}.out"))
             return {"file": file} | {key: answer[column][0] for key, column in COLUMNS.items()}
         except (ValueError, LookupError, TypeError) as error:
@@ -163,12 +163,13 @@ def join(settings: Settings, name: str) -> int:
 
     output = runs.ARTIFACTS / "batch" / f"{name}.jsonl"
     output.parent.mkdir(parents=True, exist_ok=True)
-    with ThreadPoolExecutor(storage.THREADS) as pool:
-        lines = list(tqdm(pool.map(line, names), total=len(names), unit="file", disable=None))
+    with progress(len(names), "fetching", "answers") as tick, ThreadPoolExecutor(storage.THREADS) as pool:
+        lines = list(pool.map(line, names))
     output.write_text("".join(f"{json.dumps(entry)}\n" for entry in lines), encoding="utf-8")
     labels = Counter(entry["label"] for entry in lines if "label" in entry)
     bad = len(lines) - labels.total()
     print(f"{len(names)} images, {bad} of them without an answer -> {os.path.relpath(output)}")
+    print("  images  class")
     for label, count in sorted(labels.items()):
         print(f"{count:8}  {label}")
     if facts["Status"] != "Completed":

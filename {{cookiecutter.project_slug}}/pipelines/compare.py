@@ -16,7 +16,7 @@ from pipelines.charts import number_text
 from pipelines.console import UserError
 from pipelines.page import Record
 
-FACTS = ("git_commit", "data", "dataset_fingerprint", "mode", "image", "instances", "device")
+FACTS = ("git_commit", "data", "dataset_fingerprint", "pretrained_sha256", "mode", "image", "instances", "device")
 Row = tuple[str, ...]  # name, A, B, difference
 
 

@@ -9,20 +9,22 @@ import logging
 import re
 import shutil
 import sys
+import textwrap
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
-from tqdm import tqdm
+from processing.progress import bar, regularly, waiting
 
 ESCAPES = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 CONTAINER = re.compile(r"^(?:\S*?[-_])?(algo-\d+)(?:[-_]\d+)?\s*\| ?")  # compose v1: `algo-1_1  | `, v2: `algo-1  | `
 PLAN = re.compile(r"^training for (\d+) epochs of (\d+) steps")
+RESUMED = re.compile(r"^resumed after epoch (\d+) of \d+ and (\d+) steps")
 EPOCH = re.compile(r"^epoch=\d+ step=(\d+) .*val_accuracy=([0-9.eE+-]+)")
 PROGRESS = re.compile(r"^progress epoch \d+/\d+ step (\d+)/\d+")
-DRIVER = ("++ ", "Executing command:", "Training Container Execution Completed", "An error occurred with exit code",
-          "Command failed with exit code")  # fmt: skip
+DRIVER = ("++ ", "+++ ", "Executing command:", "Training Container Execution Completed",
+          "An error occurred with exit code", "Command failed with exit code")  # fmt: skip
 
 
 class UserError(Exception):
@@ -62,6 +64,11 @@ def parser(description: str, settings: bool = False) -> argparse.ArgumentParser:
     return made
 
 
+def width() -> int:
+    """How wide the terminal is; 0 where there is none, and nothing has to fit."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else 0
+
+
 def log_to(path: Path) -> None:
     """Send the SDK's messages, which it hides by default, to a file."""
     handler = logging.FileHandler(path, encoding="utf-8")
@@ -91,8 +98,11 @@ class TrainingView:
         self._verbose = verbose
         self._rest = ""
         self._started: set[str] = set()  # hosts whose driver has started the script
-        self._bar: tqdm[Any] | None = None
+        self._bar: Any = None  # of tqdm; after the script has said how much there is to do
+        self._resumed = (0, 0)  # epochs and steps
         self._lock = threading.Lock()
+        self._open = contextlib.ExitStack()
+        self._say = self._open.enter_context(waiting("the first step of training", self._output))
 
     def write(self, text: str) -> int:
         """Take any piece of text; complete lines are shown."""
@@ -113,9 +123,8 @@ class TrainingView:
         """Show the last line and leave the bar standing."""
         if self._rest:
             self.write("\n")
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
+        self._open.close()
+        self._bar = None
         with contextlib.suppress(OSError):
             self._log.close()
 
@@ -139,18 +148,37 @@ class TrainingView:
         self._advance(text)
 
     def _show(self, text: str) -> None:
+        if self._output.isatty():
+            text = self._fitted(text)
         if self._bar is None:
-            print(text, file=self._output, flush=True)
+            self._say(text)
         elif not PROGRESS.match(text):
             self._bar.write(text, file=self._output)
 
+    def _fitted(self, text: str) -> str:
+        """A line as a terminal shows it best: that of an epoch in a width of 80, others broken between words."""
+        if EPOCH.match(text):
+            text = re.sub(r" images_per_second=(\d+)", r" \1 images/s", re.sub(r" step=\d+", "", text, count=1))
+        columns = shutil.get_terminal_size().columns
+        if len(text) < columns:
+            return text
+        return textwrap.fill(text, columns - 1, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+
     def _advance(self, text: str) -> None:
-        if plan := PLAN.match(text):
+        if resumed := RESUMED.match(text):
+            self._resumed = (int(resumed[1]), int(resumed[2]))
+        elif plan := PLAN.match(text):
             if self._output.isatty() and self._bar is None:
-                steps, columns = int(plan[1]) * int(plan[2]), shutil.get_terminal_size().columns
-                self._bar = tqdm(total=steps, unit="step", desc="training", file=self._output, ncols=min(columns, 120))
+                done = self._resumed[0] * int(plan[2]) + self._resumed[1]
+                self._open.close()
+                made = bar(int(plan[1]) * int(plan[2]), "training", "steps", self._output, done)
+                self._bar = self._open.enter_context(made)
+                self._open.enter_context(regularly(made.refresh))
         elif text.startswith("first step done"):
             self.on_first_step()
+            if self._bar is None:
+                self._open.close()
+                self._say = lambda line: print(line, file=self._output, flush=True)
         elif (step := EPOCH.match(text) or PROGRESS.match(text)) and self._bar is not None:
             self._bar.update(int(step[1]) - self._bar.n)
             if step.re is EPOCH:

@@ -48,6 +48,7 @@ def run(job: Job, image: str, view: TrainingView) -> Outputs:
         reason = view.last_line if "Failed to run" in str(error) else str(error).partition("\n")[0]
         raise JobFailed(failure_reason(job.root, reason or type(error).__name__)) from error
     finally:
+        view.close()  # or its bar would write over what follows
         engine.remove_run(job.root)
         engine.give_back(image, job.root, job.channels["checkpoints"])
         if python_path is not None:

@@ -24,6 +24,7 @@ from pipelines.config import Settings, load
 from pipelines.console import UserError
 from pipelines.runs import STAMPS
 from pipelines.sample_data import write_digits
+from processing.progress import waiting
 from training.config import shown
 
 DATA = ROOT / "data"
@@ -100,12 +101,14 @@ def _pack(settings: Settings, folder: Path) -> Path:
     """Pack a folder of raw images, unless the same files were packed with the same settings before."""
     target = DATA / _name(folder)
     words = options(settings)
-    stamp, packed = STAMPS / f"{target.name}.json", {"source": str(folder), "state": state(folder, words)}
+    with waiting(f"the list of files in {folder}"):
+        now = state(folder, words)
+    stamp, packed = STAMPS / f"{target.name}.json", {"source": str(folder), "state": now}
     if (target / "train" / "dataset.json").is_file() and _read(stamp) == packed:
         return target
     stamp.unlink(missing_ok=True)
     script = SOURCE / "processing" / "preprocess.py"
-    command = [sys.executable, str(script), "--input", str(folder), "--output", str(target), *words]
+    command = [sys.executable, str(script), "--input", str(folder), "--output", os.path.relpath(target), *words]
     if subprocess.run(command).returncode:
         raise UserError(f"{folder} was not packed (see above)")
     stamp.write_text(json.dumps(packed), encoding="utf-8")
@@ -121,7 +124,8 @@ def _alone(name: str) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             print(f"waiting for another process that packs {name}", flush=True)
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            with waiting(f"another process that packs {name}"):
+                fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 

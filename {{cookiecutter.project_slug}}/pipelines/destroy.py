@@ -10,11 +10,13 @@ stay: they are `make bootstrap-destroy`'s, which follows with ALL=1 after the pr
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 from pipelines import aws, console, engine, inventory, status
 from pipelines.config import Settings, load
 from pipelines.console import UserError
 from pipelines.inventory import Item
+from processing.progress import waiting
 
 PAUSE = 10.0  # seconds between two looks
 PATIENCE = 20 * 60.0  # seconds; a job may take minutes to stop, an endpoint as many to go
@@ -78,21 +80,25 @@ def _until_gone(
     """Ask for removal and look again until nothing bills, all is refused for good, or patience ends."""
     left = [item for item in found if item.bills]
     refused: dict[tuple[str, str], str] = {}
-    deadline = time.monotonic() + PATIENCE
-    while left and time.monotonic() < deadline:
-        refused = _remove(settings, [item for item in left if not item.detail.endswith(LEAVING)])
-        left = [
-            item for item in inventory.everything(settings) if item.bills and (names is None or _key(item) in names)
-        ]
-        if left and all(DENIED in refused.get(_key(item), "") for item in left):
-            break
-        if left:
-            print(f"waiting for {', '.join(f'{item.kind} {item.name}' for item in left)}", flush=True)
-            time.sleep(PAUSE)
+    said, deadline = "", time.monotonic() + PATIENCE
+    with waiting("AWS to remove that") as say:
+        while left and time.monotonic() < deadline:
+            refused = _remove(settings, [item for item in left if not item.detail.endswith(LEAVING)], say)
+            left = [
+                item for item in inventory.everything(settings) if item.bills and (names is None or _key(item) in names)
+            ]
+            if left and all(DENIED in refused.get(_key(item), "") for item in left):
+                break
+            if left:
+                there = ", ".join(f"{item.kind} {item.name}" for item in left)
+                if there != said:
+                    say(f"waiting for {there}")
+                said = there
+                time.sleep(PAUSE)
     return refused, left
 
 
-def _remove(settings: Settings, items: list[Item]) -> dict[tuple[str, str], str]:
+def _remove(settings: Settings, items: list[Item], say: Callable[[str], None] = print) -> dict[tuple[str, str], str]:
     """Ask for the removal of each; returns why AWS refused, where it did: what is there then shows the next look."""
     from botocore.exceptions import ClientError
 
@@ -102,7 +108,7 @@ def _remove(settings: Settings, items: list[Item]) -> dict[tuple[str, str], str]
         with aws.explained(f"removing {item.kind} {item.name}"):
             try:
                 getattr(aws.client(settings, service), operation)(**parameters)
-                print(f"removing {item.kind} {item.name}", flush=True)
+                say(f"removing {item.kind} {item.name}")
             except ClientError as error:
                 details = error.response["Error"]
                 if aws.missing(error) or details["Code"] == "ObjectNotFoundException":

@@ -13,6 +13,7 @@ from typing import Any
 from pipelines import aws, engine
 from pipelines.config import Settings
 from pipelines.console import UserError
+from processing.progress import waiting
 
 LONGEST = 42  # characters of a name: those of its models and configurations are 21 longer, and AWS takes 63
 POLL = 10.0  # seconds between two looks at an endpoint
@@ -248,14 +249,15 @@ def _ask_async(settings: Settings, endpoint: Any, facts: dict[str, Any], body: b
                 f"{endpoint.endpoint_name} has no instance right now; the first one comes in some minutes", flush=True
             )
         deadline = time.monotonic() + ASYNC_PATIENCE
-        while time.monotonic() < deadline:
-            answer = _taken(s3, made.output_location)
-            if answer is not None:
-                return answer
-            failure = _taken(s3, made.failure_location)
-            if failure is not None:
-                raise UserError(f"{endpoint.endpoint_name} failed: {sentence(failure.decode(errors='replace'))}")
-            time.sleep(ASYNC_POLL)
+        with waiting(f"the answer of {endpoint.endpoint_name}"):
+            while time.monotonic() < deadline:
+                answer = _taken(s3, made.output_location)
+                if answer is not None:
+                    return answer
+                failure = _taken(s3, made.failure_location)
+                if failure is not None:
+                    raise UserError(f"{endpoint.endpoint_name} failed: {sentence(failure.decode(errors='replace'))}")
+                time.sleep(ASYNC_POLL)
     finally:
         s3.delete_object(**question)
     raise UserError(f"no answer in {ASYNC_PATIENCE // 60} minutes; it would come to {made.output_location}")

@@ -20,6 +20,7 @@ from pipelines.config import LocalMode, Settings
 from pipelines.console import UserError
 from pipelines.environment import certificates
 from pipelines.jobs import GRACE
+from processing.progress import waiting
 
 Target = Literal["training", "serving"]
 DOCKERFILE = ROOT / "docker" / "Dockerfile"
@@ -216,7 +217,8 @@ def build(settings: Settings, target: Target, options: Sequence[str] = (), name:
         bundle = certificates()
         if bundle:
             shutil.copyfile(bundle, Path(context, "ca.crt"))
-        result = subprocess.run([*command, context], stdout=log, stderr=log)
+        with waiting(f"`docker build`, whose log is {_relative(BUILD_LOG)}"):
+            result = subprocess.run([*command, context], stdout=log, stderr=log)
     if result.returncode:
         lines = [line for line in BUILD_LOG.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
         reason = lines[-1].strip() if lines else "no message"
@@ -229,7 +231,9 @@ def remove_run(folder: Path) -> None:
     file = folder / "docker-compose.yaml"
     command = compose()
     if file.exists() and command is not None:
-        subprocess.run([*command, "-f", str(file), "down", "--timeout", str(GRACE)], capture_output=True, check=False)
+        down = [*command, "-f", str(file), "down", "--timeout", str(GRACE)]
+        with waiting("the containers to stop"):
+            subprocess.run(down, capture_output=True, check=False)
         _docker("network", "rm", NETWORK)  # stays as long as another run uses it, whose end removes it
 
 

@@ -52,6 +52,7 @@ def main() -> int:
     code = evaluate(folder)
     if code == 0:
         print(page.attach(folder))
+        print(runs.after(folder))
     return code
 
 

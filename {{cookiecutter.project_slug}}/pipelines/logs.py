@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Callable
 from typing import Any
 
 from pipelines import aws, console, engine
 from pipelines.config import Settings, load
 from pipelines.console import UserError
+from processing.progress import waiting
 
 KINDS = ("Training", "Processing", "Transform")
 ENDED = ("Completed", "Failed", "Stopped")
@@ -91,21 +93,24 @@ def follow(settings: Settings, kind: str, name: str, once: bool = False) -> dict
     tokens: dict[str, str] = {}
     status = watched = ""
     try:
-        while True:
-            facts = describe(settings, kind, name)
-            _print_new_lines(settings, kind, name, tokens)
-            ended = facts["Status"] in ENDED
-            if status != (status := facts.get("SecondaryStatus", facts["Status"])):
-                print(f"[{status}]", flush=True)
-            if once or (ended and watched in ("", facts["Status"])):
-                return facts
-            watched = facts["Status"]  # once more after its end: CloudWatch lags
-            time.sleep(POLL)
+        with waiting(f"the job {name}") as say:
+            while True:
+                facts = describe(settings, kind, name)
+                _print_new_lines(settings, kind, name, tokens, say)
+                ended = facts["Status"] in ENDED
+                if status != (status := facts.get("SecondaryStatus", facts["Status"])):
+                    say(f"[{status}]")
+                if once or (ended and watched in ("", facts["Status"])):
+                    return facts
+                watched = facts["Status"]  # once more after its end: CloudWatch lags
+                time.sleep(POLL)
     except KeyboardInterrupt:
         raise UserError(f"{name} runs on. {after(settings, kind, name)}", code=130) from None
 
 
-def _print_new_lines(settings: Settings, kind: str, name: str, tokens: dict[str, str]) -> None:
+def _print_new_lines(
+    settings: Settings, kind: str, name: str, tokens: dict[str, str], say: Callable[[str], None]
+) -> None:
     """Print what came since the last time; `tokens` remembers where each stream stood."""
     from botocore.exceptions import ClientError
 
@@ -129,7 +134,7 @@ def _print_new_lines(settings: Settings, kind: str, name: str, tokens: dict[str,
             if not aws.missing(error):
                 raise
     for _, host, message in sorted(lines, key=lambda line: line[0]):
-        print(message.rstrip("\n") if host in ("", "algo-1") else f"{host}: {message}", flush=True)
+        say(message.rstrip("\n") if host in ("", "algo-1") else f"{host}: {message}")
 
 
 def succeeded(kind: str, facts: dict[str, Any]) -> None:

@@ -33,6 +33,7 @@ from pipelines.config import Settings, load
 from pipelines.console import UserError
 from pipelines.pipeline_graph import mermaid
 from pipelines.training_pipeline import Inputs, definition
+from processing.progress import waiting
 
 POLL = 15.0  # seconds
 ENDED = ("Succeeded", "Failed", "Stopped")
@@ -131,21 +132,22 @@ def follow(settings: Settings, arn: str) -> None:
     """
     sagemaker, shown = aws.client(settings, "sagemaker"), dict[str, str]()
     try:
-        while True:
-            with aws.explained(f"looking at {arn}"):
-                status = sagemaker.describe_pipeline_execution(PipelineExecutionArn=arn)["PipelineExecutionStatus"]
-                pages = sagemaker.get_paginator("list_pipeline_execution_steps").paginate(
-                    PipelineExecutionArn=arn, SortOrder="Ascending"
-                )
-                steps = [step for page in pages for step in page["PipelineExecutionSteps"]]
-            for step in steps:
-                line = _line(step)
-                if shown.get(step["StepName"]) != line:
-                    print(line, flush=True)
-                shown[step["StepName"]] = line
-            if status in ENDED:
-                break
-            time.sleep(POLL)
+        with waiting(f"the execution {arn.rpartition('/')[2]}") as say:
+            while True:
+                with aws.explained(f"looking at {arn}"):
+                    status = sagemaker.describe_pipeline_execution(PipelineExecutionArn=arn)["PipelineExecutionStatus"]
+                    pages = sagemaker.get_paginator("list_pipeline_execution_steps").paginate(
+                        PipelineExecutionArn=arn, SortOrder="Ascending"
+                    )
+                    steps = [step for page in pages for step in page["PipelineExecutionSteps"]]
+                for step in steps:
+                    line = _line(step)
+                    if shown.get(step["StepName"]) != line:
+                        say(line)
+                    shown[step["StepName"]] = line
+                if status in ENDED:
+                    break
+                time.sleep(POLL)
     except KeyboardInterrupt:
         raise UserError(f"{arn.rpartition('/')[2]} runs on; {hints(settings, arn)}", code=130) from None
     if status != "Succeeded":

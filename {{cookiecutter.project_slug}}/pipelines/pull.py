@@ -16,7 +16,7 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-from pipelines import ROOT, aws, console, logs, page, runs
+from pipelines import ROOT, aws, console, logs, page, runs, storage
 from pipelines.config import Settings, load
 from pipelines.console import UserError
 
@@ -42,11 +42,10 @@ def pull(settings: Settings, job: str | None) -> Path:
     work.mkdir(parents=True, exist_ok=True)
     model_uri = facts["ModelArtifacts"]["S3ModelArtifacts"]
     bucket, _, key = model_uri.removeprefix("s3://").partition("/")
-    s3 = aws.client(settings, "s3")
     for archive in ARCHIVES:
         with aws.explained(f"downloading {archive} of {name}"):
             if not (work / archive).exists():  # boto3 renames it to this when it is whole
-                s3.download_file(bucket, f"{key.rpartition('/')[0]}/{archive}", str(work / archive))
+                storage.download(settings, bucket, f"{key.rpartition('/')[0]}/{archive}", work / archive)
     try:
         model, output = (_unpacked(work / archive) for archive in ARCHIVES)
         folder = runs.publish(run, model, output, _facts(facts, output))
@@ -102,8 +101,8 @@ def main() -> int:
     parser.add_argument("--job", help="name of a training job (default: the project's newest)")
     options = parser.parse_args()
     folder = pull(load(options.set), options.job)
-    print(runs.describe(folder))
     print(page.attach(folder))
+    print(runs.describe(folder))
     return 0
 
 

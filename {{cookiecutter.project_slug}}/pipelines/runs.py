@@ -15,6 +15,7 @@ import shlex
 import shutil
 import subprocess
 import tarfile
+import textwrap
 import time
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ CHECKPOINTS = ROOT / ".cache" / "checkpoints"
 STAMPS = ROOT / ".cache" / "data"  # what was packed from where, by data set
 LATEST = "latest"
 NAME = re.compile(r"\d{8}-\d{6}-[0-9a-f]{4}")
+WIDTH = 79  # columns of what is shown
 FILES = ("metrics.json", "metrics.jsonl", "train.log", "run.json")  # beside model.tar.gz
 
 
@@ -150,7 +152,8 @@ def describe(folder: Path) -> str:
     metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     first = facts.get("seconds_to_first_step")
     rows = [
-        ("run", f"{facts['run']} ({facts['mode']}{', image ' + facts['image'] if facts.get('image') else ''})"),
+        ("run", f"{facts['run']} ({facts['mode']})"),
+        *([("image", facts["image"])] if facts.get("image") else []),
         ("data set", f"{facts['data']}"),
         ("validation accuracy", f"{metrics['val_accuracy']:.4f}"),
         ("validation loss", f"{metrics['val_loss']:.4f}"),
@@ -164,15 +167,22 @@ def describe(folder: Path) -> str:
         text = f"{accuracy['value']:.4f} (95 % interval {accuracy['ci_low']:.4f} to {accuracy['ci_high']:.4f})"
         rows.append(("test accuracy", text))
     lines = [f"  {name:20} {value}" for name, value in rows]
-    here = Path(os.path.relpath(folder, ROOT))
-    lines += [f"  {name:20} {here / name}" for name in sorted(path.name for path in folder.iterdir())]
+    lines.append(f"  {'files':20} {Path(os.path.relpath(folder, ROOT))}/")
+    names = " ".join(sorted(path.name for path in folder.iterdir()))
+    lines += textwrap.wrap(names, WIDTH, initial_indent=23 * " ", subsequent_indent=23 * " ", break_on_hyphens=False)
+    return "\n".join([*lines, after(folder)])
+
+
+def after(folder: Path) -> str:
+    """What to do next with a finished run: at most three commands."""
+    run = "" if (ARTIFACTS / LATEST).resolve() == folder.resolve() else f" RUN={folder.name}"
     commands = [
-        *([] if evaluation.exists() else ["make evaluate"]),
-        f"make predict IMAGE={shlex.quote(example_image(folder))}",
-        "make serve-local",
+        *([] if (folder / "evaluation.json").exists() else [f"make evaluate{run}"]),
+        f"make predict IMAGE={shlex.quote(example_image(folder))}{run}",
+        f"make serve-local{run}",
         "make train-local DATA=folder/of/images",
     ]
-    return "\n".join([*lines, "next:", *(f"  {command}" for command in commands[:3])])
+    return "\n".join(["next:", *(f"  {command}" for command in commands[:3])])
 
 
 def example_image(folder: Path) -> str:

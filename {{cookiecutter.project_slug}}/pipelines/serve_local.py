@@ -26,6 +26,7 @@ from inference.artifact import ArtifactError, unpack
 from pipelines import SOURCE, console, engine, runs
 from pipelines.config import load
 from pipelines.console import UserError
+from processing.progress import waiting
 
 PATIENCE = 120  # seconds until the model must be loaded
 
@@ -72,7 +73,8 @@ def server(archive: Path, image: str | None, port: int) -> Iterator[subprocess.P
         Path(folder).chmod(0o755)
         process = subprocess.Popen(command(image, Path(folder), port), start_new_session=True)
         try:
-            _wait(process, port)
+            with waiting(f"the server, which loads the model ({PATIENCE} s at most)", alone=False):
+                _wait(process, port)
             yield process
         finally:
             process.terminate()

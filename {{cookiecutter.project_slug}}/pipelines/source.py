@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from inference.artifact import ArtifactError, unpack
-from pipelines import aws, registry, runs
+from pipelines import aws, registry, runs, storage
 from pipelines.config import Settings
 from pipelines.console import UserError
 
@@ -77,7 +77,7 @@ def find(settings: Settings, options: Namespace, folder: Path) -> Source:
         bucket, _, key = uri.removeprefix("s3://").partition("/")
         archive = folder / "model.tar.gz"
         with aws.explained(f"downloading {uri}"):
-            aws.client(settings, "s3").download_file(bucket, key, str(archive))
+            storage.download(settings, bucket, key, archive)
     return Source(label, archive, checked(archive, folder / "unpacked"), uri, arn)
 
 

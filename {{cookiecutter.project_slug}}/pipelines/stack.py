@@ -9,6 +9,7 @@ from typing import Any
 
 from pipelines import aws
 from pipelines.console import UserError
+from processing.progress import waiting
 
 PAUSE = 5.0  # seconds between looks at a stack that changes
 LEFTOVER = ("REVIEW_IN_PROGRESS", "CREATE_FAILED", "ROLLBACK_COMPLETE", "ROLLBACK_FAILED", "DELETE_FAILED")
@@ -49,17 +50,18 @@ def settle(cloud: Any, stack: str, doing: str) -> str:
     """Wait until nothing changes any more, with a line whenever something has; gives the stack's status."""
     shown = ""
     try:
-        while True:
-            status: str = cloud.describe_stacks(StackName=stack)["Stacks"][0]["StackStatus"]
-            resources = cloud.describe_stack_resources(StackName=stack)["StackResources"]
-            done = sum(not resource["ResourceStatus"].endswith("IN_PROGRESS") for resource in resources)
-            line = f"{doing}: {status.lower().replace('_', ' ')}, {done} of {len(resources)} resources"
-            if line != shown:
-                print(line, flush=True)
-            shown = line
-            if not status.endswith("IN_PROGRESS"):
-                return status
-            time.sleep(PAUSE)
+        with waiting("CloudFormation") as say:
+            while True:
+                status: str = cloud.describe_stacks(StackName=stack)["Stacks"][0]["StackStatus"]
+                resources = cloud.describe_stack_resources(StackName=stack)["StackResources"]
+                done = sum(not resource["ResourceStatus"].endswith("IN_PROGRESS") for resource in resources)
+                line = f"{doing}: {status.lower().replace('_', ' ')}, {done} of {len(resources)} resources"
+                if line != shown:
+                    say(line)
+                shown = line
+                if not status.endswith("IN_PROGRESS"):
+                    return status
+                time.sleep(PAUSE)
     except KeyboardInterrupt:
         raise UserError("interrupted, but AWS goes on; the same command later shows how it went", 130) from None
 
@@ -92,11 +94,12 @@ def remove(cloud: Any, stack: str) -> None:
 
 def changes(cloud: Any, change_set: str) -> list[str]:
     """CloudFormation's plan, a line a resource; none when there is nothing to do."""
-    while True:
-        plan = cloud.describe_change_set(ChangeSetName=change_set)
-        if plan["Status"] not in ("CREATE_PENDING", "CREATE_IN_PROGRESS"):
-            break
-        time.sleep(PAUSE)
+    with waiting("CloudFormation's plan"):
+        while True:
+            plan = cloud.describe_change_set(ChangeSetName=change_set)
+            if plan["Status"] not in ("CREATE_PENDING", "CREATE_IN_PROGRESS"):
+                break
+            time.sleep(PAUSE)
     reason = plan.get("StatusReason", "")
     if plan["Status"] == "FAILED" and ("didn't contain changes" in reason or "No updates" in reason):
         return []

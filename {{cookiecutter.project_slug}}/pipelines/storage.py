@@ -9,11 +9,10 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from tqdm import tqdm
-
 from pipelines import aws, data
 from pipelines.config import Settings
 from pipelines.console import UserError
+from processing.progress import progress
 
 THREADS = 8
 SPLITS = ("train", "validation")  # what a training job is given of a data set
@@ -43,11 +42,13 @@ def upload(settings: Settings, folder: Path, bucket: str, prefix: str) -> str:
         todo = sorted(name for name, size in files.items() if there.get(name) != size)
         print(f"uploading {len(todo)} of {len(files)} files to {uri}", flush=True)
 
-        def put(name: str) -> None:
-            s3.upload_file(str(folder / name.removeprefix(f"{prefix}/")), bucket, name, ExtraArgs=encryption)
+        with progress(sum(files[name] for name in todo), "uploading", "B") as tick, ThreadPoolExecutor(THREADS) as pool:
 
-        with ThreadPoolExecutor(THREADS) as pool:
-            list(tqdm(pool.map(put, todo), total=len(todo), unit="file", disable=None))
+            def put(name: str) -> None:
+                path = str(folder / name.removeprefix(f"{prefix}/"))
+                s3.upload_file(path, bucket, name, ExtraArgs=encryption, Callback=tick)
+
+            list(pool.map(put, todo))
         s3.put_object(Bucket=bucket, Key=f"{prefix}{DONE}", Body=b"", **encryption)
     return uri
 
@@ -92,6 +93,14 @@ def get(settings: Settings, uri: str) -> bytes:
         return bytes(aws.client(settings, "s3").get_object(Bucket=bucket, Key=key)["Body"].read())
 
 
+def download(settings: Settings, bucket: str, key: str, target: Path) -> None:
+    """Fetch an object into a file, which is there when it is whole."""
+    s3 = aws.client(settings, "s3")
+    size = s3.head_object(Bucket=bucket, Key=key)["ContentLength"]
+    with progress(size, f"downloading {target.name}", "B") as tick:
+        s3.download_file(bucket, key, str(target), Callback=tick)
+
+
 def put(settings: Settings, uri: str, content: bytes) -> None:
     """Write an object, encrypted as the settings say."""
     bucket, _, key = uri.removeprefix("s3://").partition("/")
@@ -114,7 +123,8 @@ def artifact(settings: Settings, stack: aws.Stack, archive: Path) -> str:
         except ClientError as error:
             if error.response["Error"]["Code"] != "404":
                 raise
-        s3.upload_file(str(archive), **place, ExtraArgs=aws.encryption(settings))
+        with progress(archive.stat().st_size, f"uploading {archive.name}", "B") as tick:
+            s3.upload_file(str(archive), **place, ExtraArgs=aws.encryption(settings), Callback=tick)
     return uri
 
 

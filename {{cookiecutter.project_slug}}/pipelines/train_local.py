@@ -164,8 +164,8 @@ def main() -> int:
     settings = load(overrides)
     compute = settings.compute
     folder = train(settings, options.data, options.run, compute.local_mode, compute.local_instances, options.verbose)
-    print(runs.describe(folder))
     print(page.attach(folder))
+    print(runs.describe(folder))
     return 0
 
 

@@ -20,6 +20,7 @@ from pipelines.config import Range, Settings, load, number
 from pipelines.console import UserError
 from pipelines.jobs import LAUNCHER, Interrupted
 from pipelines.train_local import interruptible
+from processing.progress import waiting
 
 KIND = logs.TUNING
 TOOLKIT = re.compile(r"/[\w.-]*pytorch[\w.-]*training[\w.-]*[:@]")  # images that bring AWS's sagemaker-training
@@ -140,17 +141,18 @@ def follow(settings: Settings, name: str, once: bool) -> dict[str, Any]:
     """
     shown = ""
     try:
-        while True:
-            facts = logs.describe(settings, KIND, name)
-            if not facts:
-                raise UserError(f"there is no tuning job {name!r} in {settings.aws.region}")
-            counts = facts.get("TrainingJobStatusCounters", {})
-            line = ", ".join(f"{count} {logs.words(word, ' ')}" for word, count in counts.items() if count)
-            if shown != (shown := f"[{facts['Status']}] {line}".rstrip()):
-                print(shown, flush=True)
-            if once or facts["Status"] in logs.ENDED:
-                return facts
-            time.sleep(logs.POLL)
+        with waiting(f"the search {name}") as say:
+            while True:
+                facts = logs.describe(settings, KIND, name)
+                if not facts:
+                    raise UserError(f"there is no tuning job {name!r} in {settings.aws.region}")
+                counts = facts.get("TrainingJobStatusCounters", {})
+                line = ", ".join(f"{count} {logs.words(word, ' ')}" for word, count in counts.items() if count)
+                if shown != (shown := f"[{facts['Status']}] {line}".rstrip()):
+                    say(shown)
+                if once or facts["Status"] in logs.ENDED:
+                    return facts
+                time.sleep(logs.POLL)
     except KeyboardInterrupt:
         raise UserError(f"{name} runs on. {logs.after(settings, KIND, name)}", code=130) from None
 
@@ -181,7 +183,7 @@ def report(settings: Settings, facts: dict[str, Any]) -> None:
     searched = settings.tuning.model_copy(
         update={"ranges": dict.fromkeys(ranges), "objective": objective["MetricName"], "goal": objective["Type"]}
     )
-    print(tuning.table(searched, trials))
+    print(tuning.table(searched, trials, console.width()))
     if facts["Status"] == "Failed":
         raise UserError(f"{name} failed: {' '.join(facts.get('FailureReason', 'no reason given').split())}")
     best = tuning.best(searched, trials)

@@ -63,11 +63,11 @@ def tune(settings: Settings, source: str, name: str | None, verbose: bool) -> Pa
         best = tuning.best(search, trials)
         result = {"best": best and best.name, search.objective: best and best.objective, "values": best and best.values}
         (folder / RESULT).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print(f"{tuning.table(search, trials)}\nin {folder.relative_to(ROOT)}: trials.txt, plot.svg, {RESULT}")
+    print(tuning.table(search, trials, console.width()))
+    print(f"in {folder.relative_to(ROOT)}: trials.txt, plot.svg, {RESULT}")
     if best is None:
         raise UserError(f"none of the {len(trials)} trials succeeded; each said why above")
-    print(f"best: {best.name}; look at it with `make evaluate RUN={best.name}`, or train with its values:")
-    print(f"  make train-local {tuning.options(best)}")
+    print(f"best: {best.name}\nnext:\n  make evaluate RUN={best.name}\n  make train-local {tuning.options(best)}")
     return folder
 
 

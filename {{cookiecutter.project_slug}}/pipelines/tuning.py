@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -37,8 +39,11 @@ def best(tuning: Tuning, trials: Sequence[Trial]) -> Trial | None:
     return max(done, key=lambda trial: sign * (trial.objective or 0), default=None)
 
 
-def table(tuning: Tuning, trials: Sequence[Trial]) -> str:
-    """A line for each trial in the order of their start; a star marks the best."""
+def table(tuning: Tuning, trials: Sequence[Trial], columns: int = 0) -> str:
+    """A line for each trial in the order of their start; a star marks the best.
+
+    A heading that makes it wider than `columns` is broken into several lines.
+    """
     first = best(tuning, trials)
     rows = [["", tuning.objective, *tuning.ranges, "status", "name"]]
     for trial in trials:
@@ -46,6 +51,10 @@ def table(tuning: Tuning, trials: Sequence[Trial]) -> str:
         values = [short(trial.values.get(name, "")) for name in tuning.ranges]
         rows.append(["*" if trial is first else "", reached, *values, trial.status, trial.name])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    if columns and sum(widths) + 2 * len(widths) > columns:
+        words = [re.split(r"(?<=[_:])", cell) for cell in rows[0]]
+        rows[:1] = [list(line) for line in itertools.zip_longest(*words, fillvalue="")]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 

@@ -37,7 +37,7 @@ def update() -> str:
     if not STATE.exists():
         raise UserError(f"{STATE.name} is missing, so the template of this project is not known; "
                         "`uvx cruft link <template>` writes it")  # fmt: skip
-    if not git("rev-parse", "HEAD").strip().isalnum():
+    if not git("rev-parse", "--quiet", "--verify", "HEAD"):
         raise UserError("the project has no commit yet; `git add . && git commit` first, so that nothing can be lost")
     if git("status", "--porcelain"):
         raise UserError("there are changes that are not committed; commit or stash them, so that nothing can be lost")

@@ -50,9 +50,11 @@ def verb(project: Path) -> Verb:
 
     def run(module: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", f"pipelines.{module}", *arguments]
-        return subprocess.run(
+        done = subprocess.run(
             command, cwd=project, env=verb_environment() | environment, capture_output=True, text=True, timeout=600
         )
+        assert "\x1b" not in done.stdout + done.stderr  # colours are for terminals
+        return done
 
     return run
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 from collections.abc import Callable
 
@@ -26,6 +27,13 @@ def verb_environment() -> dict[str, str]:
     """The environment of a shell that has no AWS account and has never heard of this project."""
     strange = ("AWS_", "SAGEMAKER_", "SM_", "INFERENCE_", "PYTHONPATH")
     return {name: value for name, value in os.environ.items() if not name.startswith(strange)}
+
+
+def free_port() -> int:
+    """A port of 127.0.0.1 that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def containers_and_networks() -> set[str]:

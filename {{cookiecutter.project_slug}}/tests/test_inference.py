@@ -25,8 +25,6 @@ from training.export import checksums, write_artifact
 from training.loop import fit
 from training.model import build_model
 
-ALLOWED = {"torch", "numpy", "PIL", "safetensors"}
-
 
 @pytest.fixture(scope="module")
 def artifact(packed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:

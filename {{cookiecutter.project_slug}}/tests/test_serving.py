@@ -5,7 +5,6 @@ from __future__ import annotations
 import http.client
 import json
 import shutil
-import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -17,7 +16,7 @@ import pytest
 
 from inference import inference
 from pipelines import serve_local
-from tests.helpers import CLASSES
+from tests.helpers import CLASSES, free_port
 from tests.test_inference import archive, artifact, classifier, photo
 
 __all__ = ["archive", "artifact", "classifier"]  # fixtures
@@ -33,12 +32,6 @@ for _ in range(600):
     except (urllib.error.URLError, ConnectionError):
         time.sleep(0.1)
 """
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def expected(classifier: inference.Classifier, label: str) -> Any:
@@ -117,16 +110,8 @@ def endpoint(archive: Path, image: str, folder: Path) -> Iterator[Any]:
     finally:
         with suppress(Exception):
             client.delete_endpoint("endpoint")  # it only stops the container
-        left = [
-            "docker",
-            "ps",
-            "--all",
-            "--quiet",
-            "--filter",
-            f"ancestor={image}",
-            "--filter",
-            "network=sagemaker-local",
-        ]
+        left = ["docker", "ps", "--all", "--quiet", "--filter", f"ancestor={image}"]
+        left += ["--filter", "network=sagemaker-local"]
         for name in subprocess.check_output(left, text=True).split():
             subprocess.run(["docker", "rm", "--force", name], check=True, capture_output=True)
         subprocess.run(["docker", "network", "rm", "sagemaker-local"], capture_output=True, check=False)

@@ -83,7 +83,7 @@ def test_container_mode_trains(verb: Verb, project: Path, nothing_left: str) -> 
     assert trained.returncode == 0, trained.stderr + trained.stdout
     facts = read(published(project) / "run.json")
     assert (facts["mode"], facts["image"], facts["instances"]) == ("container", nothing_left, 1)
-    assert "SM_HPS" not in trained.stdout  # the driver's noise stays in the log
+    assert not [sign for sign in ("SM_HPS", "++ ") if sign in trained.stdout]  # the driver's noise stays in the log
     assert "epoch=3 step=57" in trained.stdout
     assert owners(project) == {os.getuid()}
     assert not list(project.rglob("loop.*.pyc"))  # the container, which is root's, compiles nothing in src/

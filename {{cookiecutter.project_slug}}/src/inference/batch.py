@@ -14,6 +14,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shlex
 import signal
 import sys
 import time
@@ -29,7 +30,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the source root, instead of this script's folder
 
 from inference.artifact import Artifact, open_artifact
-from processing.progress import progress
+from processing.progress import progress, waiting
 
 BATCH = 64  # images a question; counted from the first image, so that they are the same wherever a run resumes
 AHEAD = 2 * BATCH  # images that are decoded, or wait for it, while a batch is asked
@@ -37,7 +38,8 @@ AHEAD = 2 * BATCH  # images that are decoded, or wait for it, while a batch is a
 
 def run(artifact: Artifact, digest: str, folder: Path, output: Path, signals: Sequence[int]) -> int:
     """Write the lines of all images below `folder`, or the rest of them; gives the exit code."""
-    files, facts = _list(folder, output)
+    with waiting(f"the list of images in {folder}"):
+        files, facts = _list(folder, output)
     partial, place = output.with_name(f"{output.name}.partial"), folder.stat()
     output.parent.mkdir(parents=True, exist_ok=True)
     with partial.open("a+b") as lines:
@@ -52,9 +54,8 @@ def run(artifact: Artifact, digest: str, folder: Path, output: Path, signals: Se
                     raise ValueError(f"{folder} is another folder than at the start; is a disk gone?")
                 lines.write("".join(f"{json.dumps(entry)}\n" for entry in entries).encode())
                 lines.flush()
-                for entry in entries:
-                    labels.append(entry.get("label"))
-                    tick()
+                labels += [entry.get("label") for entry in entries]
+                tick(len(entries))
         if len(labels) < len(files):
             name, so_far = signal.Signals(signals[0]).name, f"{len(labels)} of {len(files)} images"
             print(f"stopped by {name} after {so_far}; give the same command to go on", file=sys.stderr)
@@ -64,8 +65,10 @@ def run(artifact: Artifact, digest: str, folder: Path, output: Path, signals: Se
         partial.with_name(f"{partial.name}.json").unlink()
     bad = [repr(name) for name, label in zip(files, labels, strict=True) if label is None]
     print(f"{len(files)} images, {len(bad)} of them bad, {todo / (time.monotonic() - started):,.0f}/s -> {output}")
+    print("  images  class")
     for label, count in sorted(Counter(filter(None, labels)).items()):
         print(f"{count:8}  {label}")
+    print(f"next:\n  head -n 3 {shlex.quote(str(output))}", flush=True)
     if bad:
         first = ", ".join(bad[:3]) + ", ..." * (len(bad) > 3)
         print(f"error: {len(bad)} of {len(files)} images are bad, {output} says why: {first}", file=sys.stderr)

@@ -1,6 +1,8 @@
 """Classify image files with an artifact, through its four handlers.
 
-python src/inference/predict.py --artifact artifacts/latest/model.tar.gz photo.jpg
+    python src/inference/predict.py --artifact artifacts/latest/model.tar.gz photo.jpg
+
+Exit codes: 0, 1: an image could not be read, 2: the artifact could not.
 """
 
 from __future__ import annotations
@@ -37,7 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     prediction = artifact.handlers.predict_fn(body, artifact.model)
                     text, _ = artifact.handlers.output_fn(prediction, "application/json")
                 except (OSError, artifact.handlers.RequestError) as error:
-                    print(f"error: {path}: {error}", file=sys.stderr)
+                    reason = error.strerror if isinstance(error, OSError) else error
+                    print(f"error: {path}: {reason}", file=sys.stderr)
                     failed += 1
                     continue
                 if options.json:

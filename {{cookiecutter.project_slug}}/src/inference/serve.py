@@ -3,8 +3,9 @@
     serve                                                                  # in the image: /opt/ml/model is served
     python src/inference/serve.py --model-dir folder-of-an-unpacked-artifact --host 127.0.0.1
 
-One process and one event loop; `batcher.py` has what happens off it. Settings are environment variables, whole numbers
-from 1: INFERENCE_QUEUE (requests inside; more get 503), INFERENCE_MERGED (images of one merged batch),
+One process and one event loop; `batcher.py` has what happens off it. The image holds these two files alone, so they
+import nothing else of the project; the rest of the code comes with the artifact. Settings are environment variables,
+whole numbers from 1: INFERENCE_QUEUE (requests inside; more get 503), INFERENCE_MERGED (images of one merged batch),
 INFERENCE_THREADS (of torch, and for decoding), INFERENCE_TIMEOUT (seconds for a request, its body included); and the
 limits of `payload.py`. A model that does not load ends the server with code 3; SIGTERM lets it answer what is inside.
 """

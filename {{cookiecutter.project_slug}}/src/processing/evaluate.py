@@ -29,6 +29,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the source root, instead of this script's folder
 
 from inference.artifact import Artifact, ArtifactError, open_artifact
+from processing.progress import progress
 
 BATCH = 64
 BINS = 15  # of the reliability diagram, as in the paper
@@ -49,8 +50,11 @@ def evaluate(artifact: Artifact, data: Path) -> dict[str, Any]:
 
     Returns:
         The content of `evaluation.json`. `confusion[i][j]` counts images of class i that were called j.
+
+    Raises:
+        EvaluationError: when there is no packed split, no image, or another set of classes.
     """
-    try:
+    try:  # not through training.data: `training` is the artifact's own package here
         info = json.loads((data / "dataset.json").read_text(encoding="utf-8"))
         shards = [(np.load(path, mmap_mode="r"), np.load(data / path.name.replace("images", "labels")))
                   for path in sorted(data.glob("images-*.npy"))]  # fmt: skip
@@ -58,22 +62,25 @@ def evaluate(artifact: Artifact, data: Path) -> dict[str, Any]:
         raise EvaluationError(f"{data} is no packed split ({error}); make one with `make data`") from error
     classes = artifact.facts["classes"]
     if info["classes"] != classes:
-        raise EvaluationError(f"the model knows the classes {classes}, the data set has {info['classes']}")
+        raise EvaluationError(
+            f"the model knows the classes {classes}, the data set has {info['classes']}; "
+            "evaluate a run on the data set that it was trained on"
+        )
     if not shards:
         raise EvaluationError(f"{data} holds no image; add images to the data set and pack it again")
     labels, probabilities = [], []
-    for images, targets in shards:
-        for first in range(0, len(targets), BATCH):
-            batch = list(np.asarray(images[first : first + BATCH]))
-            probabilities += artifact.handlers.predict_fn(batch, artifact.model)["probabilities"]
-        labels += targets.tolist()
+    with progress(sum(len(targets) for _, targets in shards), "evaluating") as tick:
+        for images, targets in shards:
+            for first in range(0, len(targets), BATCH):
+                batch = list(np.asarray(images[first : first + BATCH]))
+                probabilities += artifact.handlers.predict_fn(batch, artifact.model)["probabilities"]
+                tick(len(batch))
+            labels += targets.tolist()
     truth, scores = np.array(labels), np.array(probabilities)
     confusion = np.zeros((len(classes), len(classes)), dtype=np.int64)
     np.add.at(confusion, (truth, scores.argmax(1)), 1)
     reliability = calibration(truth, scores)
-    sources = info["rows"].get(
-        data.resolve().name, []
-    )  # by the names of the splits, unless somebody renamed the folder
+    sources = info["rows"].get(data.resolve().name, [])  # none where somebody renamed the split's folder
     return {
         "metrics": metrics(truth, scores, confusion)
         | {"expected_calibration_error": {"value": reliability["expected_calibration_error"]}},

@@ -30,7 +30,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the source root, instead of this script's folder
 
 import imaging
-from processing.progress import progress
+from processing.progress import progress, waiting
 from processing.scan import SPLITS, Item, PackingError, assign, automatic_size, scan
 
 SCHEMA_VERSION = 1
@@ -76,8 +76,9 @@ def pack(
     """
     limits = limits or Limits()
     _check_output(folder, output)
-    items, left_out = scan(folder)
-    size = size or automatic_size(folder, items)
+    with waiting(f"the list of images in {folder}"):
+        items, left_out = scan(folder)
+        size = size or automatic_size(folder, items)
     splits = assign(items, seed)
     classes = sorted({item.label for item in items})
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -172,7 +173,7 @@ def _report(output: Path, unreadable: list[str], left_out: list[str]) -> Path:
 
 def _shards(
     folder: Path, items: Sequence[Item], size: int, limits: Limits, shard_bytes: int, pool: ThreadPoolExecutor,
-    tick: Callable[[], object], unreadable: list[str],
+    tick: Callable[[int], object], unreadable: list[str],
 ) -> Iterator[tuple[NDArray[np.uint8], list[Item]]]:  # fmt: skip
     """Decode a split shard by shard; rows of unreadable files are left out."""
     step = max(1, shard_bytes // (size * size * 3))
@@ -195,7 +196,7 @@ def _shards(
         problems = []
         for problem in pool.map(load, images, chunk):
             problems.append(problem)
-            tick()
+            tick(1)
         readable = [index for index, problem in enumerate(problems) if problem is None]
         unreadable += [problem for problem in problems if problem is not None]
         if readable:

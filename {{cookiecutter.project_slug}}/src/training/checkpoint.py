@@ -27,7 +27,7 @@ from torch import nn
 from training.distributed import World
 
 logger = logging.getLogger("training")
-KEEP = 2
+KEEP = 2  # checkpoints: the older one is for when the newer one is damaged
 NAME = re.compile(r"step-\d{9}")  # nothing else in the folder counts: SageMaker leaves its upload markers there
 Tensors = dict[str, torch.Tensor]
 

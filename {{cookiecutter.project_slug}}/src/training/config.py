@@ -66,7 +66,7 @@ class Hyperparameters:
     seed: int = _option(0, "of initial weights, sample order and augmentation")
     checkpoint_minutes: float = _option(5.0, "between checkpoints inside an epoch", shapes_result=False)
     max_restarts: int = _option(0, "of all ranks after one has died, on one host", shapes_result=False)
-    peer_timeout_seconds: float = _option(600.0, "a rank waits for the others", shapes_result=False)
+    peer_timeout_seconds: float = _option(600.0, "a rank waits for the others, then fails", shapes_result=False)
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"\w+", self.model, re.ASCII):  # a quote would break the SDK's environment file

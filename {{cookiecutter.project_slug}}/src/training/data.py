@@ -1,6 +1,6 @@
 """Read a packed data set: memory-mapped uint8 shards, gathered into batches without a worker or a decoder.
 
-`src/processing/preprocess.py` writes the format; design: one folder a split, each with the same `dataset.json`.
+`src/processing/preprocess.py` writes the format: one folder a split, each with the same `dataset.json`.
 """
 
 from __future__ import annotations

@@ -22,7 +22,13 @@ from training.model import best_device
 
 @dataclass(frozen=True)
 class World:
-    """This process among all ranks of the job."""
+    """This process among all ranks of the job.
+
+    Attributes:
+        rank: of this process, from 0, over all hosts.
+        size: number of ranks.
+        device: that this rank computes on.
+    """
 
     rank: int
     size: int
@@ -46,11 +52,9 @@ class World:
 
     def without_sync(self, parallel: nn.Module) -> contextlib.AbstractContextManager[None]:
         """Backward passes in here keep their gradients for the next one outside, which averages the sum."""
-        return (
-            parallel.no_sync()
-            if isinstance(parallel, nn.parallel.DistributedDataParallel)
-            else contextlib.nullcontext()
-        )
+        if isinstance(parallel, nn.parallel.DistributedDataParallel):
+            return parallel.no_sync()
+        return contextlib.nullcontext()
 
     def total(self, values: torch.Tensor) -> torch.Tensor:
         """The element-wise sum of `values` over all ranks."""

@@ -76,9 +76,9 @@ def write_artifact(
         "dataset_fingerprint": validation.info["fingerprint"],
     }
     classifier = inference.load(folder, facts)
-    _write_json(folder / "golden.json", golden(classifier, validation))
-    _write_json(folder / "baseline.json", baseline(classifier, validation))
-    _write_json(folder / "model.json", facts | {"files": checksums(folder)})
+    write_json(folder / "golden.json", golden(classifier, validation))
+    write_json(folder / "baseline.json", baseline(classifier, validation))
+    write_json(folder / "model.json", facts | {"files": checksums(folder)})
     inference.model_fn(str(folder))
 
 
@@ -135,5 +135,10 @@ def checksums(folder: Path) -> dict[str, str]:
     return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write strict JSON, for people too.
+
+    Raises:
+        ValueError: when a number in it is not finite.
+    """
     path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")

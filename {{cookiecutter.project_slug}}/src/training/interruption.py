@@ -9,6 +9,7 @@ from __future__ import annotations
 import signal
 
 EXIT_CODE = 128 + signal.SIGTERM
+MARK = "TRAINING_STOPPED_FILE"  # names the file by which ranks tell launch.py that they stopped and were not killed
 _signals: list[int] = []
 
 
@@ -24,8 +25,3 @@ def listen() -> None:
 def asked() -> bool:
     """Whether a stop was asked for."""
     return bool(_signals)
-
-
-def forget() -> None:
-    """Start again with no stop asked for."""
-    _signals.clear()

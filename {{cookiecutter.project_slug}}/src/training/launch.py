@@ -20,11 +20,11 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the source root, instead of this script's folder
 
+from training import interruption
 from training.config import ConfigurationError, from_command_line
 
 SCRIPT = Path(__file__).resolve().parent / "train.py"
 GRACE = 110  # seconds between SIGTERM and SIGKILL for ranks under torchrun
-STOPPED = "TRAINING_STOPPED_FILE"  # a rank that was stopped, and not killed, writes this file
 
 
 def network(environment: Mapping[str, str]) -> dict[str, str]:
@@ -72,12 +72,12 @@ def main() -> int:
         os.execv(words[0], words)  # noqa: S606  (a program and its words, no shell)
     with tempfile.TemporaryDirectory() as folder:
         stopped = Path(folder, "stopped")
-        os.environ[STOPPED] = str(stopped)
+        os.environ[interruption.MARK] = str(stopped)
         agent = subprocess.Popen(words)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda _number, _frame: agent.terminate())
         code = agent.wait()
-        return 128 + signal.SIGTERM if stopped.exists() else code if code >= 0 else 128 - code
+        return interruption.EXIT_CODE if stopped.exists() else code if code >= 0 else 128 - code
 
 
 if __name__ == "__main__":

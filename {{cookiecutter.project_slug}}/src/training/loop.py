@@ -37,9 +37,9 @@ PROGRESS_SECONDS = 5.0  # between progress lines inside an epoch
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Sums over a whole split, each image counted once on any number of ranks."""
+    """Means over a whole split, each image counted once on any number of ranks."""
 
-    loss: float
+    loss: float  # cross-entropy, in nats
     accuracy: float
     images: int
 
@@ -68,6 +68,8 @@ def fit(
         all epochs (on the main rank).
 
     Raises:
+        ConfigurationError: when a batch has fewer images than there are ranks and parts.
+        CheckpointError: when the folder's checkpoints are damaged or of another run.
         Stopped: after SIGTERM, on every rank, once a checkpoint is written.
         NonFiniteLoss: on every rank, before the optimizer step that it would have spoilt.
     """
@@ -107,7 +109,7 @@ def fit(
     window = window_rows(train, hyperparameters.shuffle_gigabytes)
     guard = Guard(model, optimizer, world.device)
     watch = Watch(world, progress, saved, 60 * hyperparameters.checkpoint_minutes)
-    first_step = progress.step
+    first_step, began = progress.step, time.perf_counter()
     if world.is_main:
         if progress.step:
             logger.info("resumed after epoch %d of %d and %d steps", progress.epoch, epochs, progress.position)
@@ -166,8 +168,10 @@ def fit(
                 watch.meet(loss_sum)
                 if world.is_main and time.perf_counter() - reported > PROGRESS_SECONDS:
                     reported = time.perf_counter()
-                    at = (progress.epoch + 1, epochs, progress.step, total_steps)
-                    logger.info("progress epoch %d/%d step %d/%d", *at)
+                    pace = (progress.step - first_step) / (reported - began)
+                    at = (progress.epoch + 1, epochs, progress.step, total_steps, pace)
+                    left = (total_steps - progress.step) / pace
+                    logger.info("progress epoch %d/%d step %d/%d, %.1f steps/s, %.0f s left", *at, left)
 
         train_loss = world.total(loss_sum).item() / (steps_per_epoch * batch_size)
         seconds = time.perf_counter() - started  # after .item(): an accelerator has finished its work

@@ -16,30 +16,39 @@ logger = logging.getLogger("training")
 SUFFIXES = (".safetensors", ".pth", ".pt")
 
 
-def read_weights(place: Path) -> dict[str, torch.Tensor]:
-    """Tensors by name from a file, or from the one file of weights in a folder. Pickles are read as tensors only.
+def find_weights(place: Path) -> Path:
+    """The file of weights: `place` itself, or the one that the folder holds.
 
     Raises:
-        ModelError: when there is none, or not one, or it holds something else.
+        ModelError: when there is none, or more than one.
     """
     files = [place] if place.is_file() else sorted(path for path in place.rglob("*") if path.suffix in SUFFIXES)
     if len(files) != 1:
         found = ", ".join(path.name for path in files[:3]) or "none"
         raise ModelError(f"{place} must hold one file of weights ({' '.join(SUFFIXES)}); found: {found}")
+    return files[0]
+
+
+def read_weights(file: Path) -> dict[str, torch.Tensor]:
+    """Tensors by name. Pickles are read as tensors only.
+
+    Raises:
+        ModelError: when the file holds something else.
+    """
     try:
         content: Any = (
-            load_file(files[0])
-            if files[0].suffix == ".safetensors"
-            else torch.load(files[0], map_location="cpu", weights_only=True)
+            load_file(file)
+            if file.suffix == ".safetensors"
+            else torch.load(file, map_location="cpu", weights_only=True)
         )
     except Exception as error:  # both libraries raise kinds of their own
         reason = str(error).partition("\n")[0]
-        raise ModelError(f"{files[0]} holds no weights that can be read: {reason}") from error
+        raise ModelError(f"{file} holds no weights that can be read: {reason}") from error
     for key in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
     if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
-        raise ModelError(f"{files[0]} holds no tensors by name; save a model's state_dict")
+        raise ModelError(f"{file} holds no tensors by name; save a model's state_dict")
     return {str(name).removeprefix("module."): value for name, value in content.items()}
 
 

@@ -6,12 +6,14 @@ Run by `make train-local`, or by hand on a packed data set:
     SM_MODEL_DIR=/tmp/model SM_OUTPUT_DATA_DIR=/tmp/output python src/training/train.py --epochs 3
 
 `torchrun --nproc_per_node 2 src/training/train.py ...` trains on two ranks; jobs start `launch.py`, which starts this.
-Everything else comes from the `SM_*` variables of SageMaker's containers; the script does not know if it is in one.
+Everything else comes from environment variables, most of them the `SM_*` of SageMaker's containers; the script does not
+know if it is in one.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import logging
 import os
@@ -41,26 +43,28 @@ import torch  # noqa: E402
 from training import config, data, distributed  # noqa: E402
 from training.board import Board  # noqa: E402
 from training.checkpoint import CheckpointError  # noqa: E402
-from training.export import write_artifact  # noqa: E402
+from training.export import write_artifact, write_json  # noqa: E402
 from training.loop import fit  # noqa: E402
 from training.model import ModelError, build_model  # noqa: E402
-from training.pretrained import freeze, load_weights, published_weights, read_weights  # noqa: E402
+from training.pretrained import find_weights, freeze, load_weights, published_weights, read_weights  # noqa: E402
 from training.watch import NonFiniteLoss  # noqa: E402
 
 logger = logging.getLogger("training")
 EXPLANATION = "error: "  # how a reason that is for the user begins
-EXPLAINED = (
-    config.ConfigurationError,
-    data.DataError,
-    ModelError,
-    CheckpointError,
-    NonFiniteLoss,
-)  # one sentence says it all
+EXPLAINED = (config.ConfigurationError, data.DataError, ModelError, CheckpointError, NonFiniteLoss)  # no traceback
 
 
 @dataclass(frozen=True)
 class Folders:
-    """Where the job reads and writes."""
+    """Where the job reads and writes.
+
+    Attributes:
+        train, validation: the channels, each a packed split.
+        model: what the platform packs into `model.tar.gz`.
+        output: of the run's other files.
+        checkpoints: written to and resumed from; None: no checkpoints.
+        pretrained: a channel with one file of weights; None: there is none.
+    """
 
     train: Path
     validation: Path
@@ -71,7 +75,11 @@ class Folders:
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> Folders:
-        """Read the `SM_*` variables of the training contract."""
+        """Read the `SM_*` variables of the training contract.
+
+        Raises:
+            ConfigurationError: when one that every job needs is not set.
+        """
         names = ("SM_CHANNEL_TRAIN", "SM_CHANNEL_VALIDATION", "SM_MODEL_DIR", "SM_OUTPUT_DATA_DIR")
         missing = [name for name in names if not environment.get(name)]
         if missing:
@@ -94,14 +102,26 @@ def train(
     validation: data.Split,
     world: distributed.World,
 ) -> None:
-    """Train, evaluate and write the artifact and the run's files (main rank only)."""
+    """Train, evaluate and write the artifact and the run's files (main rank only).
+
+    Args:
+        hyperparameters: as given; every `auto` is settled here.
+        folders: where the job reads and writes.
+        train_split, validation: of one packed data set.
+        world: this rank among all ranks.
+
+    Raises:
+        Stopped: after SIGTERM, once a checkpoint is written.
+        ConfigurationError, ModelError, CheckpointError, NonFiniteLoss: what is wrong, in a sentence.
+    """
     folders.output.mkdir(parents=True, exist_ok=True)
     logger.addHandler(_file_handler(folders.output / "train.log") if world.is_main else logging.NullHandler())
     settled = config.resolve(hyperparameters, train_split.image_size, len(train_split))
     torch.manual_seed(settled.seed)
     model = build_model(settled.model, len(train_split.classes), train_split.image_size)
-    if folders.pretrained:
-        load_weights(model, read_weights(folders.pretrained))
+    weights = find_weights(folders.pretrained) if folders.pretrained else None
+    if weights:
+        load_weights(model, read_weights(weights))
     elif settled.pretrained == "default":
         load_weights(model, published_weights(settled.model))
     freeze(model, settled.frozen_stages)
@@ -123,7 +143,8 @@ def train(
     trained, history = fit(model, train_split, validation, settled, world, folders.checkpoints, record)
     if world.is_main:
         record(history)
-        rates = [epoch["images_per_second"] for epoch in history[1:] or history]  # the first epoch warms up
+        # The first epoch warms up; one that was resumed at its very end trained nothing.
+        rates = [epoch["images_per_second"] for epoch in history[1:] or history if epoch["images_per_second"]] or [0.0]
         metrics = {
             "val_accuracy": history[-1]["val_accuracy"],
             "val_loss": history[-1]["val_loss"],
@@ -136,11 +157,12 @@ def train(
         }
         git_commit = os.environ.get("GIT_COMMIT") or None
         write_artifact(folders.model, trained, settled, validation, metrics, git_commit)
-        _write_json(folders.output / "metrics.json", metrics)
+        write_json(folders.output / "metrics.json", metrics)
         facts = {
             "hyperparameters": settled.as_dict(),
             "git_commit": git_commit,
             "dataset_fingerprint": validation.info["fingerprint"],
+            "pretrained_sha256": hashlib.sha256(weights.read_bytes()).hexdigest() if weights else None,
             "versions": {
                 "python": platform.python_version(),
                 "torch": torch.__version__,
@@ -149,7 +171,7 @@ def train(
             },
             "device": torch.cuda.get_device_name() if world.device.type == "cuda" else platform.machine(),
         }
-        _write_json(folders.output / "run.json", facts)
+        write_json(folders.output / "run.json", facts)
         logger.info("artifact written")
     world.barrier()
 
@@ -171,8 +193,8 @@ def main(arguments: list[str]) -> int:
         return 0
     except interruption.Stopped:
         logger.info("stopped by SIGTERM; a checkpoint is written, nothing else is")
-        if os.environ.get("TRAINING_STOPPED_FILE"):
-            Path(os.environ["TRAINING_STOPPED_FILE"]).touch()
+        if os.environ.get(interruption.MARK):
+            Path(os.environ[interruption.MARK]).touch()
         return interruption.EXIT_CODE
     except EXPLAINED as error:
         reason, code = f"{EXPLANATION}{error}", 2
@@ -196,10 +218,6 @@ def _file_handler(path: Path) -> logging.Handler:
     handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     return handler
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,72 @@
+"""What the template's own pages show: the recording, commands, links."""
+
+from __future__ import annotations
+
+import re
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import TEMPLATE, TREE
+
+PAGES = [TEMPLATE / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")]
+SVG = "{http://www.w3.org/2000/svg}"
+ELEMENTS = {SVG + name for name in ("svg", "title", "style", "rect", "g", "text", "tspan")}
+ATTRIBUTES = {"viewBox", "role", "x", "y", "rx", "width", "height", "fill", "stroke", "class", "style", "textLength"}
+ELSEWHERE = re.compile(r"https?://(?!127\.0\.0\.1|0\.0\.0\.0)|url\(|@import|/(?:root|home|Users)/")
+
+
+def blocks(page: Path) -> list[str]:
+    """The commands in the blocks of a page, without comments."""
+    text = "".join(re.findall(r"(?ms)^```\n(.*?)^```", page.read_text(encoding="utf-8")))
+    return [re.sub(r"\s+#.*", "", line) for line in text.splitlines()]
+
+
+def verbs(makefile: Path) -> set[str]:
+    return set(re.findall(r"(?m)^([a-z-]+):.* ## ", makefile.read_text(encoding="utf-8")))
+
+
+def end(picture: ET.Element) -> list[str]:
+    """The lines at the end of the recording: those that no later one replaced."""
+    lines = [line for line in picture.iter(f"{SVG}text") if line.get("class") != "p"]
+    return [" ".join(str(piece.text) for piece in line.iter(f"{SVG}tspan")) for line in lines]
+
+
+def problems(picture: ET.Element) -> list[str]:
+    """What a picture in a README must not have: scripts, other files, names of other machines, private folders."""
+    found = [node.tag for node in picture.iter() if node.tag not in ELEMENTS]
+    found += [name for node in picture.iter() for name in set(node.keys()) - ATTRIBUTES]
+    texts = [text for node in picture.iter() for text in (node.text, node.tail, *node.attrib.values())]
+    return found + ELSEWHERE.findall(" ".join(text or "" for text in texts))
+
+
+def test_the_recording_is_small_alone_and_shows_what_the_readme_says() -> None:
+    data = (TEMPLATE / "docs" / "recording.svg").read_bytes()
+    assert len(data) < 200_000
+    picture = ET.fromstring(data)
+    assert problems(picture) == []
+    typed = [line.removeprefix("$ ") for line in end(picture) if line.startswith("$ ")]
+    assert "make train-local" in typed
+    assert set(typed) <= set(blocks(TEMPLATE / "README.md"))
+    assert {line.split()[1] for line in typed if line.startswith("make ")} <= verbs(TREE / "Makefile")
+    assert not re.search(r"(?i)error|traceback|no such", "\n".join(end(picture)))
+
+
+@pytest.mark.parametrize(
+    "bad",
+    ['<image href="x"/>', "<style>@import 'x'</style>", "<text>https://x</text>", "<g onclick='x'/>", "<g/>/home/me"],
+)
+def test_the_check_of_the_recording_can_fail(bad: str) -> None:
+    assert problems(ET.fromstring(f'<svg xmlns="http://www.w3.org/2000/svg">{bad}</svg>'))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_command_is_a_verb_and_every_link_leads_somewhere(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    named = re.findall(r"`make\s+([a-z-]+)", text)
+    named += [line.split()[1] for line in blocks(page) if line.startswith("make ")]
+    assert set(named) <= verbs(TEMPLATE / "Makefile") | verbs(TREE / "Makefile")
+    for target in re.findall(r"\]\(([^)#]+)\)", text):
+        assert target.startswith("https://") or (page.parent / target).exists(), target
+    assert set(re.findall(r"\]\[(\w+)\]", text)) == set(re.findall(r"(?m)^\[(\w+)\]: https://", text))
