@@ -21,7 +21,7 @@ TAKEN = (
     "annotated_types anyio artifacts ast_serialize attr attrs aws_xray_sdk bcrypt benchmarks blinker boto3 "
     "botocore build cachebox cachetools certifi cffi cfgv cfn_lint cfnlint charset_normalizer click cloudpickle "
     "colorlog configs contourpy cookiecutter cryptography cuda cuda_bindings cuda_pathfinder cuda_toolkit "
-    "cycler data databricks databricks_sdk dateutil deepdiff distlib docker docs dotenv fastapi fb303 filelock "
+    "cycler data databricks databricks_sdk dateutil deepdiff detect_secrets distlib docker docs dotenv fastapi fb303 filelock "
     "flask flask_cors fonttools frozenlist fsspec functorch git gitdb gitpython google google_auth graphene "
     "graphql graphql_core graphql_relay greenlet gunicorn h11 hive_metastore huey identify idna imaging "
     "importlib_metadata inference infrastructure iniconfig invoke isympy itsdangerous jinja2 jmespath joblib "

@@ -131,7 +131,7 @@ def test_make_prints_every_verb_and_every_verb_expands(bake: Bake) -> None:
             *"help setup data train-local evaluate predict serve-local batch-local image test bench".split(),
             *"bench-serve lint format clean bootstrap bootstrap-destroy image-push process train logs pull".split(),
             *"deploy invoke shift-traffic batch register approve monitor tune tune-local plan status destroy".split(),
-            *"doctor report compare".split(),
+            *"doctor report compare audit".split(),
             *"pipeline pipeline-local pipeline-graph update-template".split(),
         }
         assert set(verbs) == wanted | ({"track"} if "track.py" in str(project.files()) else set())
@@ -224,6 +224,35 @@ def test_pre_commit_hooks_pass_and_can_fail(ready: Project, tmp_path: Path) -> N
         module.write_text(text, encoding="utf-8")
     assert done.returncode == 1
     assert "ruff check" in done.stdout
+
+
+PLANTED = {  # in parts, so that nobody's scanner takes this file for a leak
+    "AWS Access Key": 'KEY = "AKIA' + 'QYLPMN5HHHFPZAM2"',
+    "Secret Keyword": 'aws_secret_access_key = "' + 'wJalrXUtnFEMI/K7MDENG/bPxRfiCYzq81mKd0Tu"',
+    "GitHub Token": 'TOKEN = "ghp_' + 'wWPw5k4aXcaT4fNP0UcnZwJUVFk6LO0pINUx"',
+    "Private Key": "# -----BEGIN OPENSSH PRIVATE " + "KEY-----",
+}
+
+
+@pytest.mark.parametrize("kind", PLANTED)
+def test_a_commit_with_a_secret_is_refused(ready: Project, bake: Bake, kind: str) -> None:
+    """Without a network: the scanner must not ask anybody whether a key works."""
+    project = bake()
+    (project.path / ".venv").symlink_to(ready.path / ".venv")
+    home = str(project.path / ".cache")
+    offline = () if subprocess.run(["unshare", "--net", "true"], capture_output=True).returncode else ("unshare", "-n")
+    person = ("-c", "user.name=test", "-c", "user.email=test@example.com")
+    commit = (*offline, "git", *person, "commit", "--message", "mine")
+    project.run("git", "add", "--all")
+    project.run(project.program("pre-commit"), "install")
+    skipped = {"PRE_COMMIT_HOME": home, "SKIP": "mypy"}
+    first = project.run(*commit, **skipped)
+    assert first.returncode == 0, first.stdout + first.stderr  # every file of the bake is in it
+    (project.path / "src" / "mine.py").write_text(f'"""Mine."""\n\n{PLANTED[kind]}\n', encoding="utf-8")
+    project.run("git", "add", "--all")
+    refused = project.run(*commit, **skipped)
+    assert refused.returncode == 1
+    assert f"Secret Type: {kind}" in refused.stdout + refused.stderr
 
 
 @with_engine

@@ -40,7 +40,7 @@ def audit(workflows: Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_an_option_decides_about_all_workflows(bake: Bake, default: Project) -> None:
-    assert set(texts(default)) == {"ci.yml", "deliver.yml"}
+    assert set(texts(default)) == {"ci.yml", "deliver.yml", "weekly.yml"}
     without = bake(github_workflows=False)
     assert not (without.path / ".github").exists()
     assert texts(bake(mlflow=True, aws_region="eu-west-1")) == texts(default)
@@ -57,6 +57,8 @@ def test_zizmor_finds_nothing(default: Project) -> None:
         ("ci.yml", "persist-credentials: false", ""),
         ("deliver.yml", "permissions: {}", "permissions: write-all"),
         ("deliver.yml", "@e6de054238d6b7531b4efff3b6587d9aade6a06c", "@v6"),
+        ("weekly.yml", "permissions: {}", ""),
+        ("weekly.yml", "make setup", "make setup ${{ github.event.head_commit.message }}"),
         ("deliver.yml", "make deploy YES=1", "make deploy PACKAGE=${{ inputs.package }}"),
     ],
 )
@@ -88,7 +90,9 @@ def test_every_step_is_a_verb_that_exists(default: Project) -> None:
 
 def test_rights_are_the_least(default: Project) -> None:
     ci, deliver = workflow(default, "ci.yml"), workflow(default, "deliver.yml")
-    assert ci["permissions"] == deliver["permissions"] == {}
+    weekly = workflow(default, "weekly.yml")
+    assert ci["permissions"] == deliver["permissions"] == weekly["permissions"] == {}
+    assert {name: job["permissions"] for name, job in weekly["jobs"].items()} == {"test": READS, "audit": READS}
     assert {name: job["permissions"] for name, job in deliver["jobs"].items()} == {
         "test": READS, "pipeline": AS_ROLE, "deploy": AS_ROLE,
     }  # fmt: skip
@@ -135,3 +139,16 @@ def test_the_stack_lets_in_what_the_workflow_is(default: Project) -> None:
     assert stack.count(f'"repo:${{Name}}:environment:{environment}"') == 2
     assert stack.count('"repo:${Name}:ref:refs/heads/${GitHubBranch}"') == 2
     assert "MaxSessionDuration: 21600" in stack
+
+
+def test_every_week_both_ends_of_the_bounds_are_tested_and_audited(default: Project) -> None:
+    weekly = workflow(default, "weekly.yml")
+    assert set(weekly["on"]) == {"schedule", "workflow_dispatch"}
+    assert re.fullmatch(r"\d+ \d+ \* \* [0-6]", weekly["on"]["schedule"][0]["cron"])
+    test, audited = weekly["jobs"]["test"], weekly["jobs"]["audit"]
+    assert test["strategy"] == {"fail-fast": "false", "matrix": {"resolution": ["lowest-direct", "highest"]}}
+    steps = [step for step in test["steps"] if "run" in step]
+    assert [step["run"] for step in steps] == ["make setup", "make test"]
+    assert steps[0]["env"] == {"ARGS": "--resolution ${{ matrix.resolution }} --upgrade"}
+    assert "env" not in steps[1], "ARGS would reach pytest"
+    assert [step["run"] for step in audited["steps"] if "run" in step] == ["make setup", "make audit"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -26,6 +27,7 @@ DOCKERFILE = ROOT / "docker" / "Dockerfile"
 SERVER = [SOURCE / "inference" / name for name in ("serve.py", "batcher.py")]
 BUILD_LOG = ROOT / ".cache" / "image-build.log"
 NETWORK = "sagemaker-local"  # SDK V3's local mode puts every container of every run on it
+ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}  # `docker info` says one, an image the other
 OLDEST_COMPOSE = (1, 27)  # the first docker-compose that reads files without a version
 PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy")
 
@@ -144,6 +146,13 @@ def image_name(settings: Settings, target: Target) -> str:
     return f"{project_name()}:{target}-{hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:12]}"
 
 
+def base_digest(settings: Settings) -> str | None:
+    """The base image by digest, which never becomes another one; None where the engine has it from no registry."""
+    found = _docker("image", "inspect", settings.images.base)
+    facts = json.loads(found.stdout or "[]") if found.returncode == 0 else []
+    return next(iter(facts[0].get("RepoDigests") or []), None) if facts else None
+
+
 def packages(settings: Settings) -> list[str]:
     """What pip installs to train: the group `container` of pyproject.toml unless the settings say otherwise."""
     return group("container") if settings.images.packages == "auto" else settings.images.packages
@@ -160,13 +169,29 @@ def project_name() -> str:
     return str(_pyproject()["project"]["name"])
 
 
-def build(settings: Settings, target: Target, options: Sequence[str] = ()) -> str:
+def image_for(settings: Settings, target: Target, architecture: str) -> str:
+    """The project's image for a kind of processor, under a name of its own where this machine's are others (a Mac's).
+
+    Raises:
+        EngineError: when it can be neither found nor made.
+    """
+    found = re.search(r"(?m)^\s*Architecture:\s*(\S+)", _docker("info").stdout)
+    if found is None or ARCHITECTURES.get(found[1], found[1]) == architecture:
+        return image(settings, target)
+    name = f"{image_name(settings, target)}-{architecture}"
+    if not _exists(name):
+        build(settings, target, ["--platform", f"linux/{architecture}"], name)
+    return name
+
+
+def build(settings: Settings, target: Target, options: Sequence[str] = (), name: str | None = None) -> str:
     """Build an image of the project.
 
     Args:
         settings: base image, packages and options.
         target: the stage of the Dockerfile.
         options: more options of `docker build`.
+        name: of the image; None: `image_name`.
 
     Returns:
         Its name.
@@ -174,7 +199,7 @@ def build(settings: Settings, target: Target, options: Sequence[str] = ()) -> st
     Raises:
         EngineError: with the last line of the build's log.
     """
-    name = image_name(settings, target)
+    name = name or image_name(settings, target)
     print(
         f"building the image {name} from {settings.images.base} (some minutes; log: {_relative(BUILD_LOG)})", flush=True
     )

@@ -2,12 +2,15 @@
 
     python3 pipelines/environment.py                    # what `make setup` runs: all groups of pyproject.toml
     python3 pipelines/environment.py --group laptop     # only that one; other options are handed to `uv pip install`
+    python3 pipelines/environment.py --audit            # what `make audit` runs: known vulnerabilities of what it holds
 
 It runs on the system's Python, so it uses the standard library only. A committed `uv.lock` is respected; without one
-the newest versions inside the ranges of pyproject.toml are installed.
+the newest versions inside the ranges of pyproject.toml are installed. `--resolution lowest-direct --upgrade` installs
+the lowest ones, and `--resolution highest --upgrade` the newest, whatever the lock says.
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,6 +18,7 @@ from pathlib import Path
 
 GROUPS = ("container", "serving", "laptop", "dev")
 MINIMUM = (3, 11)
+AUDITOR = "pip-audit>=2.9,<3"  # in an environment of its own, that uv makes and keeps
 
 
 def find_uv(environment: Path) -> str:
@@ -48,6 +52,21 @@ def certificates() -> "str | None":
     return found[0] if found else None
 
 
+def audit(uv: str, environment: Path, settings: "dict[str, str]", options: "list[str]") -> int:
+    """Look every installed version up in PyPI's list of known vulnerabilities; 1 when there are some, or no answer."""
+    listed = subprocess.run(
+        [uv, "pip", "freeze", "--python", str(environment)], env=settings, capture_output=True, text=True
+    )
+    if listed.returncode:
+        sys.exit(f"error: uv could not list what is installed: {listed.stderr.strip()}; `make setup`")
+    requirements = Path(".cache", "audit-requirements.txt")
+    requirements.parent.mkdir(exist_ok=True)
+    requirements.write_text(re.sub(r"\+\S+", "", listed.stdout), encoding="utf-8")  # torch 2.13.0+cpu is 2.13.0
+    command = [uv, "tool", "run", "--from", AUDITOR, "pip-audit", "--strict", "--no-deps", "--disable-pip"]
+    command += ["--progress-spinner", "off", "--requirement", str(requirements), *options]
+    return subprocess.run(command, env=settings).returncode
+
+
 def main(arguments: "list[str]") -> int:
     """Create or update the environment of the project in the current folder; see the module's docstring."""
     environment = Path(".venv").absolute()
@@ -57,8 +76,10 @@ def main(arguments: "list[str]") -> int:
     bundle = certificates()
     if bundle:
         settings["SSL_CERT_FILE"] = bundle  # the one name that uv knows
+    if "--audit" in arguments:
+        return audit(uv, environment, settings, [word for word in arguments if word != "--audit"])
     groups = [] if "--group" in arguments else [word for group in GROUPS for word in ("--group", group)]
-    if Path("uv.lock").exists():
+    if Path("uv.lock").exists() and not any(word.startswith("--resolution") for word in arguments):
         commands = [[uv, "sync", "--locked", "--inexact", *groups, *arguments]]
     else:
         commands = [[uv, "pip", "install", "--python", str(environment), "-r", "pyproject.toml", *groups, *arguments]]

@@ -20,6 +20,9 @@ def main() -> int:
         print(engine.build(settings, "training", more))
         more = [word for word in more if word != "--no-cache"]  # it rests on the one that was just built
         print(engine.build(settings, "serving", more))
+        digest = engine.base_digest(settings)
+        if digest and "@" not in settings.images.base:
+            print(f"the base image was {digest}: as images.base in configs/infrastructure.yaml it stays that one")
     except engine.EngineError as error:
         raise UserError(str(error)) from error
     return 0

@@ -58,7 +58,7 @@ def push(settings: Settings, stack: aws.Stack, target: engine.Target) -> None:
     """
     try:
         engine.check()
-        local = engine.image(settings, target)
+        local = engine.image_for(settings, target, ARCHITECTURE)
     except engine.EngineError as error:
         raise UserError(f"{error}. Or push from another machine: `make image-push`") from error
     facts = json.loads(_docker("image", "inspect", local).stdout or "[{}]")

@@ -106,7 +106,7 @@ def normalise(batch: torch.Tensor, mean: Sequence[float], std: Sequence[float]) 
 
     Returns:
         float32 tensor of shape (N, 3, height, width) with zero mean and unit deviation over the data set,
-        in channels_last memory order.
+        in channels_last memory order (not on Apple's GPUs).
     """
     pixels = batch.flatten(2).float()  # whole lines: a vector of 3 channels is no work for vector instructions
     width = batch.shape[2]
@@ -115,7 +115,9 @@ def normalise(batch: torch.Tensor, mean: Sequence[float], std: Sequence[float]) 
         scale = pixels.new_tensor([1.0 / (255.0 * deviation) for deviation in std] * width)
         _constants[key] = scale, pixels.new_tensor([-m / s for m, s in zip(mean, std, strict=True)] * width)
     scale, offset = _constants[key]
-    return pixels.mul_(scale).add_(offset).view(batch.shape).permute(0, 3, 1, 2)
+    images = pixels.mul_(scale).add_(offset).view(batch.shape).permute(0, 3, 1, 2)
+    # There the backward pass of batch normalisation fails in channels_last order (torch's pull request 188371, 2026).
+    return images.contiguous() if images.device.type == "mps" else images
 
 
 def encode_png(image: NDArray[np.uint8]) -> bytes:

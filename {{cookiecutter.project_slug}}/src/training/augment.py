@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch.nn import functional
 
 from training.config import Hyperparameters
+from training.data import send
 
 LUMA = (0.299, 0.587, 0.114)  # grey of red, green and blue (ITU-R BT.601)
 CROP_ASPECT = 4 / 3  # as in Szegedy et al. 2015, "Going deeper with convolutions"
@@ -102,8 +103,8 @@ def _rectangles(
 
 
 def _send(array: NDArray[np.generic], images: torch.Tensor) -> torch.Tensor:
-    """To the device of `images`, without waiting for it."""
-    return torch.from_numpy(array).to(images.device, non_blocking=True)
+    """To the device of `images`."""
+    return send(torch.from_numpy(array), images.device)
 
 
 def shift_by_copy(images: torch.Tensor, shifts: NDArray[np.int64]) -> torch.Tensor:
@@ -179,7 +180,7 @@ def change_colours(images: torch.Tensor, factors: NDArray[np.float32]) -> torch.
     """
     brightness, contrast, saturation = _send(factors, images)[:, :, None, None].unbind(1)
     pixels = images.float()
-    grey = pixels @ torch.tensor(LUMA).to(images.device, non_blocking=True)
+    grey = pixels @ send(torch.tensor(LUMA), images.device)
     mean = grey.mean((1, 2), keepdim=True)
     offset = brightness * (contrast * (1 - saturation) * grey + (1 - contrast) * mean)
     return pixels.mul_((brightness * contrast * saturation)[..., None]).add_(offset[..., None]).clamp_(0, 255)

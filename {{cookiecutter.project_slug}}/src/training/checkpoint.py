@@ -159,6 +159,8 @@ class Checkpoints:
         state = {"loss_sum": loss_sum.detach(), "random": torch.get_rng_state()}
         if self._world.device.type == "cuda":
             state["cuda_random"] = torch.cuda.get_rng_state(self._world.device)
+        if self._world.device.type == "mps":
+            state["mps_random"] = torch.mps.get_rng_state()
         for name, module in self._modules.items():
             state |= {f"{name}.{key}": value for key, value in module.named_buffers()}
         return {key: value.detach().to("cpu", copy=True) for key, value in state.items()}
@@ -168,6 +170,8 @@ class Checkpoints:
             torch.set_rng_state(state["random"])
         if "cuda_random" in state and self._world.device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda_random"], self._world.device)
+        if "mps_random" in state and self._world.device.type == "mps":
+            torch.mps.set_rng_state(state["mps_random"])
         for name, module in self._modules.items():
             for key, buffer in module.named_buffers():
                 buffer.copy_(state[f"{name}.{key}"])

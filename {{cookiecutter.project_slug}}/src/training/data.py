@@ -63,8 +63,12 @@ class Split:
 
     def batch(self, rows: NDArray[np.int64], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows as tensors on `device`: uint8 (N, size, size, 3) and int64 (N,)."""
-        images = torch.from_numpy(self.pixels(rows)).to(device, non_blocking=True)
-        return images, torch.from_numpy(self.labels[rows]).to(device, non_blocking=True)
+        return send(torch.from_numpy(self.pixels(rows)), device), send(torch.from_numpy(self.labels[rows]), device)
+
+
+def send(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """To a device, without waiting where that is safe: copies to Apple's GPUs may read memory that is free again."""
+    return values.to(device, non_blocking=device.type == "cuda")
 
 
 def load_split(folder: Path) -> Split:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 import imaging
 from training.augment import Augmentation
-from training.data import Split
+from training.data import Split, send
 
 AHEAD = 3  # batches that are copied before they are asked for
 GATHERED = 100_000  # bytes: smaller batches are prepared together
@@ -100,7 +100,7 @@ class Feed:
     def _send(self, values: torch.Tensor) -> torch.Tensor:
         if self._device.type == "cuda":
             values = values.pin_memory()
-        return values.to(self._device, non_blocking=True)
+        return send(values, self._device)
 
     def _stream(self, rows: Sequence[Rows]) -> Generator[Batch]:
         """Gather and copy in a thread, on a side stream; hand over with an event, so that only the device waits."""

@@ -226,7 +226,8 @@ def evaluate(model: nn.Module, split: Split, world: World) -> Evaluation:
         logits = model(imaging.normalise(images, mean, std)).float()
         correct = (logits.argmax(1) == labels).sum()
         loss = functional.cross_entropy(logits, labels, reduction="sum")
-        sums += torch.stack([loss.double(), correct.double(), torch.ones_like(loss).double() * len(labels)]).cpu()
+        found = torch.stack([loss, correct.to(loss.dtype), torch.full_like(loss, len(labels))])
+        sums += found.cpu().double()  # there: Apple's GPUs have no float64
     total = world.total(sums).tolist()
     return Evaluation(loss=total[0] / total[2], accuracy=total[1] / total[2], images=int(total[2]))
 

@@ -47,10 +47,10 @@ def choose(
     measure = (
         len(images) > 1
         and not hyperparameters.deterministic
-        and (world.device.type == "cpu" or hyperparameters.compile == "auto")
+        and (world.device.type == "cpu" or (world.device.type == "cuda" and hyperparameters.compile == "auto"))
     )
     if not measure:
-        return {"channels_last": True, "compile": hyperparameters.compile is True}
+        return {"channels_last": world.device.type != "mps", "compile": hyperparameters.compile is True}
     part = images[:IMAGES]
     seconds = {True: _step_seconds(model, part, True, False, world.device, cast)}
     if world.device.type == "cpu":
