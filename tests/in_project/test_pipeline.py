@@ -34,7 +34,6 @@ from pipelines import (
     prices,
     registry,
     runs,
-    status,
     training_pipeline,
 )
 from pipelines import aws as cloud

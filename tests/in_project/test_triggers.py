@@ -98,7 +98,9 @@ def test_all_triggers(aws: Recorder, capsys: pytest.CaptureFixture[str]) -> None
     target = events.list_targets_by_rule(Rule=uploaded["Name"])["Targets"][0]
     assert target["Arn"] == machine["stateMachineArn"]
     assert outputs(config.load()).bucket == BUCKET
-    assert status.stored(config.load())[-1] == f"pipeline {NAME}: started by rate(7 days) and by new data under incoming"
+    assert (
+        status.stored(config.load())[-1] == f"pipeline {NAME}: started by rate(7 days) and by new data under incoming"
+    )
     assert len(aws.named("ExecuteChangeSet")) == 1
 
 

@@ -24,7 +24,6 @@ from pipelines import (
     inventory,
     logs,
     plan,
-    status,
     tune,
     tune_local,
     tuning,
