@@ -80,6 +80,23 @@ def test_training_learns(packed: Path) -> None:
     assert history[-1]["val_accuracy"] >= 8 / 9
 
 
+def test_smoothed_labels_are_a_mixture_with_the_uniform_distribution(packed: Path) -> None:
+    """So the loss of weights that hardly move is linear in `label_smoothing`."""
+    none, some, more = (
+        train(packed, epochs=1, learning_rate=1e-9, label_smoothing=share)[1][0]["train_loss"]
+        for share in (0.0, 0.1, 0.4)
+    )
+    assert abs(some - none) > 1e-5
+    assert more - none == pytest.approx(4 * (some - none), rel=1e-3)
+
+
+def test_a_small_window_changes_the_order_only(packed: Path) -> None:
+    whole, history = train(packed, epochs=1)
+    windowed, other = train(packed, epochs=1, shuffle_gigabytes=1e-6)
+    assert not same(whole, windowed)
+    assert [epoch["step"] for epoch in history] == [epoch["step"] for epoch in other]
+
+
 @pytest.mark.parametrize("options", [{}, {"optimizer": "sgd", "ema_decay": 0.0, "horizontal_flip": True}])
 def test_same_seed_same_weights(packed: Path, options: dict[str, Any]) -> None:
     first, second = train(packed, **options)[0], train(packed, **options)[0]
