@@ -72,7 +72,7 @@ def aws(monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorder]:
     for name in [name for name in os.environ if name.startswith(ours) and name != "AWS_CA_BUNDLE"]:
         monkeypatch.delenv(name)
     variables = {"AWS_DEFAULT_REGION": "us-east-1", "AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing"}
-    for name, value in (variables | {"SAGEMAKER_VALIDATE_ROLE": "false"}).items():
+    for name, value in variables.items():
         monkeypatch.setenv(name, value)
     calls, original = Recorder(), botocore.client.BaseClient._make_api_call
     calls.answers = {}

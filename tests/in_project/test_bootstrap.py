@@ -50,9 +50,8 @@ ANYWHERE = {  # actions that AWS cannot scope to a resource, and why the verbs o
          "sagemaker:ListModelPackages", "sagemaker:ListPipelines",
          "sagemaker:ListHyperParameterTuningJobs", "sagemaker:ListTransformJobs",
          "sagemaker:ListProcessingJobs", "sagemaker:ListTrainingJobs", "scheduler:ListSchedules",
-         "application-autoscaling:DescribeScalableTargets", "application-autoscaling:DescribeScalingPolicies",
-         "cloudwatch:DescribeAlarms", "cloudwatch:GetMetricData", "cloudwatch:ListDashboards", "pricing:GetProducts",
-         "servicequotas:GetServiceQuota", "servicequotas:ListServiceQuotas", "tag:GetResources"),
+         "application-autoscaling:DescribeScalableTargets", "cloudwatch:DescribeAlarms", "cloudwatch:GetMetricData",
+         "cloudwatch:ListDashboards", "pricing:GetProducts", "servicequotas:ListServiceQuotas"),
         "lists, metrics, prices and quotas; they read only",
     ),
 }  # fmt: skip
@@ -82,7 +81,7 @@ def _no_pauses_and_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def document() -> dict[str, Any]:
-    found: dict[str, Any] = yaml.safe_load(bootstrap.TEMPLATE.read_text(encoding="utf-8"))
+    found: dict[str, Any] = yaml.safe_load(stack.TEMPLATE.read_text(encoding="utf-8"))
     return found
 
 
@@ -140,7 +139,7 @@ def problems(template: dict[str, Any]) -> list[str]:
 def test_policies_allow_no_more_than_needed() -> None:
     assert problems(document()) == []
     assert len(list(statements(document()))) == 49 + (ROOT / "pipelines" / "track.py").exists()
-    text = bootstrap.TEMPLATE.read_text(encoding="utf-8")
+    text = stack.TEMPLATE.read_text(encoding="utf-8")
     assert "FullAccess" not in text
     assert not re.search(r"arn:aws[:-]|amazonaws\.com/|\d{12}", text), "a partition or an account is written out"
 
@@ -160,7 +159,7 @@ def test_policies_allow_no_more_than_needed() -> None:
     ],
 )  # fmt: skip
 def test_the_policy_test_can_fail(old: str, new: str, words: str) -> None:
-    text = bootstrap.TEMPLATE.read_text(encoding="utf-8")
+    text = stack.TEMPLATE.read_text(encoding="utf-8")
     assert old in text
     assert words in "\n".join(problems(yaml.safe_load(text.replace(old, new))))
 
@@ -195,19 +194,35 @@ def test_the_verbs_policy_allows_every_call_that_the_verbs_make() -> None:
     assert {OTHER_NAMES.get(call, call) for call in calls - NO_PERMISSION} <= allowed
 
 
+def test_the_verbs_policy_allows_nothing_that_no_verb_does() -> None:
+    policy = document()["Resources"]["VerbsPolicy"]
+    source = "".join(file.read_text(encoding="utf-8") for file in (ROOT / "pipelines").glob("*.py"))
+    golden = "".join(file.read_text(encoding="utf-8") for file in GOLDEN.glob("*.json"))
+    implied = {  # by tags, roles, uploads, `docker push`
+        "AddTags", "TagResource", "PassRole", "CreateServiceLinkedRole", "AbortMultipartUpload", "GetBucketLocation",
+        "ListBucket", "InvokeEndpointAsync", "UpdatePipeline", "BatchCheckLayerAvailability", "BatchGetImage",
+        "CompleteLayerUpload", "GetDownloadUrlForLayer", "InitiateLayerUpload", "PutImage", "UploadLayerPart",
+    }  # fmt: skip
+    actions = {action.split(":")[1] for _, statement in statements(policy) for action in listed(statement["Action"])
+               if not action.startswith("sagemaker-mlflow:")}  # fmt: skip
+    called = {action for action in actions if re.sub(r"(?<!^)([A-Z])", r"_\1", action).lower() in source}
+    asked = {action for action in actions if f'"{action}"' in golden}
+    assert actions - called - asked - implied == set()
+
+
 @pytest.mark.parametrize("budgets", [True, False])
 def test_the_template_is_valid_in_every_region(budgets: bool) -> None:
     """As it is sent. Each region is linted with the kinds of resources that it has."""
     lint, every = importlib.import_module("cfnlint.api").lint, importlib.import_module("cfnlint.helpers").REGIONS
-    chosen = [name for name in sorted(every) if (name in bootstrap.BUDGET_REGIONS) == budgets]
+    chosen = [name for name in sorted(every) if (name in stack.BUDGET_REGIONS) == budgets]
     assert len(chosen) >= 16
     settings = config.load([f"aws.region={chosen[0]}"])
-    text = bootstrap.template(settings, ACCOUNT)
+    text = stack.template(settings, ACCOUNT)
     assert ("AWS::Budgets" in text) == budgets
     assert len(text) < 51_200  # CloudFormation's limit
     assert [str(match) for match in lint(text, regions=chosen)] == []
     if not budgets:  # and the lint can fail
-        assert lint(bootstrap.TEMPLATE.read_text(encoding="utf-8"), regions=chosen)
+        assert lint(stack.TEMPLATE.read_text(encoding="utf-8"), regions=chosen)
 
 
 def policy_size() -> int:
@@ -393,10 +408,10 @@ def test_github_from_git(monkeypatch: pytest.MonkeyPatch, origin: str, wanted: s
     )
     settings = config.load(["aws.github=auto"])
     if wanted:
-        assert bootstrap._github(settings) == wanted
+        assert stack._github(settings) == wanted
     else:
         with pytest.raises(UserError, match=r"not on github\.com; write owner/name, or none"):
-            bootstrap._github(settings)
+            stack._github(settings)
 
 
 @pytest.mark.parametrize("setting", ["github=cats", "github=octo/cats/x", "email=me", "monthly_usd=-1"])
@@ -555,4 +570,4 @@ def test_importing_is_quick_and_needs_no_sdk() -> None:
     code = f"import sys, pipelines.bootstrap_destroy; print([m for m in {modules} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
-    assert Path(bootstrap.TEMPLATE).is_file()
+    assert Path(stack.TEMPLATE).is_file()

@@ -234,7 +234,7 @@ def furnish(settings: Settings, aws: Recorder) -> Jobs:
 def test_status_shows_everything_of_the_project_with_its_price(aws: Recorder, settings: Settings) -> None:
     furnish(settings, aws)
     items = inventory.everything(settings)
-    lines = status.table(items)
+    lines = inventory.table(items)
     counts: dict[str, int] = {}
     for item in items:
         counts[item.kind] = counts.get(item.kind, 0) + 1
@@ -259,7 +259,7 @@ def test_status_shows_everything_of_the_project_with_its_price(aws: Recorder, se
 def test_status_counts_what_has_no_price(aws: Recorder, settings: Settings) -> None:
     make_endpoint(NAME)
     aws.answers["GetProducts"] = refused("AccessDeniedException")
-    lines = status.table(inventory.everything(settings))
+    lines = inventory.table(inventory.everything(settings))
     assert "price unknown" in lines[0]
     assert lines[-1].startswith("in all at most 0.000 USD an hour and 1 of unknown price")
 
@@ -267,7 +267,7 @@ def test_status_counts_what_has_no_price(aws: Recorder, settings: Settings) -> N
 def test_what_belongs_to_an_endpoint_of_another_name(settings: Settings) -> None:
     make_endpoint("by-another-name")
     attach(settings, "by-another-name")
-    lines = status.table(inventory.everything(settings))
+    lines = inventory.table(inventory.everything(settings))
     assert [line.split()[0] for line in lines] == ["endpoint", "endpoint", "model", "end", "alarm", "autoscaling", "in"]
     assert "until 2030-01-02T03:04:05 UTC" in lines[0]
 
@@ -310,7 +310,7 @@ def test_status_of_stack_bucket_and_images(aws: Recorder, settings: Settings, mo
     aws.answers["GetMetricData"] = {"MetricDataResults": [result]}
     assert status.stored(settings)[1:] == [
         "bucket b: 2.5 GB yesterday", f"repository {repository}: 2 images, 2.0 GB",
-        f"registry {NAME}: 0 packages, the champion is none yet",
+        f"registry {NAME}: 0 packages, the champion is none yet", f"pipeline {NAME}: started by `make pipeline` only",
     ]  # fmt: skip
 
 

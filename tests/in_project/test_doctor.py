@@ -11,7 +11,7 @@ import pytest
 from botocore.exceptions import ClientError
 
 from pipelines import aws as cloud
-from pipelines import bootstrap, console, doctor, engine, permissions
+from pipelines import console, doctor, engine, permissions, stack
 from pipelines.config import Settings, load
 from pipelines.console import UserError
 from pipelines.doctor import Line
@@ -61,7 +61,7 @@ def quota(name: str, value: float, code: str = "L-1") -> dict[str, Any]:
 def healthy(aws: Recorder, monkeypatch: pytest.MonkeyPatch) -> Recorder:
     """An account where nothing is wrong."""
     monkeypatch.setattr(cloud, "stack", lambda _: STACK)
-    found = bootstrap.parameters(SETTINGS, caller()["Arn"], {})
+    found = stack.parameters(SETTINGS, caller()["Arn"], {})
     parameters = [{"ParameterKey": key, "ParameterValue": value} for key, value in found.items()]
     trust = {"Statement": [{"Effect": "Allow", "Principal": {"Service": "sagemaker.amazonaws.com"}}]}
     tags = [engine.image_name(SETTINGS, target).partition(":")[2] for target in ("training", "serving")]
@@ -69,7 +69,7 @@ def healthy(aws: Recorder, monkeypatch: pytest.MonkeyPatch) -> Recorder:
     aws.answers |= {
         "GetCallerIdentity": caller(),
         "DescribeStacks": {"Stacks": [{"StackStatus": "UPDATE_COMPLETE", "Parameters": parameters}]},
-        "GetTemplate": {"TemplateBody": json.loads(bootstrap.template(SETTINGS, ACCOUNT))},
+        "GetTemplate": {"TemplateBody": json.loads(stack.template(SETTINGS, ACCOUNT))},
         "GetRole": lambda p: {
             "Role": {"Arn": f"arn:aws:iam::{ACCOUNT}:role/path/{p['RoleName']}", "AssumeRolePolicyDocument": trust}
         },

@@ -24,7 +24,7 @@ from PIL import Image
 
 import imaging
 from inference import inference
-from pipelines import SOURCE, config, destroy, inventory, runs, status
+from pipelines import SOURCE, config, destroy, inventory, runs
 from pipelines import monitor as verb_module
 from pipelines.console import UserError
 from processing import monitor
@@ -607,7 +607,7 @@ def test_status_shows_it_and_destroy_removes_it(captured: Hosting, monkeypatch: 
     wanted = ["monitoring", "dashboard", "end schedule", *(f"{name}-{what}" for name in both
                                                            for what in ("drift", "errors", "latency"))]  # fmt: skip
     assert {*attached(settings())} == {*wanted}
-    lines = status.table(items)
+    lines = inventory.table(items)
     assert re.search(rf"monitoring +{NAME}-monitor .*0\.250 USD/h  hourly 1 x ml\.m5\.large, 30 min", "\n".join(lines))
     start = len(captured.calls)
     destroy.destroy(settings(), NAME, yes=True)

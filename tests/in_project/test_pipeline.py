@@ -34,7 +34,6 @@ from pipelines import (
     prices,
     registry,
     runs,
-    status,
     training_pipeline,
 )
 from pipelines import aws as cloud
@@ -405,7 +404,7 @@ def test_status_shows_what_executes_and_destroy_stops_it(
         {"PipelineExecutionArn": ARN, "PipelineExecutionStatus": state, "StartTime": began},
         {"PipelineExecutionArn": f"{ARN}x", "PipelineExecutionStatus": "Succeeded", "StartTime": began},
     ]}  # fmt: skip
-    shown = "\n".join(status.table(inventory.everything(settings())))
+    shown = "\n".join(inventory.table(inventory.everything(settings())))
     assert shown.count("pipeline run") == 1
     assert f"{NAME}/abc123" in shown
     account.clear()

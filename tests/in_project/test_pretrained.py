@@ -207,8 +207,9 @@ def test_a_resumed_run_gets_the_same_weights(tmp_path: Path, monkeypatch: pytest
     for override in (f"data.pretrained={tmp_path / 'own.pth'}", "data.pretrained=none"):
         name = None
         for _ in range(2):
+            settings = config.load([override, "compute.local_mode=process", "compute.local_instances=1"], {})
             with pytest.raises(UserError, match="stopped by SIGTERM"):
-                train_local.train(config.load([override], {}), None, name, "process", 1, False)
+                train_local.train(settings, None, name, False)
             name = jobs[-1].name
     for job in jobs:
         shutil.rmtree(job.root)

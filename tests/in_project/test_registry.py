@@ -114,7 +114,7 @@ def test_from_a_run_to_an_endpoint_of_the_champion(
         made = calls.named("CreateModel")[-1]
         assert [container["ModelPackageName"] for container in made["Containers"]] == [best.arn]
     monkeypatch.setattr(cloud, "stack", lambda _: STACK)
-    assert status.stored(settings())[-1].startswith(f"registry {NAME}: 1 packages, the champion is {NAME}/1 (run")
+    assert status.stored(settings())[-2].startswith(f"registry {NAME}: 1 packages, the champion is {NAME}/1 (run")
 
 
 def test_the_card_follows_its_schema(calls: Recorder) -> None:

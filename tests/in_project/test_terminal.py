@@ -130,7 +130,7 @@ def test_uploads_count_bytes(
     storage.upload(config.load((), {}), tmp_path, BUCKET, "data/x")
     printed = capsys.readouterr().out
     assert re.search(r"^uploading 1\.5/1\.5 MB, [\d.]+ MB/s, 0 s left$", printed, re.MULTILINE), printed
-    storage.download(config.load((), {}), BUCKET, "data/x/0.npy", tmp_path / "back")
+    storage.download(config.load((), {}), f"s3://{BUCKET}/data/x/0.npy", tmp_path / "back")
     assert (tmp_path / "back").read_bytes() == bytes(500_000)
     assert re.search(r"^downloading back 0\.5/0\.5 MB, ", capsys.readouterr().out, re.MULTILINE)
     assert aws

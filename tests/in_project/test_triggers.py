@@ -12,7 +12,7 @@ import boto3
 import pytest
 import yaml
 
-from pipelines import ROOT, bootstrap, config
+from pipelines import ROOT, config, stack, status
 from pipelines.aws import stack as outputs
 from pipelines.console import UserError
 from tests.cloud import GOLDEN, Recorder, aws
@@ -60,7 +60,7 @@ def resolved(value: Any, values: dict[str, str]) -> Any:
 
 
 def parameters(*overrides: str) -> dict[str, str]:
-    return bootstrap.parameters(config.load(overrides), f"arn:aws:iam::{ACCOUNT}:user/me", {})
+    return stack.parameters(config.load(overrides), f"arn:aws:iam::{ACCOUNT}:user/me", {})
 
 
 def test_nothing_starts_by_itself_unless_asked_for(aws: Recorder, capsys: pytest.CaptureFixture[str]) -> None:
@@ -98,6 +98,9 @@ def test_all_triggers(aws: Recorder, capsys: pytest.CaptureFixture[str]) -> None
     target = events.list_targets_by_rule(Rule=uploaded["Name"])["Targets"][0]
     assert target["Arn"] == machine["stateMachineArn"]
     assert outputs(config.load()).bucket == BUCKET
+    assert (
+        status.stored(config.load())[-1] == f"pipeline {NAME}: started by rate(7 days) and by new data under incoming"
+    )
     assert len(aws.named("ExecuteChangeSet")) == 1
 
 
@@ -153,9 +156,9 @@ def invalid(service: str, operation: str, asked: dict[str, Any]) -> str:
 def test_the_template_with_all_triggers_is_valid(aws: Recorder) -> None:
     lint, every = importlib.import_module("cfnlint.api").lint, importlib.import_module("cfnlint.helpers").REGIONS
     without = {"ap-east-2", "ca-west-1", "mx-central-1"}  # CodeBuild
-    text = bootstrap.template(config.load([*ALL, "aws.region=us-east-1"]), ACCOUNT)
+    text = stack.template(config.load([*ALL, "aws.region=us-east-1"]), ACCOUNT)
     assert len(text) < 51_200
-    assert [str(match) for match in lint(text, regions=sorted(set(bootstrap.BUDGET_REGIONS) - without))] == []
+    assert [str(match) for match in lint(text, regions=sorted(set(stack.BUDGET_REGIONS) - without))] == []
     assert lint(text, regions=["ca-west-1"]), "and the lint can fail"
     assert every
     assert aws is not None
@@ -203,13 +206,13 @@ THEIRS = [  # what other people's workflows can be called
 
 def trusted(github: str, subject: str, branch: str | None = "main") -> bool:
     """Whether the role's trust policy lets a token in, by IAM's rules; no branch: the partition has no `ref`."""
-    repository, subjects, own = bootstrap._parsed(github)
+    repository, subjects, own = stack._parsed(github)
     values = {"GitHubRepository": repository, "GitHubSubjects": subjects, "GitHubBranch": own}
     policy = document()["Resources"]["GitHubRole"]["Properties"]["AssumeRolePolicyDocument"]["Statement"][0]
     tests = resolved(policy["Condition"], values)
     assert set(tests) == {"StringEquals", "StringEqualsIfExists", "StringLike"}
-    named = [re.escape(like).replace(r"\*", ".*") for like in tests["StringLike"][f"{bootstrap.GITHUB}:sub"]]
-    right = branch is None or f"refs/heads/{branch}" == tests["StringEqualsIfExists"][f"{bootstrap.GITHUB}:ref"]
+    named = [re.escape(like).replace(r"\*", ".*") for like in tests["StringLike"][f"{stack.GITHUB}:sub"]]
+    right = branch is None or f"refs/heads/{branch}" == tests["StringEqualsIfExists"][f"{stack.GITHUB}:ref"]
     return right and any(re.fullmatch(like, subject) for like in named)
 
 
@@ -239,7 +242,7 @@ def test_only_workflows_of_the_repository_and_its_branch_get_the_role(github: st
     ],
 )
 def test_the_name_of_the_repository(github: str, parsed: tuple[str, str, str]) -> None:
-    assert bootstrap._parsed(github) == parsed
+    assert stack._parsed(github) == parsed
     if github:
         assert config.load([f"aws.github={github}"]).aws.github == github
 

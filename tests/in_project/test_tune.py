@@ -24,7 +24,6 @@ from pipelines import (
     inventory,
     logs,
     plan,
-    status,
     tune,
     tune_local,
     tuning,
@@ -259,7 +258,7 @@ def test_status_shows_a_search_that_runs_and_destroy_stops_it(
     search.answers |= {"ListHyperParameterTuningJobs": listed, "StopHyperParameterTuningJob": {}}
     (item,) = inventory.everything(settings())
     assert (item.kind, item.name) == ("tuning job", NAME)
-    assert "InProgress" in status.table([item])[0]
+    assert "InProgress" in inventory.table([item])[0]
     monkeypatch.setattr(destroy, "PAUSE", 0.0)
     destroy.destroy(settings(), None, yes=True)
     assert search.named("StopHyperParameterTuningJob") == [{"HyperParameterTuningJobName": NAME}]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +31,8 @@ REASONS = {
     "throttled": ("Throttling", "ThrottlingException", "TooManyRequestsException", "RequestLimitExceeded", "SlowDown"),
     "network": ("EndpointConnection", "ConnectTimeout", "ReadTimeout", "ConnectionClosed", "SSL", "ProxyConnection"),
 }
+MISSING = ("ResourceNotFoundException", "ResourceNotFound", "RepositoryNotFoundException", "NoSuchBucket", "NoSuchKey",
+           "404")  # the last is S3's answer to a HEAD  # fmt: skip
 STEPS = {
     "no credentials": "there are no AWS credentials; run `aws configure` or `aws sso login`, or set AWS_PROFILE",
     "expired": "the AWS credentials have expired; get new ones, for instance with `aws sso login`",
@@ -53,6 +56,11 @@ class Stack:
     topic: str
     scheduler_role: str
     pipeline_role: str
+
+    @property
+    def partition(self) -> str:
+        """Of ARNs: aws, aws-cn, aws-us-gov."""
+        return self.role.split(":")[1]
 
 
 def client(settings: Settings, service: str, region: str | None = None) -> Any:
@@ -100,12 +108,29 @@ def missing(error: Any) -> bool:
     """Whether a `ClientError` says that the thing asked for does not exist."""
     details = error.response["Error"]
     gone = ("does not exist", "could not find", "not found", "cannot find")
-    known = details["Code"] in ("ResourceNotFoundException", "ResourceNotFound", "RepositoryNotFoundException")
     return (
-        known
+        details["Code"] in MISSING
         or (details["Code"] == "ValidationException" and any(w in details["Message"].lower() for w in gone))
         or (details["Code"] == "ValidationError" and "does not exist" in details["Message"])
     )
+
+
+def unless_missing(call: Callable[..., Any], **request: Any) -> Any:
+    """The answer to a request about one thing; None when there is no such thing, or no longer."""
+    from botocore.exceptions import ClientError
+
+    try:
+        return call(**request)
+    except ClientError as error:
+        if not missing(error):
+            raise
+        return None
+
+
+def pages(service: Any, operation: str, key: str, **request: Any) -> Iterator[dict[str, Any]]:
+    """What a request lists under a key, over all of its pages."""
+    for page in service.get_paginator(operation).paginate(**request):
+        yield from page.get(key, [])
 
 
 def stack(settings: Settings) -> Stack:
@@ -114,19 +139,12 @@ def stack(settings: Settings) -> Stack:
     Raises:
         UserError: when it has not been made, with the command that makes it.
     """
-    from botocore.exceptions import ClientError
-
     name = engine.project_name()
     with explained(f"looking up the stack {name}"):
-        try:
-            found = client(settings, "cloudformation").describe_stacks(StackName=name)["Stacks"][0]
-        except ClientError as error:
-            if not missing(error):
-                raise
-            raise UserError(
-                f"there is no stack {name} in {settings.aws.region}; make it with `make bootstrap`"
-            ) from error
-    outputs = {output["OutputKey"]: output["OutputValue"] for output in found.get("Outputs", [])}
+        found = unless_missing(client(settings, "cloudformation").describe_stacks, StackName=name)
+    if found is None:
+        raise UserError(f"there is no stack {name} in {settings.aws.region}; make it with `make bootstrap`")
+    outputs = {output["OutputKey"]: output["OutputValue"] for output in found["Stacks"][0].get("Outputs", [])}
     names = {"bucket": "Bucket", "role": "ExecutionRole", "repository": "Repository", "topic": "Topic",
              "scheduler_role": "SchedulerRole", "pipeline_role": "PipelineRole"}  # fmt: skip
     absent = [key for key in names.values() if key not in outputs]
@@ -150,8 +168,6 @@ def confirm(plan: str, yes: bool) -> None:
     Raises:
         UserError: when the answer is no, or nobody is there to give one.
     """
-    import sys
-
     print(plan, flush=True)
     if yes:
         return
@@ -167,6 +183,25 @@ def ask(question: str) -> str:
         return input(f"{question} ").strip()
     except EOFError:
         return ""
+
+
+def failure(facts: Mapping[str, Any]) -> str:
+    """Why a job or an endpoint failed, as AWS describes it."""
+    return " ".join(facts.get("FailureReason", "AWS gives no reason").split())
+
+
+def console(settings: Settings, page: str) -> str:
+    """The address of a page of SageMaker's console."""
+    region = settings.aws.region
+    hosts = {"cn-": "amazonaws.cn", "us-gov": "amazonaws-us-gov.com"}
+    host = next((hosts[part] for part in hosts if region.startswith(part)), "aws.amazon.com")
+    return f"https://{region}.console.{host}/sagemaker/home?region={region}#/{page}"
+
+
+def place(uri: str) -> dict[str, str]:
+    """`s3://bucket/key` as requests have it."""
+    bucket, _, key = uri.removeprefix("s3://").partition("/")
+    return {"Bucket": bucket, "Key": key}
 
 
 def kms_arn(settings: Settings) -> str | None:

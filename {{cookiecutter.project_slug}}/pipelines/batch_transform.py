@@ -56,21 +56,19 @@ def start(settings: Settings, options: Namespace) -> str:
         raise UserError(f"{largest} has {sizes[largest]:,} bytes, and batch transform takes {MOST} MB; take it out")
     with tempfile.TemporaryDirectory(prefix="batch-") as folder:
         model = source.find(settings, options, Path(folder))
-        image, price = (
-            image_push.uri(settings, stack, "serving"),
-            prices.hourly(settings, "transform", chosen.instance_type),
-        )
+        image = image_push.uri(settings, stack, "serving")
         plan = (
             f"{name}: a transform job in {settings.aws.region} on {chosen.instances} x {chosen.instance_type}, "
             f"{hours:g} hours at most, in {'the image of the package' if model.package else image}, classifies "
             f"{len(sizes)} images of {options.data} with {model.label}"
         )
-        prices.afford(settings, plan, None if price is None else price * hours * chosen.instances, options.yes)
+        price = prices.hourly(settings, "transform", chosen.instance_type)
+        prices.afford(settings, plan, prices.cost(price, hours * chosen.instances), options.yes)
         if not model.package:
             image_push.ensure(settings, stack, "serving")
         uri = model.uri or storage.artifact(settings, stack, model.archive)
-    prefix = storage.upload(settings, local, stack.bucket, f"raw/{data.state(local, [])}") if local else options.data
-    manifest, place = [{"prefix": f"{prefix.rstrip('/')}/"}, *sorted(sizes)], f"s3://{stack.bucket}/batch/{name}"
+    prefix = storage.raw(settings, stack, options.data, local)
+    manifest, place = [{"prefix": f"{prefix}/"}, *sorted(sizes)], f"s3://{stack.bucket}/batch/{name}"
     try:
         endpoints.set_end(
             settings, stack, name, endpoints.end_after(hours), "transform job"
@@ -118,15 +116,9 @@ def _create(settings: Settings, name: str, place: str, payload: int) -> None:
 
 def _clean(settings: Settings, stack: aws.Stack, name: str) -> None:
     """Remove the job's model and the schedule that would stop it."""
-    from botocore.exceptions import ClientError
-
     endpoints.set_end(settings, stack, name, None)
     with aws.explained(f"removing the model {name}"):
-        try:
-            aws.client(settings, "sagemaker").delete_model(ModelName=name)
-        except ClientError as error:
-            if not aws.missing(error):
-                raise
+        aws.unless_missing(aws.client(settings, "sagemaker").delete_model, ModelName=name)
 
 
 def join(settings: Settings, name: str) -> int:
@@ -173,7 +165,7 @@ def join(settings: Settings, name: str) -> int:
     for label, count in sorted(labels.items()):
         print(f"{count:8}  {label}")
     if facts["Status"] != "Completed":
-        print(f"{name} is {facts['Status']}: {' '.join(facts.get('FailureReason', 'no reason given').split())}")
+        print(f"{name} is {facts['Status']}: {aws.failure(facts)}")
     return 1 if bad else 0
 
 
@@ -186,8 +178,7 @@ def main() -> int:
     parser.add_argument("--wait", action="store_true", help="follow the log, then fetch the answers")
     parser.add_argument("--yes", action="store_true", help="go on although it is over budget")
     options = parser.parse_args()
-    overrides = [] if options.instances is None else [f"endpoint.instances={options.instances}"]
-    settings = load([*options.set, *overrides])
+    settings = load(options.set, options={"endpoint.instances": options.instances})
     if not options.data:
         if not options.job:
             raise UserError("DATA is missing; name images, such as make batch DATA=folder/of/images", 2)

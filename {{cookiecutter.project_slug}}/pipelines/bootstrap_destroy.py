@@ -11,11 +11,8 @@ from __future__ import annotations
 import sys
 
 from pipelines import aws, console, engine, inventory, registry, stack
-from pipelines.bootstrap import bucket_name
 from pipelines.config import Settings, load
 from pipelines.console import UserError
-
-GONE = ("NoSuchBucket", "RepositoryNotFoundException")
 
 
 def destroy(settings: Settings, everything: bool, confirmed: str, yes: bool) -> None:
@@ -29,7 +26,7 @@ def destroy(settings: Settings, everything: bool, confirmed: str, yes: bool) -> 
             )
         cloud = aws.client(settings, "cloudformation")
         account = aws.client(settings, "sts").get_caller_identity()["Account"]
-        bucket, found = bucket_name(settings, account), stack.find(cloud, name)
+        bucket, found = stack.bucket_name(settings, account), stack.find(cloud, name)
         where = f"in {settings.aws.region}, account {account}"
         if found is None and not everything:
             print(f"there is no stack {name} {where}; ALL=1 deletes bucket and repository, should they be left")
@@ -62,62 +59,36 @@ def _typed(plan: str, name: str, confirmed: str) -> None:
 
 
 def _delete_pipeline(settings: Settings, name: str) -> None:
-    from botocore.exceptions import ClientError
-
-    try:
-        aws.client(settings, "sagemaker").delete_pipeline(PipelineName=name)
-    except ClientError as error:
-        if not aws.missing(error):
-            raise
-        return
-    print(f"deleted the pipeline {name}")
+    if aws.unless_missing(aws.client(settings, "sagemaker").delete_pipeline, PipelineName=name) is not None:
+        print(f"deleted the pipeline {name}")
 
 
 def _delete_bucket(settings: Settings, bucket: str, account: str) -> None:
-    from botocore.exceptions import ClientError
-
     s3, owner, deleted = aws.client(settings, "s3"), {"Bucket": bucket, "ExpectedBucketOwner": account}, 0
-    try:
-        while True:
-            page = s3.list_object_versions(**owner)  # at most 1000, which is what one request can delete
-            versions = [*page.get("Versions", []), *page.get("DeleteMarkers", [])]
-            batch = [{"Key": version["Key"], "VersionId": version["VersionId"]} for version in versions]
-            if not batch:
-                break
-            answer = s3.delete_objects(**owner, Delete={"Objects": batch, "Quiet": True})
-            for error in answer.get("Errors", []):
-                raise UserError(f"{error['Key']} in {bucket} cannot be deleted: {error['Message']} ({error['Code']})")
-            deleted += len(batch)
-            print(f"deleting objects: {deleted}", flush=True)
-        s3.delete_bucket(**owner)
-    except ClientError as error:
-        if error.response["Error"]["Code"] not in GONE:
-            raise
-        return
-    print(f"deleted the bucket {bucket}")
+    # A page has at most 1000, which is what one request can delete.
+    while (page := aws.unless_missing(s3.list_object_versions, **owner)) is not None:
+        versions = [*page.get("Versions", []), *page.get("DeleteMarkers", [])]
+        batch = [{"Key": version["Key"], "VersionId": version["VersionId"]} for version in versions]
+        if not batch:
+            aws.unless_missing(s3.delete_bucket, **owner)
+            print(f"deleted the bucket {bucket}")
+            return
+        answer = s3.delete_objects(**owner, Delete={"Objects": batch, "Quiet": True})
+        for error in answer.get("Errors", []):
+            raise UserError(f"{error['Key']} in {bucket} cannot be deleted: {error['Message']} ({error['Code']})")
+        deleted += len(batch)
+        print(f"deleting objects: {deleted}", flush=True)
 
 
 def _delete_repository(settings: Settings, name: str, account: str) -> None:
-    from botocore.exceptions import ClientError
-
-    try:
-        aws.client(settings, "ecr").delete_repository(registryId=account, repositoryName=name, force=True)
-    except ClientError as error:
-        if error.response["Error"]["Code"] not in GONE:
-            raise
-        return
-    print(f"deleted the repository {name}")
+    delete = aws.client(settings, "ecr").delete_repository
+    if aws.unless_missing(delete, registryId=account, repositoryName=name, force=True) is not None:
+        print(f"deleted the repository {name}")
 
 
 def _delete_registry(settings: Settings, name: str) -> None:
-    from botocore.exceptions import ClientError
-
     sagemaker, group = aws.client(settings, "sagemaker"), {"ModelPackageGroupName": name}
-    try:
-        sagemaker.describe_model_package_group(**group)
-    except ClientError as error:
-        if not aws.missing(error):
-            raise
+    if aws.unless_missing(sagemaker.describe_model_package_group, **group) is None:
         return
     packages = registry.summaries(settings)
     for package in packages:

@@ -19,10 +19,10 @@ from pydantic import BaseModel, ValidationError
 
 from pipelines import ROOT
 from pipelines.console import UserError
-from pipelines.schema import LocalMode, Range, Settings, Tuning
+from pipelines.schema import Range, Settings, Tuning
 from training.config import ConfigurationError, Hyperparameters, nearest, parse, shown
 
-__all__ = ["LocalMode", "Range", "Settings", "Tuning", "load", "number"]
+__all__ = ["Range", "Settings", "Tuning", "load", "number"]
 
 
 class _Loader(yaml.SafeLoader):
@@ -35,7 +35,10 @@ _Loader.add_implicit_resolver(
 
 
 def load(
-    overrides: Sequence[str] = (), environment: Mapping[str, str] = os.environ, folder: Path = ROOT / "configs"
+    overrides: Sequence[str] = (),
+    environment: Mapping[str, str] = os.environ,
+    folder: Path = ROOT / "configs",
+    options: Mapping[str, Any] | None = None,
 ) -> Settings:
     """Read and check the settings.
 
@@ -43,6 +46,7 @@ def load(
         overrides: `section.key=value`, values in YAML.
         environment: variables named `SECTION__KEY` override the files.
         folder: where training.yaml and infrastructure.yaml lie.
+        options: values by `section.key`, of a verb's own options; None: not given.
 
     Raises:
         UserError: naming the key, the value and the nearest valid name.
@@ -52,7 +56,8 @@ def load(
         section, separator, key = name.partition("__")
         if separator and section.lower() in Settings.model_fields and name == name.upper():
             _override(document, f"{section.lower()}.{key.lower()}", value, f"environment variable {name}")
-    for override in overrides:
+    given = [f"{path}={value}" for path, value in (options or {}).items() if value is not None]
+    for override in (*overrides, *given):
         path, separator, value = override.partition("=")
         if not separator:
             raise UserError(f"--set {override!r} has no value; write --set section.key=value")

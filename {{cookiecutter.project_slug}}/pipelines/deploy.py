@@ -80,7 +80,7 @@ def _see(settings: Settings, plan: Plan, samples: list[dict[str, Any]], remove: 
     if facts["EndpointStatus"] != "InService" or facts["EndpointConfigName"] != plan.config:
         healthy = facts["EndpointStatus"] == "InService"
         what = "went back to what it was" if healthy else f"is {facts['EndpointStatus']}"
-        raise UserError(f"{plan.name} {what}: {facts.get('FailureReason', 'AWS gives no reason')}; {remove}")
+        raise UserError(f"{plan.name} {what}: {aws.failure(facts)}; {remove}")
     back = remove
     if plan.old["ProductionVariants"]:
         back = (
@@ -149,13 +149,11 @@ def _check_limits(settings: Settings, old: dict[str, Any], weight: int | None) -
 def _agree(settings: Settings, plan: Plan, label: str, yes: bool) -> None:
     """Say what will be made, where, and what it can cost; go on only inside the budget, and when told to."""
     chosen, update = settings.endpoint, bool(plan.old["ProductionVariants"])
-    kind = {"async": "async", "serverless": "serverless"}.get(chosen.type, "hosting")
-    fleet = [(max(chosen.instances, chosen.max_instances), chosen.instance_type)]
-    if chosen.type == "serverless":
-        fleet = [(chosen.max_concurrency, f"Mem-{chosen.memory_mb // 1024}GB")]
+    kind, most, largest = rollout.fleet(settings)
+    fleet = [(most, largest)]
     fleet += [(max(old["InitialInstanceCount"], chosen.max_instances), old["InstanceType"]) for old in plan.beside]
-    each = [(count, prices.hourly(settings, kind, machine)) for count, machine in fleet]
-    hourly = None if any(price is None for _, price in each) else sum(count * (price or 0.0) for count, price in each)
+    each = [prices.cost(prices.hourly(settings, kind, machine), count) for count, machine in fleet]
+    hourly = None if None in each else sum(cost or 0.0 for cost in each)
     hours = (chosen.ttl_hours or prices.MONTH) + (rollout.UPDATE_HOURS if update else 0)
     lines = [
         f"{'update' if update else 'create'} the {chosen.type} endpoint {plan.name} in {settings.aws.region}: {label}"
@@ -169,7 +167,7 @@ def _agree(settings: Settings, plan: Plan, label: str, yes: bool) -> None:
         lines.append(
             f"  WARNING: endpoint.ttl_hours is 0: it never deletes itself and costs {prices.usd(hourly, 24)} a day"
         )
-    prices.agree(settings, "\n".join(lines), None if hourly is None else hourly * hours, yes)
+    prices.agree(settings, "\n".join(lines), prices.cost(hourly, hours), yes)
 
 
 def _ask_golden(
@@ -204,7 +202,7 @@ def main() -> int:
     parser.add_argument("--rollback", action="store_true", help="undo an update that fails the golden samples")
     parser.add_argument("--yes", action="store_true", help="do not ask, and go on although it is over budget")
     options = parser.parse_args()
-    deploy(load([*options.set, *([f"endpoint.type={options.type}"] if options.type else [])]), options)
+    deploy(load(options.set, options={"endpoint.type": options.type}), options)
     return 0
 
 

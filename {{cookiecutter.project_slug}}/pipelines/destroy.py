@@ -12,7 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from pipelines import aws, console, engine, inventory, status
+from pipelines import aws, console, engine, inventory
 from pipelines.config import Settings, load
 from pipelines.console import UserError
 from pipelines.inventory import Item
@@ -35,7 +35,7 @@ def destroy(settings: Settings, endpoint: str | None, yes: bool) -> None:
     if not found:
         print(f"there is nothing of {where} to remove")
         return
-    aws.confirm("\n".join([f"removes of {where}, keeping data, images and results:", *status.table(found)]), yes)
+    aws.confirm("\n".join([f"removes of {where}, keeping data, images and results:", *inventory.table(found)]), yes)
     names = {_key(item) for item in found} if endpoint else None
     scaling = [item for item in found if item.kind == "autoscaling"]
     kept = _remove(settings, scaling)  # first, or it would start instances meanwhile

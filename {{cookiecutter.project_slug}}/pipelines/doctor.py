@@ -16,7 +16,7 @@ from datetime import UTC, date, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any, Literal, NamedTuple
 
-from pipelines import ROOT, aws, bootstrap, console, engine, permissions, stack
+from pipelines import ROOT, aws, console, engine, permissions, stack
 from pipelines.config import Settings, load
 from pipelines.console import UserError
 
@@ -132,9 +132,9 @@ def up_to_date(settings: Settings, caller: dict[str, str]) -> Iterator[Line]:
     found = stack.find(cloud, name) or {}
     body = cloud.get_template(StackName=name)["TemplateBody"]
     now = {item["ParameterKey"]: item["ParameterValue"] for item in found.get("Parameters", [])}
-    wanted = bootstrap.parameters(settings, caller["Arn"], now)
+    wanted = stack.parameters(settings, caller["Arn"], now)
     same = (json.loads(body) if isinstance(body, str) else body) == json.loads(
-        bootstrap.template(settings, caller["Account"])
+        stack.template(settings, caller["Account"])
     )
     differing = [] if same else ["infrastructure/stack.yaml"]
     differing += [key for key, value in wanted.items() if now.get(key) != value]
@@ -185,10 +185,9 @@ def quotas(settings: Settings) -> Iterator[Line]:
         wanted[f"{compute.instance_type} for training warm pool usage"] = compute.instances
     if endpoint.type != "serverless":
         wanted[f"{endpoint.instance_type} for endpoint usage"] = max(endpoint.instances, endpoint.max_instances)
-    pages = aws.client(settings, "service-quotas").get_paginator("list_service_quotas").paginate(
-        ServiceCode="sagemaker"
-    )  # fmt: skip
-    found: dict[str, Any] = {quota["QuotaName"]: quota for page in pages for quota in page["Quotas"]}
+    service = aws.client(settings, "service-quotas")
+    listed = aws.pages(service, "list_service_quotas", "Quotas", ServiceCode="sagemaker")
+    found: dict[str, Any] = {quota["QuotaName"]: quota for quota in listed}
     for name, count in wanted.items():
         quota = found.get(name)
         if quota is None:
@@ -203,10 +202,9 @@ def quotas(settings: Settings) -> Iterator[Line]:
 
 def images(settings: Settings, made: aws.Stack) -> Iterator[Line]:
     """Whether the images of the project as it is now are in ECR: a stale image has another name."""
-    pages = aws.client(settings, "ecr").get_paginator("describe_images").paginate(
-        repositoryName=made.repository.partition("/")[2]
-    )  # fmt: skip
-    there = {tag for page in pages for image in page["imageDetails"] for tag in image.get("imageTags", [])}
+    ecr, name = aws.client(settings, "ecr"), made.repository.partition("/")[2]
+    listed = aws.pages(ecr, "describe_images", "imageDetails", repositoryName=name)
+    there = {tag for image in listed for tag in image.get("imageTags", [])}
     targets: tuple[engine.Target, ...] = ("training", "serving")
     for target in targets:
         if getattr(settings.images, target) == "project":

@@ -45,15 +45,10 @@ def name(settings: Settings, given: str | None) -> str:
 
 def describe(settings: Settings, endpoint: str) -> dict[str, Any] | None:
     """What AWS knows of an endpoint; None when there is none."""
-    from botocore.exceptions import ClientError
-
     with aws.explained(f"looking up the endpoint {endpoint}"):
-        try:
-            return dict(aws.client(settings, "sagemaker").describe_endpoint(EndpointName=endpoint))
-        except ClientError as error:
-            if aws.missing(error):
-                return None
-            raise
+        describe_endpoint = aws.client(settings, "sagemaker").describe_endpoint
+        found: dict[str, Any] | None = aws.unless_missing(describe_endpoint, EndpointName=endpoint)
+        return found
 
 
 def running(settings: Settings, endpoint: str) -> dict[str, Any]:
@@ -89,23 +84,14 @@ def wait(settings: Settings, endpoint: str) -> dict[str, Any]:
 
 def link(settings: Settings, endpoint: str) -> str:
     """Its page in the console."""
-    region = settings.aws.region
-    hosts = {"cn-": "amazonaws.cn", "us-gov": "amazonaws-us-gov.com"}
-    host = next((hosts[part] for part in hosts if region.startswith(part)), "aws.amazon.com")
-    return f"https://{region}.console.{host}/sagemaker/home?region={region}#/endpoints/{endpoint}"
+    return aws.console(settings, f"endpoints/{endpoint}")
 
 
 def end(settings: Settings, endpoint: str) -> str | None:
     """When an endpoint deletes itself, as `at(2026-11-21T21:00:00)` in UTC; None: never."""
-    from botocore.exceptions import ClientError
-
     with aws.explained(f"looking up when {endpoint} ends"):
-        try:
-            return str(aws.client(settings, "scheduler").get_schedule(Name=f"{endpoint}-end")["ScheduleExpression"])
-        except ClientError as error:
-            if aws.missing(error):
-                return None
-            raise
+        found = aws.unless_missing(aws.client(settings, "scheduler").get_schedule, Name=f"{endpoint}-end")
+        return found and str(found["ScheduleExpression"])
 
 
 def end_after(hours: float) -> str:
@@ -130,7 +116,7 @@ def set_end(settings: Settings, stack: aws.Stack, endpoint: str, when: str | Non
             FlexibleTimeWindow={"Mode": "OFF"},
             ActionAfterCompletion="DELETE",
             Target={
-                "Arn": f"arn:{stack.role.split(':')[1]}:scheduler:::aws-sdk:sagemaker:{operation}",
+                "Arn": f"arn:{stack.partition}:scheduler:::aws-sdk:sagemaker:{operation}",
                 "RoleArn": stack.scheduler_role,
                 "Input": json.dumps({parameter: endpoint}),
             },
@@ -155,7 +141,8 @@ def scale(settings: Settings, endpoint: str, variants: Sequence[str]) -> None:
     waits = chosen.type == "async"
     lowest, highest = 0 if waits else chosen.instances, max(chosen.instances, chosen.max_instances)
     if chosen.type == "serverless" or lowest == highest:
-        return unscale(settings, endpoint, variants)
+        unscale(settings, endpoint, variants)
+        return
     scaling, metric = aws.client(settings, "application-autoscaling"), "SageMakerVariantInvocationsPerInstance"
     own = {"Namespace": "AWS/SageMaker", "Dimensions": [{"Name": "EndpointName", "Value": endpoint}]}
     backlog = {"MetricName": "ApproximateBacklogSizePerInstance", "Statistic": "Average", **own}
@@ -194,7 +181,6 @@ def scale(settings: Settings, endpoint: str, variants: Sequence[str]) -> None:
                     DatapointsToAlarm=2, Threshold=1.0, ComparisonOperator="GreaterThanOrEqualToThreshold",
                     TreatMissingData="missing", AlarmActions=[first["PolicyARN"]], Tags=aws.tags(settings),
                 )  # fmt: skip
-    return None
 
 
 def ask(settings: Settings, facts: dict[str, Any], body: bytes, kind: str, variant: str | None = None) -> Any:
@@ -238,11 +224,9 @@ def _ask_async(settings: Settings, endpoint: Any, facts: dict[str, Any], body: b
     """Put the request into the bucket, wait for the answer or the failure there, and clean up."""
     s3 = aws.client(settings, "s3")
     folder = facts["AsyncInferenceConfig"]["OutputConfig"]["S3OutputPath"].rpartition("/")[0]
-    bucket, _, prefix = folder.removeprefix("s3://").partition("/")
-    question = {"Bucket": bucket, "Key": f"{prefix}/input/{uuid.uuid4().hex}"}
-    s3.put_object(**question, Body=body, **aws.encryption(settings))
+    uri = f"{folder}/input/{uuid.uuid4().hex}"
+    s3.put_object(**aws.place(uri), Body=body, **aws.encryption(settings))
     try:
-        uri = f"s3://{question['Bucket']}/{question['Key']}"
         made = endpoint.invoke_async(input_location=uri, content_type=kind, region=settings.aws.region)
         if not any(variant.get("CurrentInstanceCount") for variant in facts["ProductionVariants"]):
             print(
@@ -259,22 +243,17 @@ def _ask_async(settings: Settings, endpoint: Any, facts: dict[str, Any], body: b
                     raise UserError(f"{endpoint.endpoint_name} failed: {sentence(failure.decode(errors='replace'))}")
                 time.sleep(ASYNC_POLL)
     finally:
-        s3.delete_object(**question)
+        s3.delete_object(**aws.place(uri))
     raise UserError(f"no answer in {ASYNC_PATIENCE // 60} minutes; it would come to {made.output_location}")
 
 
 def _taken(s3: Any, uri: str) -> bytes | None:
     """The content of an object, which is deleted then; None when it is not there."""
-    from botocore.exceptions import ClientError
-
-    bucket, _, key = uri.removeprefix("s3://").partition("/")
-    try:
-        content = bytes(s3.get_object(Bucket=bucket, Key=key)["Body"].read())
-    except ClientError as error:
-        if error.response["Error"]["Code"] != "NoSuchKey":
-            raise
-        return None
-    s3.delete_object(Bucket=bucket, Key=key)
+    place = aws.place(uri)
+    found = aws.unless_missing(s3.get_object, **place)
+    content = found and bytes(found["Body"].read())
+    if found:
+        s3.delete_object(**place)
     return content
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipelines import ROOT, SOURCE
-from pipelines.config import LocalMode, Settings
+from pipelines.config import Settings
 from pipelines.console import UserError
 from pipelines.environment import certificates
 from pipelines.jobs import GRACE
@@ -78,18 +78,19 @@ def check_alone(instances: int) -> None:
         )
 
 
-def choose(settings: Settings, target: Target, mode: LocalMode, instances: int = 1) -> str | None:
-    """The image to run in, or None to run as processes on this machine, after one line that says why.
+def choose(settings: Settings, target: Target) -> str | None:
+    """The image to run in, or None to run as processes: as `compute.local_mode` says, or after one line that says why.
 
     Raises:
         UserError: when a container was asked for and cannot be had.
     """
+    mode = settings.compute.local_mode
     if mode == "process":
         return None
     try:
         check()
         if target == "training":
-            check_alone(instances)
+            check_alone(settings.compute.local_instances)
         return image(settings, target)
     except EngineError as error:
         if mode == "container":

@@ -6,9 +6,10 @@ It is the tag `project` that makes a thing the project's: another project's name
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 
 from pipelines import aws, engine, prices
@@ -61,37 +62,33 @@ def everything(settings: Settings) -> list[Item]:
     with aws.explained("listing what the project has in AWS"):
         sagemaker = aws.client(settings, "sagemaker")
         found = [item for kind in JOBS for item in _jobs(settings, sagemaker, kind)]
-        listed = _pages(sagemaker, "list_endpoints", "Endpoints")
+        listed = list(aws.pages(sagemaker, "list_endpoints", "Endpoints"))
         endpoints = [
             item for summary in _ours(sagemaker, listed, "Endpoint") for item in _endpoint(settings, sagemaker, summary)
         ]
         for kind, word in (("endpoint config", "EndpointConfig"), ("model", "Model")):
-            for summary in _ours(sagemaker, _pages(sagemaker, f"list_{_snake(word)}s", f"{word}s"), word):
+            for summary in _ours(sagemaker, aws.pages(sagemaker, f"list_{_snake(word)}s", f"{word}s"), word):
                 removal = ("sagemaker", f"delete_{_snake(word)}", {f"{word}Name": summary[f"{word}Name"]})
                 endpoints.append(Item(kind, summary[f"{word}Name"], summary["CreationTime"], "", removal))
         ours, all_names = {item.name for item in endpoints if item.bills}, {item["EndpointName"] for item in listed}
-        found += executions(sagemaker)
+        found += _executions(sagemaker)
         running = {item.name for item in found if item.kind == "transform job"}
         return found + endpoints + _attached(settings, ours, all_names, running)
-
-
-def _pages(client: Any, operation: str, key: str, **parameters: Any) -> list[dict[str, Any]]:
-    return [item for page in client.get_paginator(operation).paginate(**parameters) for item in page[key]]
 
 
 def _snake(word: str) -> str:
     return "".join(f"_{letter.lower()}" if letter.isupper() else letter for letter in word).strip("_")
 
 
-def _ours(sagemaker: Any, listed: list[dict[str, Any]], word: str) -> list[dict[str, Any]]:
+def _ours(sagemaker: Any, found: Iterable[dict[str, Any]], word: str) -> list[dict[str, Any]]:
     """Those that have the project's tag."""
     from botocore.exceptions import ClientError
 
-    project = engine.project_name()
+    project, listed = engine.project_name(), list(found)
 
     def tagged(summary: dict[str, Any]) -> bool:
         try:
-            return {"Key": "project", "Value": project} in _pages(
+            return {"Key": "project", "Value": project} in aws.pages(
                 sagemaker, "list_tags", "Tags", ResourceArn=summary[f"{word}Arn"]
             )
         except ClientError as error:
@@ -106,14 +103,8 @@ def _ours(sagemaker: Any, listed: list[dict[str, Any]], word: str) -> list[dict[
 
 def _described(sagemaker: Any, word: str, name: str) -> dict[str, Any] | None:
     """What AWS says of it; None when it is gone since it was listed."""
-    from botocore.exceptions import ClientError
-
-    try:
-        found: dict[str, Any] = getattr(sagemaker, f"describe_{_snake(word)}")(**{f"{word}Name": name})
-    except ClientError as error:
-        if aws.missing(error):
-            return None
-        raise
+    call = getattr(sagemaker, f"describe_{_snake(word)}")
+    found: dict[str, Any] | None = aws.unless_missing(call, **{f"{word}Name": name})
     return found
 
 
@@ -121,9 +112,9 @@ def _jobs(settings: Settings, sagemaker: Any, kind: str) -> list[Item]:
     """Jobs that run, and the warm pools of those that ended."""
     word, use, path = JOBS[kind]
     operation, key = f"list_{_snake(word)}s", f"{word}Summaries"
-    listed = [job for status in ACTIVE for job in _pages(sagemaker, operation, key, StatusEquals=status)]
+    listed = [job for status in ACTIVE for job in aws.pages(sagemaker, operation, key, StatusEquals=status)]
     if kind == "training job":
-        idle = _pages(sagemaker, operation, key, WarmPoolStatusEquals="Available")
+        idle = aws.pages(sagemaker, operation, key, WarmPoolStatusEquals="Available")
         listed += [job for job in idle if job.get("WarmPoolStatus", {}).get("Status") == "Available"]
     items = []
     for job in _ours(sagemaker, listed, word):
@@ -145,12 +136,12 @@ def _jobs(settings: Settings, sagemaker: Any, kind: str) -> list[Item]:
     return items
 
 
-def executions(sagemaker: Any) -> list[Item]:
+def _executions(sagemaker: Any) -> list[Item]:
     """Executions of the project's pipeline that run; what they cost are their jobs, which are listed too."""
     items = []
-    for pipeline in _ours(sagemaker, _pages(sagemaker, "list_pipelines", "PipelineSummaries"), "Pipeline"):
+    for pipeline in _ours(sagemaker, aws.pages(sagemaker, "list_pipelines", "PipelineSummaries"), "Pipeline"):
         name = pipeline["PipelineName"]
-        for found in _pages(sagemaker, "list_pipeline_executions", "PipelineExecutionSummaries", PipelineName=name):
+        for found in aws.pages(sagemaker, "list_pipeline_executions", "PipelineExecutionSummaries", PipelineName=name):
             arn, status = found["PipelineExecutionArn"], found["PipelineExecutionStatus"]
             if status in ("Executing", "Stopping"):
                 removal = ("sagemaker", "stop_pipeline_execution", {"PipelineExecutionArn": arn})
@@ -188,8 +179,7 @@ def _endpoint(settings: Settings, sagemaker: Any, summary: dict[str, Any]) -> li
 
 
 def _price(settings: Settings, use: str, instance: str, count: int) -> float | None:
-    price = prices.hourly(settings, use, instance) if instance else None
-    return None if price is None else price * count
+    return prices.cost(prices.hourly(settings, use, instance), count) if instance else None
 
 
 def _attached(settings: Settings, ours: set[str], all_names: set[str], running: set[str]) -> list[Item]:
@@ -205,7 +195,7 @@ def _attached(settings: Settings, ours: set[str], all_names: set[str], running: 
 
     scheduler, cloudwatch = aws.client(settings, "scheduler"), aws.client(settings, "cloudwatch")
     for prefix in sorted({project, *(name for name in ours if not name.startswith(project))}):
-        for schedule in _pages(scheduler, "list_schedules", "Schedules", NamePrefix=prefix):
+        for schedule in aws.pages(scheduler, "list_schedules", "Schedules", NamePrefix=prefix):
             starts = schedule["Target"]["Arn"].partition(":sagemaker:")[2]
             ended = {"deleteEndpoint": ours, "stopTransformJob": running}.get(starts, set())
             if not ended and starts != "createProcessingJob":
@@ -218,21 +208,19 @@ def _attached(settings: Settings, ours: set[str], all_names: set[str], running: 
                 items.append(_monitoring(settings, facts, request, removal))
             elif ended and (endpoint := next(iter(request.values()))) in ended:
                 items.append(Item("end schedule", schedule["Name"], facts["CreationDate"], when, removal, of=endpoint))
-        for alarm in _pages(cloudwatch, "describe_alarms", "MetricAlarms", AlarmNamePrefix=prefix):
+        for alarm in aws.pages(cloudwatch, "describe_alarms", "MetricAlarms", AlarmNamePrefix=prefix):
             names = [entry["Value"] for entry in alarm.get("Dimensions", []) if entry["Name"] == "EndpointName"]
             if names and belongs(names[0]):
                 removal = ("cloudwatch", "delete_alarms", {"AlarmNames": [alarm["AlarmName"]]})
                 since, state = alarm["AlarmConfigurationUpdatedTimestamp"], alarm["StateValue"]
                 items.append(Item("alarm", alarm["AlarmName"], since, state, removal, of=names[0]))
-        for board in _pages(cloudwatch, "list_dashboards", "DashboardEntries", DashboardNamePrefix=prefix):
+        for board in aws.pages(cloudwatch, "list_dashboards", "DashboardEntries", DashboardNamePrefix=prefix):
             name, endpoint = board["DashboardName"], board["DashboardName"].removesuffix("-monitor")
             if name != endpoint and belongs(endpoint):
                 removal = ("cloudwatch", "delete_dashboards", {"DashboardNames": [name]})
                 items.append(Item("dashboard", name, board["LastModified"], "", removal, of=endpoint))
-    listed = _pages(
-        aws.client(settings, SCALING), "describe_scalable_targets", "ScalableTargets", ServiceNamespace="sagemaker"
-    )
-    for target in listed:
+    scaling = aws.client(settings, SCALING)
+    for target in aws.pages(scaling, "describe_scalable_targets", "ScalableTargets", ServiceNamespace="sagemaker"):
         endpoint = target["ResourceId"].split("/")[1]
         if target["ResourceId"].startswith("endpoint/") and belongs(endpoint):
             keys = ("ServiceNamespace", "ResourceId", "ScalableDimension")
@@ -250,5 +238,36 @@ def _monitoring(settings: Settings, facts: dict[str, Any], job: dict[str, Any], 
     every = 1 if facts["ScheduleExpression"].split()[1] == "*" else 24
     price = _price(settings, "processing", machine["InstanceType"], machine["InstanceCount"])
     detail = f"{'hourly' if every == 1 else 'daily'} 1 x {machine['InstanceType']}, {hours * 60:.0f} min at most"
-    usd, endpoint = None if price is None else price * hours / every, facts["Name"].removesuffix("-monitor")
+    usd, endpoint = prices.cost(price, hours / every), facts["Name"].removesuffix("-monitor")
     return Item("monitoring", facts["Name"], facts["CreationDate"], detail, removal, usd, bills=True, of=endpoint)
+
+
+def table(items: Sequence[Item]) -> list[str]:
+    """A line for each, and what all cost together."""
+    ends = {item.of: item for item in items if item.kind == "end schedule"}
+    lines = []
+    for item in items:
+        cost = "price unknown" if item.usd is None else f"{item.usd:.3f} USD/h" if item.bills else ""
+        note = ""
+        if item.kind == "endpoint":
+            end = ends.get(item.name)
+            note = f"until {end.detail} UTC" if end else "NO END: nothing deletes it; `make destroy`"
+        lines.append("  ".join(
+            [f"{item.kind:15}", f"{item.name:40}", f"{item.since.astimezone(UTC):%Y-%m-%d %H:%M}",
+             f"{_age(item.since):>7}", f"{cost:>13}", item.detail, note]
+        ).rstrip())  # fmt: skip
+    return [*lines, _total(items)]
+
+
+def _total(items: Iterable[Item]) -> str:
+    """What all cost together."""
+    costs = [item.usd for item in items if item.bills]
+    unknown = costs.count(None)
+    known = sum(cost for cost in costs if cost is not None)
+    more = f" and {unknown} of unknown price" if unknown else ""
+    return f"in all at most {known:.3f} USD an hour{more}, storage and requests apart"
+
+
+def _age(since: datetime) -> str:
+    hours = (datetime.now(UTC) - since.astimezone(UTC)).total_seconds() / 3600
+    return f"{hours * 60:.0f} min" if hours < 1 else f"{hours:.0f} h" if hours < 48 else f"{hours / 24:.0f} d"

@@ -1,7 +1,11 @@
-"""What a local training job is given and what it leaves, the same in a container and as a process."""
+"""What a local training job is given and leaves, in a container as in a process; signals as exceptions."""
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,6 +54,28 @@ class Outputs:
 
     model: Path
     data: Path
+
+
+def threads(instances: int) -> dict[str, str]:
+    """Hosts that share this machine share its cores; each would otherwise start a thread for every core."""
+    return {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // instances))} if instances > 1 else {}
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Turn SIGINT and SIGTERM into a plain exception: `ModelTrainer.train` swallows KeyboardInterrupt."""
+
+    def interrupt(number: int, _frame: object) -> None:
+        for other in previous:  # once is enough: what follows is the clean-up
+            signal.signal(other, signal.SIG_IGN)
+        raise Interrupted(signal.Signals(number).name)
+
+    previous = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def failure_reason(root: Path, fallback: str) -> str:

@@ -8,14 +8,16 @@ looking; the job runs on.
 
 from __future__ import annotations
 
+import contextlib
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from pipelines import aws, console, engine
 from pipelines.config import Settings, load
 from pipelines.console import UserError
+from pipelines.jobs import Interrupted, interruptible
 from processing.progress import waiting
 
 KINDS = ("Training", "Processing", "Transform")
@@ -71,17 +73,10 @@ def find(settings: Settings, name: str | None, kinds: tuple[str, ...] = KINDS) -
 
 def describe(settings: Settings, kind: str, name: str) -> dict[str, Any]:
     """What SageMaker knows of a job, its status as `Status`; empty when there is none."""
-    from botocore.exceptions import ClientError
-
     call = getattr(aws.client(settings, "sagemaker"), f"describe_{words(kind, '_')}_job")
     with aws.explained(f"looking up the job {name}"):
-        try:
-            facts: dict[str, Any] = call(**{f"{kind}JobName": name})
-        except ClientError as error:
-            if aws.missing(error):
-                return {}
-            raise
-    return facts | {"Name": name, "Status": facts[f"{kind}JobStatus"]}
+        facts: dict[str, Any] | None = aws.unless_missing(call, **{f"{kind}JobName": name})
+    return facts | {"Name": name, "Status": facts[f"{kind}JobStatus"]} if facts else {}
 
 
 def follow(settings: Settings, kind: str, name: str, once: bool = False) -> dict[str, Any]:
@@ -106,6 +101,29 @@ def follow(settings: Settings, kind: str, name: str, once: bool = False) -> dict
                 time.sleep(POLL)
     except KeyboardInterrupt:
         raise UserError(f"{name} runs on. {after(settings, kind, name)}", code=130) from None
+
+
+@contextlib.contextmanager
+def starting(settings: Settings, kind: str, name: str) -> Iterator[None]:
+    """Create a job inside; the SDK swallows KeyboardInterrupt, so a signal that comes meanwhile is another exception.
+
+    Args:
+        settings: of the project.
+        kind: of job.
+        name: of the job; of a training job, whose name the SDK makes, a part.
+
+    Raises:
+        UserError: when AWS refuses, or a signal came: with whether a job runs.
+    """
+    word = words(kind, " ").rpartition(" ")[2]
+    with aws.explained(f"starting the {word} job"):
+        try:
+            with interruptible():
+                yield
+        except Interrupted as error:
+            job = newest(settings, name) if kind == "Training" else describe(settings, kind, name).get("Name")
+            end = f"{job} runs. {after(settings, kind, job)}" if job else f"no {word} job was started"
+            raise UserError(f"stopped by {error}; {end}", code=130) from error
 
 
 def _print_new_lines(
@@ -145,7 +163,7 @@ def succeeded(kind: str, facts: dict[str, Any]) -> None:
     """
     name, resume = facts["Name"], "; resume it with `make train RUN=<run>`" if kind == "Training" else ""
     if facts["Status"] == "Failed":
-        raise UserError(f"{name} failed: {' '.join(facts.get('FailureReason', 'no reason given').split())}")
+        raise UserError(f"{name} failed: {aws.failure(facts)}")
     if facts["Status"] != "Completed":
         reason = facts.get("SecondaryStatus", facts["Status"])
         raise UserError(f"{name} ended without a result ({reason}){resume}")
@@ -156,11 +174,9 @@ def after(settings: Settings, kind: str, name: str) -> str:
     word = words(kind, "-")
     region, verb = settings.aws.region, f"stop-{word}-job --{word}-job-name"
     look = f"make {'tune' if kind == TUNING else 'logs'} JOB={name}"
-    domain = {"cn-": "amazonaws.cn", "us-gov": "amazonaws-us-gov.com"}
-    host = next((domain[part] for part in domain if region.startswith(part)), "aws.amazon.com")
     return (
-        f"Follow it with `{look}`, stop it with `aws sagemaker {verb} {name} --region {region}`, see it "
-        f"at https://{region}.console.{host}/sagemaker/home?region={region}#/{PAGES[kind]}/{name}"
+        f"Follow it with `{look}`, stop it with `aws sagemaker {verb} {name} --region {region}`, see it at "
+        f"{aws.console(settings, f'{PAGES[kind]}/{name}')}"
     )
 
 
@@ -179,7 +195,7 @@ def main() -> int:
     kind, facts = find(settings, options.job)
     facts = follow(settings, kind, facts["Name"], options.once)
     if facts["Status"] == "Failed":
-        print(f"failed: {facts.get('FailureReason', 'no reason given')}")
+        print(f"failed: {aws.failure(facts)}")
     return 0
 
 

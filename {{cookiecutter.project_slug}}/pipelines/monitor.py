@@ -85,11 +85,9 @@ def monitor(settings: Settings, name: str, yes: bool) -> None:
     _agree(settings, watched, end, yes)
     image = image_push.ensure(settings, stack, "training")
     code = storage.upload(settings, SOURCE, stack.bucket, f"source/{runs.source_hash()}")
-    bucket, _, prefix = watched.captured.removeprefix("s3://").partition("/")
-    encryption = aws.encryption(settings)
+    storage.put(settings, f"{watched.captured}/.monitored", b"")
     with aws.explained(f"monitoring {name}"):
-        aws.client(settings, "s3").put_object(Bucket=bucket, Key=f"{prefix}/.monitored", Body=b"", **encryption)
-        request = job(settings, stack, watched, image, code, encryption.get("SSEKMSKeyId"))
+        request = job(settings, stack, watched, image, code, aws.kms_arn(settings))
         _schedule(settings, stack, name, json.dumps(request), end)
         cloudwatch = aws.client(settings, "cloudwatch")
         for alarm in alarms(settings, watched):
@@ -107,7 +105,7 @@ def _agree(settings: Settings, watched: Watched, end: datetime | None, yes: bool
     hours = (end - datetime.now(UTC)).total_seconds() / 3600 if end else prices.MONTH
     price, jobs = prices.hourly(settings, "processing", chosen.instance_type), int(hours / EVERY[chosen.schedule]) + 1
     cost = None if price is None else price * HOURS * jobs + CLOUDWATCH * hours / prices.MONTH
-    hourly = None if price is None else price * HOURS / EVERY[chosen.schedule]
+    hourly = prices.cost(price, HOURS / EVERY[chosen.schedule])
     lines = [
         f"monitor the variant {watched.variant} of {watched.endpoint} in {region}: {chosen.schedule} a processing job "
         f"on 1 x {chosen.instance_type} of {HOURS * 60:.0f} minutes at most, 3 alarms, a dashboard",
@@ -162,8 +160,6 @@ def job(settings: Settings, stack: aws.Stack, watched: Watched, image: str, code
 
 
 def _schedule(settings: Settings, stack: aws.Stack, name: str, request: str, end: datetime | None) -> None:
-    from botocore.exceptions import ClientError
-
     scheduler = aws.client(settings, "scheduler")
     wanted: dict[str, Any] = {
         "Name": f"{name}-monitor",
@@ -173,18 +169,14 @@ def _schedule(settings: Settings, stack: aws.Stack, name: str, request: str, end
         "FlexibleTimeWindow": {"Mode": "OFF"},
         "ActionAfterCompletion": "DELETE",
         "Target": {
-            "Arn": f"arn:{stack.role.split(':')[1]}:scheduler:::aws-sdk:sagemaker:createProcessingJob",
+            "Arn": f"arn:{stack.partition}:scheduler:::aws-sdk:sagemaker:createProcessingJob",
             "RoleArn": stack.scheduler_role,
             "Input": request,
             "RetryPolicy": {"MaximumRetryAttempts": 2, "MaximumEventAgeInSeconds": 1800},
         },
         **({"EndDate": end} if end else {}),
     }
-    try:
-        scheduler.update_schedule(**wanted)
-    except ClientError as error:
-        if not aws.missing(error):
-            raise
+    if aws.unless_missing(scheduler.update_schedule, **wanted) is None:
         scheduler.create_schedule(**wanted)
 
 

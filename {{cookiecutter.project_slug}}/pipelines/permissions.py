@@ -9,8 +9,9 @@ from typing import Any
 
 import yaml
 
-from pipelines import aws, bootstrap, engine
+from pipelines import aws, engine
 from pipelines.config import Settings
+from pipelines.stack import TEMPLATE
 
 KINDS = re.compile(
     r"TrainingJob|ProcessingJob|TransformJob|HyperParameterTuningJob|EndpointConfig|Endpoint|Model(?:PackageGroup|Package)?"
@@ -28,14 +29,12 @@ class Need:
 
 def refused(settings: Settings, principal: str, needs: Iterator[Need]) -> list[str]:
     """Actions that IAM's simulator does not allow a user or role."""
-    simulator = aws.client(settings, "iam").get_paginator("simulate_principal_policy")
-    found = []
+    iam, found = aws.client(settings, "iam"), list[str]()
     for need in needs:
-        pages = simulator.paginate(
-            PolicySourceArn=principal, ActionNames=need.actions, ResourceArns=[need.resource],
-            ContextEntries=need.context,
+        results = aws.pages(
+            iam, "simulate_principal_policy", "EvaluationResults", PolicySourceArn=principal, ActionNames=need.actions,
+            ResourceArns=[need.resource], ContextEntries=need.context,
         )  # fmt: skip
-        results = [result for page in pages for result in page["EvaluationResults"]]
         found += [result["EvalActionName"] for result in results if result["EvalDecision"] != "allowed"]
     return found
 
@@ -45,7 +44,7 @@ def needs(settings: Settings, stack: aws.Stack, account: str, owner: str) -> Ite
 
     Statements that depend on a setting are left out.
     """
-    partition, region, project = stack.role.split(":")[1], settings.aws.region, engine.project_name()
+    partition, region, project = stack.partition, settings.aws.region, engine.project_name()
     values = {
         "AWS::Partition": partition, "AWS::Region": region, "AWS::AccountId": account, "AWS::StackName": project,
         "AWS::URLSuffix": "amazonaws.com.cn" if partition == "aws-cn" else "amazonaws.com", "Project": project,
@@ -62,7 +61,7 @@ def needs(settings: Settings, stack: aws.Stack, account: str, owner: str) -> Ite
         text = re.sub(r"\$\{(.+?)\}", lambda name: values[name[1]], text)
         return str(text) if text == "*" else str(text.replace("*", "x"))
 
-    document = yaml.safe_load(bootstrap.TEMPLATE.read_text(encoding="utf-8"))["Resources"][owner]["Properties"]
+    document = yaml.safe_load(TEMPLATE.read_text(encoding="utf-8"))["Resources"][owner]["Properties"]
     policies = document.get("Policies", [document])
     for statement in (entry for policy in policies for entry in policy["PolicyDocument"]["Statement"]):
         if "Action" not in statement:

@@ -59,7 +59,7 @@ def start(settings: Settings, source: str | None, yes: bool) -> str:
     targets: tuple[engine.Target, ...] = ("training", "serving")
     for target in targets:
         image_push.ensure(settings, stack, target)
-    uri = storage.upload(settings, local, stack.bucket, f"raw/{data.state(local, [])}") if local else source.rstrip("/")
+    uri = storage.raw(settings, stack, source, local)
     champion = registry.champion(settings)
     inputs = Inputs(f"{uri}/", storage.pretrained(settings, stack), champion.accuracy if champion else 0.0)
     with tempfile.TemporaryDirectory() as staged:
@@ -85,28 +85,22 @@ def _plan(settings: Settings, source: str) -> tuple[str, float | None]:
     packs = prices.hourly(settings, "processing", compute.process_instance_type)
     trains = prices.hourly(settings, "training", compute.instance_type)
     hours = train.longest(settings)
-    known = packs is not None and trains is not None
-    cost = 2 * packs * longest + trains * hours * compute.instances if known else None  # type: ignore[operator]
+    costs = prices.cost(packs, 2 * longest), prices.cost(trains, hours * compute.instances)
     return (
         f"pipeline {engine.project_name()} in {settings.aws.region}, on {source}: two processing jobs on 1 x "
         f"{compute.process_instance_type}, {longest:g} hours at most each, and a training job on "
         f"{train.machines(settings)}, {hours:g} hours at most",
-        cost,
+        None if None in costs else sum(cost or 0.0 for cost in costs),
     )
 
 
 def _upsert(settings: Settings, stack: aws.Stack, document: dict[str, Any]) -> None:
     """Create the pipeline, or update it where it differs, and show how."""
-    from botocore.exceptions import ClientError
-
     sagemaker, name = aws.client(settings, "sagemaker"), engine.project_name()
     said = {"PipelineName": name, "PipelineDefinition": json.dumps(document), "RoleArn": stack.pipeline_role}
     with aws.explained(f"updating the pipeline {name}"):
-        try:
-            deployed = sagemaker.describe_pipeline(PipelineName=name)
-        except ClientError as error:
-            if not aws.missing(error):
-                raise
+        deployed = aws.unless_missing(sagemaker.describe_pipeline, PipelineName=name)
+        if deployed is None:
             sagemaker.create_pipeline(**said, Tags=aws.tags(settings))
             print(f"created the pipeline {name}", flush=True)
             return
@@ -136,10 +130,10 @@ def follow(settings: Settings, arn: str) -> None:
             while True:
                 with aws.explained(f"looking at {arn}"):
                     status = sagemaker.describe_pipeline_execution(PipelineExecutionArn=arn)["PipelineExecutionStatus"]
-                    pages = sagemaker.get_paginator("list_pipeline_execution_steps").paginate(
-                        PipelineExecutionArn=arn, SortOrder="Ascending"
+                    asked = {"PipelineExecutionArn": arn, "SortOrder": "Ascending"}
+                    steps = list(
+                        aws.pages(sagemaker, "list_pipeline_execution_steps", "PipelineExecutionSteps", **asked)
                     )
-                    steps = [step for page in pages for step in page["PipelineExecutionSteps"]]
                 for step in steps:
                     line = _line(step)
                     if shown.get(step["StepName"]) != line:

@@ -36,10 +36,9 @@ from pipelines import (
     registry,
     runs,
 )
-from pipelines.config import LocalMode, Settings, load
+from pipelines.config import Settings, load
 from pipelines.console import TrainingView, UserError
-from pipelines.jobs import Interrupted, Job, JobFailed, Outputs
-from pipelines.train_local import interruptible, threads
+from pipelines.jobs import Interrupted, Job, JobFailed, Outputs, interruptible, threads
 from pipelines.training_pipeline import LOCAL, Inputs, definition
 
 CHECKS: dict[str, Callable[[Any, Any], bool]] = {
@@ -194,13 +193,12 @@ class Execution:
         self.values[f"Steps.{step['Name']}.ModelArtifacts.S3ModelArtifacts"] = uri
 
 
-def run(settings: Settings, source: str | None, mode: LocalMode) -> Path:
+def run(settings: Settings, source: str | None) -> Path:
     """Run the pipeline once.
 
     Args:
         settings: of the project.
         source: folder of raw images; None: the configured one.
-        mode: container, process, or auto.
 
     Returns:
         The folder of the published run.
@@ -211,7 +209,7 @@ def run(settings: Settings, source: str | None, mode: LocalMode) -> Path:
     began, hosts = time.monotonic(), settings.compute.local_instances
     settings = settings.model_copy(update={"aws": settings.aws.model_copy(update={"kms_key": "none"})})  # needs no AWS
     raw = data.raw(source or settings.data.source)
-    image = engine.choose(settings, "training", mode, hosts)
+    image = engine.choose(settings, "training")
     name, tried = runs.new_name(), runs.source_hash()
     root = runs.WORK / name
     (root / "staged").mkdir(parents=True)
@@ -253,8 +251,8 @@ def main() -> int:
     parser.add_argument("--data", help="folder with one sub-folder of images a class (default: data.source)")
     parser.add_argument("--mode", choices=["auto", "container", "process"], help="default: compute.local_mode")
     options = parser.parse_args()
-    settings = load(options.set)
-    print(runs.describe(run(settings, options.data, options.mode or settings.compute.local_mode)))
+    settings = load(options.set, options={"compute.local_mode": options.mode})
+    print(runs.describe(run(settings, options.data)))
     return 0
 
 

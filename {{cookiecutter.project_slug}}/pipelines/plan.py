@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from pipelines import console, engine, prices, tune
+from pipelines import console, engine, prices, rollout, train, tune
 from pipelines.config import Settings, load
 from pipelines.console import UserError
 
@@ -18,9 +18,9 @@ def training(settings: Settings) -> Iterator[str]:
     """What a training job is and costs."""
     compute = settings.compute
     price = prices.hourly(settings, "training", compute.instance_type)
-    hours = compute.max_hours + compute.keep_alive_minutes / 60
+    hours = train.longest(settings)
     warm = f", with {compute.keep_alive_minutes} minutes of warm pool" if compute.keep_alive_minutes else ""
-    cost = None if price is None else price * compute.instances * hours
+    cost = prices.cost(price, compute.instances * hours)
     yield f"make train: a training job in {_where(settings)}"
     yield f"  {compute.instances} x {compute.instance_type}, {compute.volume_gb} GB each, {hours:g} hours at most{warm}"
     if compute.spot:
@@ -30,7 +30,7 @@ def training(settings: Settings) -> Iterator[str]:
 
 def tuning(settings: Settings) -> Iterator[str]:
     """What a tuning job costs."""
-    cost = tune.most(settings, prices.hourly(settings, "training", settings.compute.instance_type))
+    cost = tune.most(settings)
     jobs = f"{settings.tuning.max_jobs} such jobs without warm pools"
     yield f"make tune: at most {jobs}, at most {_dollars(cost)}{_judged(settings, cost)}"
 
@@ -40,22 +40,20 @@ def deployment(settings: Settings) -> Iterator[str]:
     endpoint = settings.endpoint
     name = engine.project_name() if endpoint.name == "auto" else endpoint.name
     yield f"make deploy: the {endpoint.type} endpoint {name} in {_where(settings)}"
+    kind, count, machine = rollout.fleet(settings)
+    price = prices.hourly(settings, kind, machine)
     if endpoint.type == "serverless":
-        count = endpoint.max_concurrency
-        price = prices.hourly(settings, "serverless", f"Mem-{endpoint.memory_mb // 1024}GB")
         yield f"  {endpoint.memory_mb} MB, bills while it answers; the most is {count} requests at once all the time"
     else:
-        count = max(endpoint.instances, endpoint.max_instances)
-        price = prices.hourly(settings, "async" if endpoint.type == "async" else "hosting", endpoint.instance_type)
         scaling = f", up to {count} under load" if count > endpoint.instances else ""
         yield f"  {endpoint.instances} x {endpoint.instance_type}{scaling}"
-    cost = None if price is None else price * count
+    cost = prices.cost(price, count)
     end = endpoint.ttl_hours
     yield f"  at most {_dollars(cost)} an hour{_each(price)}"
     if end:
-        all_of_it = None if cost is None else cost * end
+        all_of_it = prices.cost(cost, end)
         yield f"  at most {_dollars(all_of_it)} in {end:g} hours, when it deletes itself{_judged(settings, all_of_it)}"
-    month = None if cost is None else cost * prices.MONTH
+    month = prices.cost(cost, prices.MONTH)
     if end:
         yield f"  at most {_dollars(month)} a month if it never ended"
     else:

@@ -50,6 +50,11 @@ def hourly(settings: Settings, kind: str, instance_type: str) -> float | None:
     return price
 
 
+def cost(hourly: float | None, hours: float) -> float | None:
+    """USD for hours of instances; None when their price is not known."""
+    return None if hourly is None else hourly * hours
+
+
 def check_budget(settings: Settings, dollars_at_most: float | None, yes: bool) -> None:
     """Make sure that a sum is inside `aws.budget_usd`, or that somebody said to go on all the same.
 

@@ -8,15 +8,11 @@ local folder is uploaded first, once as long as its files stay the same. `make t
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from typing import Any
 
 from pipelines import SOURCE, aws, console, data, image_push, logs, prices, runs, storage
 from pipelines.config import Settings, load
-from pipelines.console import UserError
-from pipelines.jobs import Interrupted
-from pipelines.train_local import interruptible
 
 CODE, INPUT, OUTPUT = (f"/opt/ml/processing/{part}" for part in ("input/code", "input/raw", "output"))
 LONGEST = 120  # hours of a Processing job
@@ -36,7 +32,6 @@ def process(settings: Settings, source: str | None, yes: bool) -> tuple[str, str
     Raises:
         UserError: when no job was started.
     """
-    os.environ.setdefault("SAGEMAKER_VALIDATE_ROLE", "false")
     compute, source = settings.compute, source or settings.data.source
     stack = aws.stack(settings)
     local = None if source.startswith("s3://") else data.raw(source)
@@ -45,17 +40,11 @@ def process(settings: Settings, source: str | None, yes: bool) -> tuple[str, str
     target = f"s3://{stack.bucket}/data/{name}"
     price = prices.hourly(settings, "processing", kind)
     plan = f"{name}: a processing job in {settings.aws.region} on 1 x {kind}, {longest:g} hours at most, in {image}, "
-    prices.afford(settings, f"{plan}packs {source} into {target}", None if price is None else price * longest, yes)
+    prices.afford(settings, f"{plan}packs {source} into {target}", prices.cost(price, longest), yes)
     image_push.ensure(settings, stack, "training")
-    uri = storage.upload(settings, local, stack.bucket, f"raw/{data.state(local, [])}") if local else source.rstrip("/")
-    with aws.explained("starting the processing job"):
-        try:
-            with interruptible():  # Processor.run swallows KeyboardInterrupt
-                _run(settings, stack, image, name, uri, target)
-        except Interrupted as error:
-            made = logs.describe(settings, "Processing", name)
-            end = f"{name} runs. {logs.after(settings, 'Processing', name)}" if made else "no job was started"
-            raise UserError(f"stopped by {error}; {end}", code=130) from error
+    uri = storage.raw(settings, stack, source, local)
+    with logs.starting(settings, "Processing", name):
+        _run(settings, stack, image, name, uri, target)
     return name, f"{target}/images"
 
 

@@ -16,7 +16,7 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-from pipelines import ROOT, aws, console, logs, page, runs, storage
+from pipelines import ROOT, console, logs, page, runs, storage
 from pipelines.config import Settings, load
 from pipelines.console import UserError
 
@@ -40,12 +40,10 @@ def pull(settings: Settings, job: str | None) -> Path:
         return runs.ARTIFACTS / run
     work = WORK / name
     work.mkdir(parents=True, exist_ok=True)
-    model_uri = facts["ModelArtifacts"]["S3ModelArtifacts"]
-    bucket, _, key = model_uri.removeprefix("s3://").partition("/")
+    place = facts["ModelArtifacts"]["S3ModelArtifacts"].rpartition("/")[0]
     for archive in ARCHIVES:
-        with aws.explained(f"downloading {archive} of {name}"):
-            if not (work / archive).exists():  # boto3 renames it to this when it is whole
-                storage.download(settings, bucket, f"{key.rpartition('/')[0]}/{archive}", work / archive)
+        if not (work / archive).exists():
+            storage.download(settings, f"{place}/{archive}", work / archive)
     try:
         model, output = (_unpacked(work / archive) for archive in ARCHIVES)
         folder = runs.publish(run, model, output, _facts(facts, output))

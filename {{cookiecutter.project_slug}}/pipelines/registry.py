@@ -150,19 +150,12 @@ def card(evidence: Evidence, image: str, uri: str) -> dict[str, Any]:
 
 def summaries(settings: Settings, status: str | None = None) -> list[dict[str, Any]]:
     """The group's packages, newest first; none when there is no group."""
-    from botocore.exceptions import ClientError
-
-    wanted = {"ModelApprovalStatus": status} if status else {}
+    wanted = {"ModelPackageGroupName": group(), "SortBy": "CreationTime", "SortOrder": "Descending"}
+    wanted |= {"ModelApprovalStatus": status} if status else {}
+    sagemaker = aws.client(settings, "sagemaker")
     with aws.explained(f"listing the model packages of {group()}"):
-        try:
-            pages = aws.client(settings, "sagemaker").get_paginator("list_model_packages").paginate(
-                ModelPackageGroupName=group(), SortBy="CreationTime", SortOrder="Descending", **wanted
-            )  # fmt: skip
-            return [item for page in pages for item in page["ModelPackageSummaryList"]]
-        except ClientError as error:
-            if not aws.missing(error):
-                raise
-            return []
+        listed = aws.pages(sagemaker, "list_model_packages", "ModelPackageSummaryList", **wanted)
+        return aws.unless_missing(lambda: list(listed)) or []
 
 
 def find(settings: Settings, wanted: str) -> Package:
@@ -200,15 +193,9 @@ def champion(settings: Settings) -> Package | None:
 
 def make_group(settings: Settings) -> None:
     """Make the project's group when it is missing; a package has the tags of its group."""
-    from botocore.exceptions import ClientError
-
     sagemaker = aws.client(settings, "sagemaker")
     with aws.explained(f"registering in {group()}"):
-        try:
-            sagemaker.describe_model_package_group(ModelPackageGroupName=group())
-        except ClientError as error:
-            if not aws.missing(error):
-                raise
+        if aws.unless_missing(sagemaker.describe_model_package_group, ModelPackageGroupName=group()) is None:
             sagemaker.create_model_package_group(
                 ModelPackageGroupName=group(), ModelPackageGroupDescription="Image classifiers of one project",
                 Tags=aws.tags(settings),

@@ -47,6 +47,15 @@ class Plan:
         return [old for old in self.old["ProductionVariants"] if self.weight and old["VariantName"] != SECOND]
 
 
+def fleet(settings: Settings) -> tuple[str, int, str]:
+    """An endpoint's kind of use, as prices have it, and how many of which machine at most; or of its memory."""
+    chosen = settings.endpoint
+    if chosen.type == "serverless":
+        return chosen.type, chosen.max_concurrency, f"Mem-{chosen.memory_mb // 1024}GB"
+    kind = "async" if chosen.type == "async" else "hosting"
+    return kind, max(chosen.instances, chosen.max_instances), chosen.instance_type
+
+
 def create_model(settings: Settings, stack: aws.Stack, name: str, image: str, uri: str, package: str | None) -> None:
     """Create a model: of an image and an artifact, or of a package."""
     from sagemaker.core import resources, shapes
@@ -166,7 +175,7 @@ def back(settings: Settings, plan: Plan) -> None:
     facts = endpoints.wait(settings, plan.name)
     if facts["EndpointStatus"] != "InService" or facts["EndpointConfigName"] != config:
         raise UserError(f"{plan.name} is {facts['EndpointStatus']} and not back on {config}: "
-                        f"{facts.get('FailureReason', 'AWS gives no reason')}; `make status` shows it")  # fmt: skip
+                        f"{aws.failure(facts)}; `make status` shows it")  # fmt: skip
     endpoints.scale(settings, plan.name, [variant["VariantName"] for variant in facts["ProductionVariants"]])
 
 
@@ -200,8 +209,6 @@ def undo(settings: Settings, stack: aws.Stack, plan: Plan, end: str | None) -> N
         plan: that failed.
         end: when the endpoint was to be deleted before.
     """
-    from botocore.exceptions import ClientError
-
     sagemaker = aws.client(settings, "sagemaker")
     try:
         facts = endpoints.describe(settings, plan.name) or {}
@@ -213,10 +220,6 @@ def undo(settings: Settings, stack: aws.Stack, plan: Plan, end: str | None) -> N
         deletions = {"EndpointConfigName": sagemaker.delete_endpoint_config, "ModelName": sagemaker.delete_model}
         for argument, delete in deletions.items():
             with aws.explained(f"removing {plan.config}"):
-                try:
-                    delete(**{argument: plan.config})
-                except ClientError as error:
-                    if not aws.missing(error):
-                        raise
+                aws.unless_missing(delete, **{argument: plan.config})
     except UserError as error:
         print(f"{error}; what may be left, and costs nothing: a model and a configuration {plan.config}", flush=True)

@@ -112,9 +112,8 @@ def publish(name: str, model: Path, output: Path, facts: dict[str, Any]) -> Path
             f"training ended, but {', '.join(missing) or 'model.json'} is missing, so nothing was published; "
             f"what it left is in {output.parent}"
         )
-    for file, digest in json.loads((model / "model.json").read_text(encoding="utf-8"))["files"].items():
-        if hashlib.sha256((model / file).read_bytes()).hexdigest() != digest:
-            raise UserError(f"{model / file} does not match its checksum, so nothing was published; train again")
+    if bad := damaged(model):
+        raise UserError(f"{model / bad} does not match its checksum, so nothing was published; train again")
     temporary = ARTIFACTS / f".{name}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -129,6 +128,14 @@ def publish(name: str, model: Path, output: Path, facts: dict[str, Any]) -> Path
     link.symlink_to(name)
     link.replace(ARTIFACTS / LATEST)
     return ARTIFACTS / name
+
+
+def damaged(model: Path) -> str | None:
+    """The first file of an unpacked artifact that does not match its checksum in model.json."""
+    digests = json.loads((model / "model.json").read_text(encoding="utf-8"))["files"].items()
+    return next(
+        (name for name, digest in digests if hashlib.sha256((model / name).read_bytes()).hexdigest() != digest), None
+    )
 
 
 def pack(folder: Path, archive: Path) -> None:

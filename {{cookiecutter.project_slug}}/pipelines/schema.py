@@ -9,7 +9,6 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, Validatio
 
 from training.config import Hyperparameters
 
-LocalMode = Literal["auto", "container", "process"]
 INSTANCE = r"^ml\.[a-z0-9-]+\.[a-z0-9]+$"
 OURS = ["artifacts", "async", "batch", "capture", "checkpoints", "data", "jobs", "models", "monitoring", "pipeline",
         "pretrained", "raw", "registry", "source"]  # prefixes that verbs write to  # fmt: skip
@@ -56,7 +55,7 @@ class Images(Section):
 class Compute(Section):
     """What jobs run on."""
 
-    local_mode: LocalMode
+    local_mode: Literal["auto", "container", "process"]
     local_instances: int = Field(ge=1, le=8)
     instance_type: str = Field(pattern=INSTANCE)
     instances: int = Field(ge=1, le=64)
@@ -136,7 +135,7 @@ class Tuning(Section):
     early_stopping: bool
 
 
-class EndpointSettings(Section):
+class Endpoint(Section):
     """What `deploy` makes."""
 
     name: str = Field(pattern=r"^(auto|[a-zA-Z0-9](-*[a-zA-Z0-9]){0,62})$")
@@ -152,7 +151,7 @@ class EndpointSettings(Section):
     alarms: list[str]
 
 
-class PipelineSettings(Section):
+class Pipeline(Section):
     """When `pipeline` registers a model, and how long its steps' results are taken again."""
 
     min_accuracy: float = Field(ge=0, le=2)
@@ -196,7 +195,7 @@ class Settings(Section):
     compute: Compute
     data: Data
     tuning: Tuning
-    endpoint: EndpointSettings
-    pipeline: PipelineSettings
+    endpoint: Endpoint
+    pipeline: Pipeline
     monitoring: Monitoring
     tracking: Tracking = Tracking(uri="local")

@@ -128,9 +128,9 @@ def main() -> int:
     parser.add_argument("--mode", choices=["auto", "container", "process"], help="default: compute.local_mode")
     parser.add_argument("--port", type=int, default=8080, help="default: 8080")
     options = parser.parse_args()
-    settings = load([*options.set, *([f"compute.local_mode={options.mode}"] if options.mode else [])])
+    settings = load(options.set, options={"compute.local_mode": options.mode})
     folder = runs.find(options.run)
-    image = engine.choose(settings, "serving", settings.compute.local_mode)
+    image = engine.choose(settings, "serving")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with server(folder / "model.tar.gz", image, options.port) as process:

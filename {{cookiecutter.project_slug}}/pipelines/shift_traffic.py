@@ -50,7 +50,7 @@ def main() -> int:
     now = endpoints.wait(settings, name)
     print(f"{name}: {', '.join(f'{key} {share:g} %' for key, share in sorted(shares.items()))}")
     if now["EndpointStatus"] != "InService":
-        raise UserError(f"{name} is {now['EndpointStatus']}: {now.get('FailureReason', 'AWS gives no reason')}")
+        raise UserError(f"{name} is {now['EndpointStatus']}: {aws.failure(now)}")
     return 0
 
 

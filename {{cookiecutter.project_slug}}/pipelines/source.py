@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from argparse import ArgumentParser, Namespace
 from dataclasses import dataclass
@@ -74,10 +73,8 @@ def find(settings: Settings, options: Namespace, folder: Path) -> Source:
         archive = runs.find(options.run) / "model.tar.gz"
         label = f"run {archive.parent.name}"
     if uri:
-        bucket, _, key = uri.removeprefix("s3://").partition("/")
         archive = folder / "model.tar.gz"
-        with aws.explained(f"downloading {uri}"):
-            storage.download(settings, bucket, key, archive)
+        storage.download(settings, uri, archive)
     return Source(label, archive, checked(archive, folder / "unpacked"), uri, arn)
 
 
@@ -85,9 +82,8 @@ def checked(archive: Path, folder: Path) -> list[dict[str, Any]]:
     """The golden samples of an artifact whose files match their checksums."""
     try:
         unpack(archive, folder)
-        for name, digest in json.loads((folder / "model.json").read_text(encoding="utf-8"))["files"].items():
-            if hashlib.sha256((folder / name).read_bytes()).hexdigest() != digest:
-                raise ArtifactError(f"{name} in {archive} does not match its checksum")
+        if bad := runs.damaged(folder):
+            raise ArtifactError(f"{bad} in {archive} does not match its checksum")
         samples: list[dict[str, Any]] = json.loads((folder / "golden.json").read_text(encoding="utf-8"))["samples"]
     except ArtifactError as error:
         raise UserError(str(error)) from error

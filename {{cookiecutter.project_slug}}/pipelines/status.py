@@ -6,60 +6,29 @@ python -m pipelines.status
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from pipelines import aws, console, engine, inventory, registry
+from pipelines import aws, console, engine, inventory, registry, stack
 from pipelines.config import Settings, load
 from pipelines.console import UserError
-from pipelines.inventory import Item
 
 GB = 1e9
-
-
-def table(items: Sequence[Item]) -> list[str]:
-    """A line for each, and what all cost together."""
-    ends = {item.of: item for item in items if item.kind == "end schedule"}
-    lines = []
-    for item in items:
-        cost = "price unknown" if item.usd is None else f"{item.usd:.3f} USD/h" if item.bills else ""
-        note = ""
-        if item.kind == "endpoint":
-            end = ends.get(item.name)
-            note = f"until {end.detail} UTC" if end else "NO END: nothing deletes it; `make destroy`"
-        lines.append("  ".join(
-            [f"{item.kind:15}", f"{item.name:40}", f"{item.since.astimezone(UTC):%Y-%m-%d %H:%M}",
-             f"{_age(item.since):>7}", f"{cost:>13}", item.detail, note]
-        ).rstrip())  # fmt: skip
-    return [*lines, total(items)]
-
-
-def total(items: Iterable[Item]) -> str:
-    """What all cost together."""
-    costs = [item.usd for item in items if item.bills]
-    unknown = costs.count(None)
-    known = sum(cost for cost in costs if cost is not None)
-    more = f" and {unknown} of unknown price" if unknown else ""
-    return f"in all at most {known:.3f} USD an hour{more}, storage and requests apart"
-
-
-def _age(since: datetime) -> str:
-    hours = (datetime.now(UTC) - since.astimezone(UTC)).total_seconds() / 3600
-    return f"{hours * 60:.0f} min" if hours < 1 else f"{hours:.0f} h" if hours < 48 else f"{hours / 24:.0f} d"
 
 
 def stored(settings: Settings) -> list[str]:
     """The stack, and how much is in its bucket and its repository."""
     try:
-        stack = aws.stack(settings)
+        made = aws.stack(settings)
     except UserError as error:
         return [str(error)]
     lines = [f"stack {engine.project_name()}: there"]
     parts: list[tuple[str, Callable[[], str]]] = [
-        (f"bucket {stack.bucket}", lambda: _bucket(settings, stack.bucket)),
-        (f"repository {stack.repository}", lambda: _images(settings, stack.repository)),
+        (f"bucket {made.bucket}", lambda: _bucket(settings, made.bucket)),
+        (f"repository {made.repository}", lambda: _images(settings, made.repository)),
         (f"registry {registry.group()}", lambda: _packages(settings)),
+        (f"pipeline {engine.project_name()}", lambda: _triggers(settings)),
     ]
     for name, measure in parts:
         try:
@@ -76,18 +45,19 @@ def _bucket(settings: Settings, bucket: str) -> str:
     metric = {"Namespace": "AWS/S3", "MetricName": "BucketSizeBytes", "Dimensions": dimensions}
     query: list[dict[str, Any]] = [{"Id": "size", "MetricStat": {"Metric": metric, "Period": 86400, "Stat": "Average"}}]
     now = datetime.now(UTC)
-    pages = aws.client(settings, "cloudwatch").get_paginator("get_metric_data").paginate(
-        MetricDataQueries=query, StartTime=now - timedelta(days=3), EndTime=now, ScanBy="TimestampDescending"
+    results = aws.pages(
+        aws.client(settings, "cloudwatch"), "get_metric_data", "MetricDataResults", MetricDataQueries=query,
+        StartTime=now - timedelta(days=3), EndTime=now, ScanBy="TimestampDescending",
     )  # fmt: skip
-    values = [value for page in pages for result in page["MetricDataResults"] for value in result["Values"]]
+    values = [value for result in results for value in result["Values"]]
     return f"{values[0] / GB:.1f} GB yesterday" if values else "S3 has not measured its size yet"
 
 
 def _images(settings: Settings, repository: str) -> str:
-    pages = aws.client(settings, "ecr").get_paginator("describe_images").paginate(
-        repositoryName=repository.partition("/")[2]
-    )  # fmt: skip
-    sizes = [image["imageSizeInBytes"] for page in pages for image in page["imageDetails"]]
+    ecr, name = aws.client(settings, "ecr"), repository.partition("/")[2]
+    sizes = [
+        image["imageSizeInBytes"] for image in aws.pages(ecr, "describe_images", "imageDetails", repositoryName=name)
+    ]
     return f"{len(sizes)} images, {sum(sizes) / GB:.1f} GB"
 
 
@@ -96,11 +66,19 @@ def _packages(settings: Settings) -> str:
     return f"{len(registry.summaries(settings))} packages, the champion is {best or 'none yet'}"
 
 
+def _triggers(settings: Settings) -> str:
+    """What the stack, as it was made last, lets start the pipeline."""
+    found = stack.find(aws.client(settings, "cloudformation"), engine.project_name()) or {}
+    given = {item["ParameterKey"]: item["ParameterValue"] for item in found.get("Parameters", [])}
+    named = (given.get("PipelineSchedule"), given.get("Watch") and f"new data under {given['Watch']}")
+    return f"started by {' and by '.join(filter(None, named)) or '`make pipeline` only'}"
+
+
 def main() -> int:
     """Command line; see the module's docstring."""
     settings = load(console.parser("What the project has in AWS and what it costs.", settings=True).parse_args().set)
     print(f"{engine.project_name()} in {settings.aws.region}, {time.strftime('%Y-%m-%d %H:%M', time.gmtime())} UTC")
-    print("\n".join([*table(inventory.everything(settings)), *stored(settings)]))
+    print("\n".join([*inventory.table(inventory.everything(settings)), *stored(settings)]))
     return 0
 
 

@@ -36,8 +36,8 @@ def upload(settings: Settings, folder: Path, bucket: str, prefix: str) -> str:
         if s3.list_objects_v2(Bucket=bucket, Prefix=f"{prefix}{DONE}")["KeyCount"]:
             print(f"{uri} is there already", flush=True)
             return uri
-        pages = s3.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=f"{prefix}/")
-        there = {item["Key"]: item["Size"] for page in pages for item in page.get("Contents", [])}
+        listed = aws.pages(s3, "list_objects_v2", "Contents", Bucket=bucket, Prefix=f"{prefix}/")
+        there = {item["Key"]: item["Size"] for item in listed}
         files = {f"{prefix}/{name}": size for name, size in below(folder)}
         todo = sorted(name for name, size in files.items() if there.get(name) != size)
         print(f"uploading {len(todo)} of {len(files)} files to {uri}", flush=True)
@@ -53,6 +53,13 @@ def upload(settings: Settings, folder: Path, bucket: str, prefix: str) -> str:
     return uri
 
 
+def raw(settings: Settings, stack: aws.Stack, source: str, local: Path | None) -> str:
+    """Upload the raw images `local`, once as long as its files stay the same; without it `source` is in S3."""
+    if local is None:
+        return source.rstrip("/")
+    return upload(settings, local, stack.bucket, f"raw/{data.state(local, [])}")
+
+
 def dataset(settings: Settings, stack: aws.Stack, folder: Path) -> str:
     """Upload a packed data set; returns its URI."""
     info = json.loads((folder / "train" / "dataset.json").read_text(encoding="utf-8"))
@@ -65,9 +72,7 @@ def pretrained(settings: Settings, stack: aws.Stack) -> str | None:
         folder = data.weights(settings, Path(temporary, "pretrained"))
         if folder is None:
             return None
-        with next(folder.iterdir()).open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return upload(settings, folder, stack.bucket, f"pretrained/{digest}") + "/"
+        return upload(settings, folder, stack.bucket, f"pretrained/{_digest(next(folder.iterdir()))}") + "/"
 
 
 def below(folder: Path) -> Iterator[tuple[str, int]]:
@@ -79,53 +84,48 @@ def below(folder: Path) -> Iterator[tuple[str, int]]:
 
 def listed(settings: Settings, uri: str) -> Iterator[tuple[str, int]]:
     """Name, without the prefix, and size of every object below an S3 prefix."""
-    bucket, _, key = f"{uri.rstrip('/')}/".removeprefix("s3://").partition("/")
+    bucket, prefix = aws.place(f"{uri.rstrip('/')}/").values()
     with aws.explained(f"listing {uri}"):
-        pages = aws.client(settings, "s3").get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=key)
-        for item in (item for page in pages for item in page.get("Contents", [])):
-            yield item["Key"].removeprefix(key), item["Size"]
+        s3 = aws.client(settings, "s3")
+        for item in aws.pages(s3, "list_objects_v2", "Contents", Bucket=bucket, Prefix=prefix):
+            yield item["Key"].removeprefix(prefix), item["Size"]
 
 
 def get(settings: Settings, uri: str) -> bytes:
     """The content of an object."""
-    bucket, _, key = uri.removeprefix("s3://").partition("/")
     with aws.explained(f"reading {uri}"):
-        return bytes(aws.client(settings, "s3").get_object(Bucket=bucket, Key=key)["Body"].read())
+        return bytes(aws.client(settings, "s3").get_object(**aws.place(uri))["Body"].read())
 
 
-def download(settings: Settings, bucket: str, key: str, target: Path) -> None:
-    """Fetch an object into a file, which is there when it is whole."""
-    s3 = aws.client(settings, "s3")
-    size = s3.head_object(Bucket=bucket, Key=key)["ContentLength"]
-    with progress(size, f"downloading {target.name}", "B") as tick:
-        s3.download_file(bucket, key, str(target), Callback=tick)
+def download(settings: Settings, uri: str, file: Path) -> None:
+    """Fetch an object into a file, which appears when it is whole."""
+    s3, place = aws.client(settings, "s3"), aws.place(uri)
+    with aws.explained(f"downloading {uri}"):
+        size = s3.head_object(**place)["ContentLength"]
+        with progress(size, f"downloading {file.name}", "B") as tick:
+            s3.download_file(**place, Filename=str(file), Callback=tick)
 
 
 def put(settings: Settings, uri: str, content: bytes) -> None:
     """Write an object, encrypted as the settings say."""
-    bucket, _, key = uri.removeprefix("s3://").partition("/")
     with aws.explained(f"writing {uri}"):
-        aws.client(settings, "s3").put_object(Bucket=bucket, Key=key, Body=content, **aws.encryption(settings))
+        aws.client(settings, "s3").put_object(**aws.place(uri), Body=content, **aws.encryption(settings))
 
 
 def artifact(settings: Settings, stack: aws.Stack, archive: Path) -> str:
     """Upload an artifact, once a content; returns its URI."""
-    from botocore.exceptions import ClientError
-
-    with archive.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    place = {"Bucket": stack.bucket, "Key": f"models/{digest}/model.tar.gz"}
-    uri, s3 = f"s3://{stack.bucket}/{place['Key']}", aws.client(settings, "s3")
+    uri, s3 = f"s3://{stack.bucket}/models/{_digest(archive)}/model.tar.gz", aws.client(settings, "s3")
     with aws.explained(f"uploading {archive} to {uri}"):
-        try:
-            if s3.head_object(**place)["ContentLength"] == archive.stat().st_size:
-                return uri
-        except ClientError as error:
-            if error.response["Error"]["Code"] != "404":
-                raise
-        with progress(archive.stat().st_size, f"uploading {archive.name}", "B") as tick:
-            s3.upload_file(str(archive), **place, ExtraArgs=aws.encryption(settings), Callback=tick)
+        there = aws.unless_missing(s3.head_object, **aws.place(uri)) or {}
+        if there.get("ContentLength") != archive.stat().st_size:
+            with progress(archive.stat().st_size, f"uploading {archive.name}", "B") as tick:
+                s3.upload_file(str(archive), **aws.place(uri), ExtraArgs=aws.encryption(settings), Callback=tick)
     return uri
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def checked(settings: Settings, source: str) -> str:
@@ -137,15 +137,15 @@ def checked(settings: Settings, source: str) -> str:
     from botocore.exceptions import ClientError
 
     uri = source.rstrip("/")
-    bucket, _, key = uri.removeprefix("s3://").partition("/")
     for split in SPLITS:
-        file = f"{key}/{split}/dataset.json".lstrip("/")
-        with aws.explained(f"looking for s3://{bucket}/{file}"):
+        file = f"{uri}/{split}/dataset.json"
+        with aws.explained(f"looking for {file}"):
             try:
-                aws.client(settings, "s3").head_object(Bucket=bucket, Key=file)
+                found = aws.unless_missing(aws.client(settings, "s3").head_object, **aws.place(file))
             except ClientError as error:
-                if error.response["Error"]["Code"] == "404":
-                    raise UserError(f"{uri} holds no packed data set: there is no {split}/dataset.json") from error
                 if error.response["Error"]["Code"] != "403":  # the job's role may read what this user may not
                     raise
+            else:
+                if found is None:
+                    raise UserError(f"{uri} holds no packed data set: there is no {split}/dataset.json")
     return uri

@@ -8,8 +8,6 @@ a run have a prefix of their own in the bucket, so that spot interruptions and `
 
 from __future__ import annotations
 
-import contextlib
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +15,7 @@ from typing import Any
 from pipelines import ROOT, SOURCE, aws, console, data, image_push, logs, prices, runs, storage
 from pipelines.config import Settings, load
 from pipelines.console import UserError
-from pipelines.jobs import LAUNCHER, Interrupted
-from pipelines.train_local import interruptible
+from pipelines.jobs import LAUNCHER
 from training.config import parse
 
 NUMBER = "=([0-9.eE+-]+)"
@@ -55,20 +52,18 @@ def train(settings: Settings, source: str | None, run: str | None, yes: bool) ->
     Raises:
         UserError: when no job was started.
     """
-    os.environ.setdefault("SAGEMAKER_VALIDATE_ROLE", "false")  # it simulates policies, which few are allowed to
     compute, source = settings.compute, source or settings.data.source
     stack = aws.stack(settings)
     request = _resumed(settings, run) if run else None
     local = None if request or source.startswith("s3://") else data.prepare(settings, source)
     name, image = run or runs.new_name(), image_push.uri(settings, stack, "training")
-    price = prices.hourly(settings, "training", compute.instance_type)
     hours = longest(settings)
     where = request.channels["train"] if request else local.relative_to(ROOT) if local else source
     prices.afford(
         settings,
         f"run {name}: a training job in {settings.aws.region} on {machines(settings)}, {hours:g} hours at most, in "
         f"{image}, on {where}",
-        None if price is None else price * hours * compute.instances,
+        prices.cost(prices.hourly(settings, "training", compute.instance_type), hours * compute.instances),
         yes,
     )
     stage_image(settings, stack)
@@ -105,17 +100,10 @@ def stage_data(settings: Settings, stack: aws.Stack, source: str, local: Path | 
 
 def submit(settings: Settings, stack: aws.Stack, request: Request, image: str) -> str:
     """Create the training job; returns its name."""
-    with aws.explained("starting the training job"), contextlib.ExitStack() as signals:
-        signals.enter_context(interruptible())  # ModelTrainer.train swallows KeyboardInterrupt
-        try:
-            made = trainer(settings, stack, request, image)
-            made.train(input_data_config=inputs(settings, request), wait=False, logs=False)
-        except Interrupted as error:
-            signals.close()
-            job = logs.newest(settings, request.run)
-            end = f"{job} runs. {logs.after(settings, 'Training', job)}" if job else "no job was started"
-            raise UserError(f"stopped by {error}; {end}", code=130) from error
-        return str(made._latest_training_job.training_job_name)
+    with logs.starting(settings, "Training", request.run):
+        made = trainer(settings, stack, request, image)
+        made.train(input_data_config=inputs(settings, request), wait=False, logs=False)
+    return str(made._latest_training_job.training_job_name)
 
 
 def trainer(settings: Settings, stack: aws.Stack, request: Request, image: str, session: Any = None) -> Any:
@@ -225,8 +213,7 @@ def main() -> int:
     options = parser.parse_args()
     if options.run and (options.data or any(override.startswith("training.") for override in options.set)):
         raise UserError(f"run {options.run} resumes with what it was started with; leave the other options out")
-    overrides = [] if options.instances is None else [f"compute.instances={options.instances}"]
-    settings = load([*options.set, *overrides])
+    settings = load(options.set, options={"compute.instances": options.instances})
     job = train(settings, options.data, options.run, options.yes)
     print(f"started {job}. {logs.after(settings, 'Training', job)}", flush=True)
     if options.wait:

@@ -11,26 +11,23 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
-import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from pipelines import ROOT, console, container, data, engine, page, process, runs
-from pipelines.config import LocalMode, Settings, load
+from pipelines.config import Settings, load
 from pipelines.console import TrainingView, UserError
-from pipelines.jobs import Interrupted, Job, JobFailed
+from pipelines.jobs import Interrupted, Job, JobFailed, interruptible, threads
 from training.config import Hyperparameters
 
 STARTED = time.monotonic()
 
 
 def train(
-    settings: Settings, source: str | None, run: str | None, mode: LocalMode, instances: int, verbose: bool,
-    name: str | None = None, started: float = STARTED,
+    settings: Settings, source: str | None, run: str | None, verbose: bool, name: str | None = None,
+    started: float = STARTED,
 ) -> Path:  # fmt: skip
     """Train once and publish the run.
 
@@ -39,8 +36,6 @@ def train(
         source: folder of raw images; None: the configured one.
         run: name of an interrupted run to resume, with the data and hyperparameters that it was started with; None:
             a fresh run.
-        mode: container, process, or auto.
-        instances: containers (or nodes of processes) that train together.
         verbose: show everything that the container prints.
         name: of a fresh run; None: one by time.
         started: when, by the monotonic clock, its time began.
@@ -55,9 +50,9 @@ def train(
         request = _request(run)
         source = request["source"]
         settings = settings.model_copy(update={"training": Hyperparameters(**request["hyperparameters"])})
-    hyperparameters = settings.training.as_dict()
+    hyperparameters, instances = settings.training.as_dict(), settings.compute.local_instances
     dataset = data.prepare(settings, source)
-    image = engine.choose(settings, "training", mode, instances)
+    image = engine.choose(settings, "training")
     name = run or name or runs.new_name()
     checkpoints = runs.CHECKPOINTS / name
     checkpoints.mkdir(parents=True, exist_ok=True)
@@ -113,11 +108,6 @@ def _request(run: str) -> dict[str, Any]:
     return request
 
 
-def threads(instances: int) -> dict[str, str]:
-    """Hosts that share this machine share its cores; each would otherwise start a thread for every core."""
-    return {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // instances))} if instances > 1 else {}
-
-
 def _fresh_root(name: str) -> Path:
     """A new folder for the job; its base name is the compose project's name, so it is never used twice."""
     attempt = 1
@@ -128,23 +118,6 @@ def _fresh_root(name: str) -> Path:
             return root
         except FileExistsError:
             attempt += 1
-
-
-@contextlib.contextmanager
-def interruptible() -> Iterator[None]:
-    """Turn SIGINT and SIGTERM into a plain exception: `ModelTrainer.train` swallows KeyboardInterrupt."""
-
-    def interrupt(number: int, _frame: object) -> None:
-        for other in previous:  # once is enough: what follows is the clean-up
-            signal.signal(other, signal.SIG_IGN)
-        raise Interrupted(signal.Signals(number).name)
-
-    previous = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def main() -> int:
@@ -158,12 +131,8 @@ def main() -> int:
     options = parser.parse_args()
     if options.run and (options.data or any(override.startswith("training.") for override in options.set)):
         raise UserError(f"run {options.run} resumes with what it was started with; leave the other options out")
-    overrides = list(options.set)
-    overrides += [f"compute.local_mode={options.mode}"] if options.mode else []
-    overrides += [f"compute.local_instances={options.instances}"] if options.instances is not None else []
-    settings = load(overrides)
-    compute = settings.compute
-    folder = train(settings, options.data, options.run, compute.local_mode, compute.local_instances, options.verbose)
+    own = {"compute.local_mode": options.mode, "compute.local_instances": options.instances}
+    folder = train(load(options.set, options=own), options.data, options.run, options.verbose)
     print(page.attach(folder))
     print(runs.describe(folder))
     return 0

@@ -51,7 +51,6 @@ def definition(settings: Settings, stack: aws.Stack, inputs: Inputs, staged: Pat
         inputs: of its executions, unless they are given others.
         staged: an empty folder. What it holds afterwards belongs under `source/` in the stack's bucket.
     """
-    os.environ.setdefault("SAGEMAKER_VALIDATE_ROLE", "false")
     os.environ.setdefault("AWS_DEFAULT_REGION", settings.aws.region)  # sagemaker.mlops makes a client when imported
     log = ROOT / ".cache" / "pipeline.log"
     log.parent.mkdir(exist_ok=True)

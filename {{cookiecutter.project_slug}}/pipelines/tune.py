@@ -10,7 +10,6 @@ PyTorch images have a `train` of their own, which finds the source by hyperparam
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import time
 from typing import Any
@@ -18,18 +17,18 @@ from typing import Any
 from pipelines import ROOT, SOURCE, aws, console, data, image_push, logs, prices, train, tuning
 from pipelines.config import Range, Settings, load, number
 from pipelines.console import UserError
-from pipelines.jobs import LAUNCHER, Interrupted
-from pipelines.train_local import interruptible
+from pipelines.jobs import LAUNCHER
 from processing.progress import waiting
 
 KIND = logs.TUNING
 TOOLKIT = re.compile(r"/[\w.-]*pytorch[\w.-]*training[\w.-]*[:@]")  # images that bring AWS's sagemaker-training
 
 
-def most(settings: Settings, price: float | None) -> float | None:
+def most(settings: Settings) -> float | None:
     """USD that a tuning job can cost at most; the tuner keeps no warm pools."""
     compute = settings.compute
-    return None if price is None else price * compute.instances * compute.max_hours * settings.tuning.max_jobs
+    price = prices.hourly(settings, "training", compute.instance_type)
+    return prices.cost(price, compute.instances * compute.max_hours * settings.tuning.max_jobs)
 
 
 def new_name() -> str:
@@ -51,7 +50,6 @@ def tune(settings: Settings, source: str | None, yes: bool) -> str:
     Raises:
         UserError: when none was started.
     """
-    os.environ.setdefault("SAGEMAKER_VALIDATE_ROLE", "false")
     compute, search, source = settings.compute, settings.tuning, source or settings.data.source
     if TOOLKIT.search(settings.images.training) and (compute.isolation or compute.instances > 1):
         raise UserError(
@@ -62,28 +60,20 @@ def tune(settings: Settings, source: str | None, yes: bool) -> str:
     local = None if source.startswith("s3://") else data.prepare(settings, source)
     image = image_push.uri(settings, stack, "training")
     name = new_name()
-    price = prices.hourly(settings, "training", compute.instance_type)
     prices.afford(
         settings,
         f"search {name}: {search.max_jobs} training jobs at most, {search.max_parallel_jobs} at a time, in "
         f"{settings.aws.region} on {train.machines(settings)}, {compute.max_hours:g} hours at most each, in {image}, "
         f"on {local.relative_to(ROOT) if local else source}; it searches {', '.join(search.ranges)} for "
         f"{search.objective}",
-        most(settings, price),
+        most(settings),
         yes,
     )
     train.stage_image(settings, stack)
     channels = train.stage_data(settings, stack, source, local)
     request = train.Request(name, settings.training.as_dict(), channels)
-    with aws.explained("starting the tuning job"), contextlib.ExitStack() as signals:
-        signals.enter_context(interruptible())
-        try:
-            _submit(settings, stack, request, image)
-        except Interrupted as error:
-            signals.close()
-            there = logs.describe(settings, KIND, name)
-            end = f"{name} runs. {logs.after(settings, KIND, name)}" if there else "no tuning job was started"
-            raise UserError(f"stopped by {error}; {end}", code=130) from error
+    with logs.starting(settings, KIND, name):
+        _submit(settings, stack, request, image)
     return name
 
 
@@ -165,12 +155,10 @@ def report(settings: Settings, facts: dict[str, Any]) -> None:
     """
     name, config = facts["Name"], facts["HyperParameterTuningJobConfig"]
     with aws.explained(f"listing the jobs of {name}"):
-        pages = aws.client(settings, "sagemaker").get_paginator("list_training_jobs_for_hyper_parameter_tuning_job")
-        listed = [
-            job
-            for page in pages.paginate(HyperParameterTuningJobName=name, SortBy="CreationTime", SortOrder="Ascending")
-            for job in page["TrainingJobSummaries"]
-        ]
+        listed = list(aws.pages(
+            aws.client(settings, "sagemaker"), "list_training_jobs_for_hyper_parameter_tuning_job",
+            "TrainingJobSummaries", HyperParameterTuningJobName=name, SortBy="CreationTime", SortOrder="Ascending",
+        ))  # fmt: skip
     trials = [
         tuning.Trial(
             job["TrainingJobName"], {key: _read(value) for key, value in job["TunedHyperParameters"].items()},
@@ -185,7 +173,7 @@ def report(settings: Settings, facts: dict[str, Any]) -> None:
     )
     print(tuning.table(searched, trials, console.width()))
     if facts["Status"] == "Failed":
-        raise UserError(f"{name} failed: {' '.join(facts.get('FailureReason', 'no reason given').split())}")
+        raise UserError(f"{name} failed: {aws.failure(facts)}")
     best = tuning.best(searched, trials)
     if best:
         print(f"best: {best.name}; fetch it with `make pull JOB={best.name}`, or train longer with its values:")

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from pipelines import ROOT, console, data, engine, runs, train, train_local, tuning
-from pipelines.config import LocalMode, Settings, Tuning, load, number
+from pipelines.config import Settings, Tuning, load, number
 from pipelines.console import UserError
-from pipelines.jobs import Interrupted
+from pipelines.jobs import Interrupted, interruptible
 from training.config import Hyperparameters, parse
 
 STUDIES = runs.ARTIFACTS / "tuning"
@@ -44,9 +44,9 @@ def tune(settings: Settings, source: str, name: str | None, verbose: bool) -> Pa
         UserError: when it was stopped, or no trial succeeded.
     """
     data.prepare(settings, source)
-    compute, search = settings.compute, settings.tuning
-    image = engine.choose(settings, "training", compute.local_mode, compute.local_instances)
-    mode: LocalMode = "container" if image else "process"
+    search = settings.tuning
+    mode = "container" if engine.choose(settings, "training") else "process"  # chosen once, for all trials
+    settings = settings.model_copy(update={"compute": settings.compute.model_copy(update={"local_mode": mode})})
     request = {"source": source, "training": settings.training.as_dict(), "tuning": search.model_dump()}
     name = name or _unfinished(request) or runs.new_name()
     folder = STUDIES / name
@@ -55,8 +55,8 @@ def tune(settings: Settings, source: str, name: str | None, verbose: bool) -> Pa
         (folder / RESULT).unlink(missing_ok=True)
         (folder / REQUEST).write_text(json.dumps(request), encoding="utf-8")
         try:
-            with train_local.interruptible():
-                trials = _search(settings, source, folder, mode, verbose)
+            with interruptible():
+                trials = _search(settings, source, folder, verbose)
         except Interrupted as error:
             message = f"stopped by {error}; the search goes on with `make tune-local RUN={name}`"
             raise UserError(message, code=130) from error
@@ -71,7 +71,7 @@ def tune(settings: Settings, source: str, name: str | None, verbose: bool) -> Pa
     return folder
 
 
-def _search(settings: Settings, source: str, folder: Path, mode: LocalMode, verbose: bool) -> list[tuning.Trial]:
+def _search(settings: Settings, source: str, folder: Path, verbose: bool) -> list[tuning.Trial]:
     """Try until there are enough trials; begins with the one that was stopped."""
     import optuna
 
@@ -96,7 +96,7 @@ def _search(settings: Settings, source: str, folder: Path, mode: LocalMode, verb
             trial.set_user_attr("run", runs.new_name())
         words = " ".join(f"{key}={tuning.short(value)}" for key, value in trial.params.items())
         print(f"trial {len(trials) + 1} of {search.max_jobs}: {words}", flush=True)
-        reached = _trained(settings, source, trial.user_attrs["run"], trial.params, mode, verbose)
+        reached = _trained(settings, source, trial.user_attrs["run"], trial.params, verbose)
         study.tell(trial.number, reached, state=optuna.trial.TrialState.FAIL if reached is None else None)
         trials = _trials(study)
         (folder / "trials.txt").write_text(tuning.table(search, trials) + "\n", encoding="utf-8")
@@ -115,9 +115,7 @@ def _distribution(name: str, choice: Any) -> Any:
     return distributions.FloatDistribution(choice.min, choice.max, log=choice.scale == "log")
 
 
-def _trained(
-    settings: Settings, source: str, run: str, values: dict[str, Any], mode: LocalMode, verbose: bool
-) -> float | None:
+def _trained(settings: Settings, source: str, run: str, values: dict[str, Any], verbose: bool) -> float | None:
     """Train one trial, or go on with it where it was stopped; what it reached, None when it failed.
 
     Raises:
@@ -127,10 +125,7 @@ def _trained(
     folder, begun = runs.ARTIFACTS / run, (runs.CHECKPOINTS / run / "request.json").is_file()
     if not folder.is_dir():  # else the search was killed before it took note
         try:
-            train_local.train(
-                trial, source, run if begun else None, mode, settings.compute.local_instances, verbose, run,
-                time.monotonic(),
-            )  # fmt: skip
+            train_local.train(trial, source, run if begun else None, verbose, run, time.monotonic())
         except UserError as error:
             if error.code == 130:
                 raise Interrupted("a signal") from error
@@ -195,7 +190,7 @@ def main() -> int:
     parser.add_argument("--mode", choices=["auto", "container", "process"], help="default: compute.local_mode")
     parser.add_argument("--verbose", action="store_true", help="show everything that containers print")
     options = parser.parse_args()
-    settings = load([*options.set, *([f"compute.local_mode={options.mode}"] if options.mode else [])])
+    settings = load(options.set, options={"compute.local_mode": options.mode})
     source = options.data or settings.data.source
     if options.run:
         most = [override.startswith("tuning.max_jobs=") for override in options.set]
