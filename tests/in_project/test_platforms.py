@@ -15,7 +15,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 import imaging
-from pipelines import ROOT, config, engine, image, image_push
+from pipelines import ROOT, config, engine, environment, image, image_push
 from pipelines import aws as cloud
 from training import checkpoint, data, loop, model, optim, speed
 from training.config import Hyperparameters
@@ -208,3 +208,39 @@ def test_the_artifacts_requirements_and_the_image_follow_the_groups() -> None:
         found = re.search(rf'(?m)^ARG {argument}="(.*)"$', recipe)
         assert found is not None
         assert found[1].split() == [re.split("[>=<]", words)[0] for words in group], argument
+
+
+@pytest.fixture
+def uv(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A program called uv in a folder with an environment and a lock; `pip freeze` knows two packages."""
+    program = tmp_path / "bin" / "uv"
+    for folder in (program.parent, tmp_path / ".venv"):
+        folder.mkdir()
+    program.write_text(
+        f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\n[ "$2" = freeze ] && printf "six==1.0\\ntorch==2.13.0+cpu\\n"\n'
+        'if [ "$1" = tool ]; then exit 3; fi\n:\n'
+    )
+    program.chmod(0o755)
+    (tmp_path / "uv.lock").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("options", "begins"), [([], "sync --locked"), (["--resolution", "lowest-direct", "--upgrade"], "pip install")]
+)
+def test_a_resolution_goes_past_the_lock(uv: Path, options: list[str], begins: str) -> None:
+    assert environment.main(options) == 0
+    last = (uv / "calls").read_text().splitlines()[-1]
+    assert last.startswith(begins)
+    assert last.endswith(" ".join(options))
+
+
+def test_an_audit_asks_about_every_version_and_fails_without_an_answer(uv: Path) -> None:
+    assert environment.main(["--audit", "--desc"]) == 3
+    frozen, asked = (uv / "calls").read_text().splitlines()
+    assert frozen.startswith("pip freeze")
+    assert "--strict" in asked.split()
+    assert asked.endswith("--requirement .cache/audit-requirements.txt --desc")
+    assert (uv / ".cache" / "audit-requirements.txt").read_text() == "six==1.0\ntorch==2.13.0\n"
