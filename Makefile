@@ -25,7 +25,7 @@ demo: $(READY) ## bake the template into build/ and there: data, train-local, ev
 	@cd $(PROJECT) && .venv/bin/python -m pipelines.runs
 
 test: $(READY) ## tests of the template, and those of the project that it generates
-	@.venv/bin/python -m pytest -n 2 --dist loadgroup -m "not faults and not hosts" $(ARGS)
+	@.venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not faults and not hosts" $(ARGS)
 
 test-faults: $(READY) ## kills, truncated checkpoints, full disks and hung peers, injected into real training jobs
 	@.venv/bin/python -m pytest -m faults $(ARGS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import shutil
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +22,26 @@ TEMPLATE = Path(__file__).resolve().parent.parent
 set_hypothesis_home_dir(TEMPLATE / ".cache" / "hypothesis")
 TREE = TEMPLATE / "{{cookiecutter.project_slug}}"
 TEXTS = ("project_name", "description", "author")
+HOSTILE = {  # every other answer
+    "project_name": 'Löwen & "Tiger" {{ 7 * 7 }}',
+    "project_slug": "big_cats_2",
+    "description": "$(touch canary) `touch canary` $(shell touch canary) \\ {% raw %} # 'a' \"b\" %s ünïcödé 🐈",
+    "author": "O'Neill <o@example.com>\\n {braces}",
+    "licence": "Proprietary",
+    "aws_region": "cn-north-1",
+    "github_workflows": False,
+    "mlflow": True,
+}
+NO_ENGINE = {"DOCKER_HOST": "unix:///nowhere", "REQUIRE_CONTAINERS": ""}
+# Tests in `tests/in_project`: those that use the engine, and those that `make test` leaves out.
+USE_THE_ENGINE = {
+    f"tests/test_{name}.py"
+    for name in ("batch_transform", "cloud_training", "containers", "doctor", "environment", "failures", "pipeline",
+                 "serve_local", "tune")
+}  # fmt: skip
+FAULTS = "tests/test_faults.py"
+TRACKING = "tests/test_tracking.py"  # needs the answer mlflow
+OTHER_HOSTS = {"RAY_PYTHON": "ray", "TORCHSERVE_PYTHON": "torchserve"}  # variable of the tests, name of the host
 
 
 def fresh_shell() -> dict[str, str]:
@@ -59,6 +80,25 @@ class Project:
 
 
 Bake = Callable[..., Project]
+
+
+def run_tests(project: Project, *words: str, **environment: str) -> None:
+    """`make test` in a project; where REQUIRE_CONTAINERS is set, a test that was skipped is a failure."""
+    done = project.run("make", "test", f"ARGS={' '.join(words)}", **environment)
+    print(done.stdout[-3000:])
+    assert done.returncode == 0, done.stdout + done.stderr
+    if os.environ.get("REQUIRE_CONTAINERS"):
+        assert "skipped" not in done.stdout.splitlines()[-1]
+
+
+def add_tests(project: Project) -> list[str]:
+    """Put the tests of `tests/in_project` among the project's own; gives their names."""
+    names, source = [], TEMPLATE / "tests" / "in_project"
+    shutil.copytree(source / "golden", project.path / "tests" / "golden")
+    for path in sorted(source.glob("*.py")):
+        shutil.copy(path, project.path / "tests" / path.name)
+        names += [f"tests/{path.name}"] if path.name.startswith("test_") else []
+    return names
 
 
 def as_jinja(text: str) -> str:

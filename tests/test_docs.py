@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import TREE, Bake, Project
-from tests.test_generated import NO_ENGINE
+from tests.conftest import NO_ENGINE, TREE, Bake, Project
 
 PAGES = sorted(path.name for path in (TREE / "docs").glob("*.md"))
 LONG = {"bench", "bench-serve", "lint", "test", "update-template"}  # run by tests of their own

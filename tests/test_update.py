@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 from cookiecutter.main import cookiecutter
 
-from tests.conftest import TEMPLATE, Project
-from tests.test_generated import run_tests
+from tests.conftest import TEMPLATE, Project, run_tests
 
 SOURCE = "{{cookiecutter.project_slug}}"
 NEW = "A sentence that the template's newer version has.\n"

@@ -1,0 +1,103 @@
+"""The generated project's environment: made without uv, held by a lock, small on a laptop; and its commit hooks."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import (
+    TEMPLATE,
+    Bake,
+    Project,
+)
+
+
+def test_environment_is_made_without_uv(bake: Bake, tmp_path: Path) -> None:
+    """On a machine that has Python with venv and nothing else."""
+    project = bake()
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    (programs / "python3").symlink_to(Path(sys.base_prefix) / "bin" / "python3")
+    for name in ("make", "sh"):
+        (programs / name).symlink_to(shutil.which(name) or name)
+    done = project.make("setup", "ARGS=--group laptop", PATH=str(programs))
+    assert "uv is not installed: putting it into .venv" in done.stdout
+    listed = project.run(project.program("uv"), "pip", "list", "--python", project.program("python"))
+    assert "sagemaker" in listed.stdout
+    assert "\ntorch " not in listed.stdout  # a laptop submits jobs without it
+    assert not (project.path / "uv.lock").exists()
+
+
+def test_a_lock_is_respected(bake: Bake, tmp_path: Path) -> None:
+    project = bake()
+    uv = str(TEMPLATE / ".venv" / "bin" / "uv")
+    assert project.run(uv, "lock", "--upgrade-package", "ruff==0.11.0").returncode == 0
+    before = (project.path / "uv.lock").read_bytes()
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name in ("python3", "make", "sh"):
+        source = Path(sys.base_prefix) / "bin" / "python3" if name == "python3" else shutil.which(name)
+        (programs / name).symlink_to(source or name)
+    for _ in range(2):  # the uv that the first setup installed must still be there
+        project.make("setup", "ARGS=--group dev", PATH=str(programs))
+    listed = project.run(project.program("uv"), "pip", "list", "--python", project.program("python")).stdout
+    assert re.search(r"^ruff +0\.11\.0$", listed, re.MULTILINE)
+    assert (project.path / "uv.lock").read_bytes() == before
+
+
+def test_a_laptop_without_torch_reaches_the_job(bake: Bake) -> None:
+    """Everything that `pipelines` imports is in the group `laptop`."""
+    project = bake()
+    project.make("setup", "ARGS=--group laptop")
+    code = "import " + ", ".join(f"pipelines.{path.stem}" for path in (project.path / "pipelines").glob("[!_]*.py"))
+    done = project.run(project.program("python"), "-c", code)
+    assert done.returncode == 0, done.stderr
+
+
+def test_pre_commit_hooks_pass_and_can_fail(ready: Project, tmp_path: Path) -> None:
+    command = (ready.program("pre-commit"), "run", "--all-files")
+    done = ready.run(*command, PRE_COMMIT_HOME=str(tmp_path))
+    assert done.returncode == 0, done.stdout
+    module = ready.path / "pipelines" / "image.py"
+    text = module.read_text(encoding="utf-8")
+    module.write_text(text + "import os   \n", encoding="utf-8")
+    try:
+        done = ready.run(*command, PRE_COMMIT_HOME=str(tmp_path))
+    finally:
+        module.write_text(text, encoding="utf-8")
+    assert done.returncode == 1
+    assert "ruff check" in done.stdout
+
+
+PLANTED = {  # in parts, so that nobody's scanner takes this file for a leak
+    "AWS Access Key": 'KEY = "AKIA' + 'QYLPMN5HHHFPZAM2"',
+    "Secret Keyword": 'aws_secret_access_key = "' + 'wJalrXUtnFEMI/K7MDENG/bPxRfiCYzq81mKd0Tu"',
+    "GitHub Token": 'TOKEN = "ghp_' + 'wWPw5k4aXcaT4fNP0UcnZwJUVFk6LO0pINUx"',
+    "Private Key": "# -----BEGIN OPENSSH PRIVATE " + "KEY-----",
+}
+
+
+@pytest.mark.parametrize("kind", PLANTED)
+def test_a_commit_with_a_secret_is_refused(ready: Project, bake: Bake, kind: str) -> None:
+    """Without a network: the scanner must not ask anybody whether a key works."""
+    project = bake()
+    (project.path / ".venv").symlink_to(ready.path / ".venv")
+    home = str(project.path / ".cache")
+    offline = () if subprocess.run(["unshare", "--net", "true"], capture_output=True).returncode else ("unshare", "-n")
+    person = ("-c", "user.name=test", "-c", "user.email=test@example.com")
+    commit = (*offline, "git", *person, "commit", "--message", "mine")
+    project.run("git", "add", "--all")
+    project.run(project.program("pre-commit"), "install")
+    skipped = {"PRE_COMMIT_HOME": home, "SKIP": "mypy"}
+    first = project.run(*commit, **skipped)
+    assert first.returncode == 0, first.stdout + first.stderr  # every file of the bake is in it
+    (project.path / "src" / "mine.py").write_text(f'"""Mine."""\n\n{PLANTED[kind]}\n', encoding="utf-8")
+    project.run("git", "add", "--all")
+    refused = project.run(*commit, **skipped)
+    assert refused.returncode == 1
+    assert f"Secret Type: {kind}" in refused.stdout + refused.stderr
