@@ -15,6 +15,8 @@ from cookiecutter.main import cookiecutter
 from hypothesis import settings
 from hypothesis.configuration import set_hypothesis_home_dir
 
+from tests.photos import store_all
+
 collect_ignore = ["in_project"]
 settings.register_profile("here", database=None, deadline=None, derandomize=bool(os.environ.get("CI")))
 settings.load_profile("here")
@@ -33,6 +35,9 @@ HOSTILE = {  # every other answer
     "mlflow": True,
 }
 NO_ENGINE = {"DOCKER_HOST": "unix:///nowhere", "REQUIRE_CONTAINERS": ""}
+# `make test` gives each of its workers whole files, and several tests look whether a container is left: so one file has
+# all that use the engine, and the others cannot.
+ENGINE_FILE = "test_generated.py"
 # Tests in `tests/in_project`: those that use the engine, and those that `make test` leaves out.
 USE_THE_ENGINE = {
     f"tests/test_{name}.py"
@@ -135,6 +140,21 @@ def ready(bake: Bake) -> Project:
         done = project.run("git", *words)
         assert done.returncode == 0, done.stderr
     return project
+
+
+@pytest.fixture(autouse=True)
+def one_file_has_the_engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others find none."""
+    if request.path.name != ENGINE_FILE:
+        monkeypatch.setenv("DOCKER_HOST", NO_ENGINE["DOCKER_HOST"])
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Photographs in a folder whose name has a blank."""
+    folder = tmp_path_factory.mktemp("photos") / "holiday photos"
+    store_all(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

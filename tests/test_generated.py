@@ -1,6 +1,6 @@
 """The generated project at work in containers: its own tests, its verbs from a fresh clone, and nothing left behind.
 
-`make test` gives each worker whole files, so these run one after another: several look whether a container is left.
+All tests that use the engine are here (`ENGINE_FILE` in conftest.py says why).
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from tests.conftest import (
     host_environment,
     run_tests,
 )
+from tests.photos import CLASSES, FLOOR, SETTINGS, accuracy
 
 
 def test_its_own_tests_pass(ready: Project) -> None:
@@ -148,4 +149,18 @@ def test_files_belong_to_a_user_who_is_not_root(bake: Bake, engine: str) -> None
         make("setup", "ARGS=--group laptop")
         assert "(container)" in make("train-local", "LOCAL_MODE=container", "ARGS=--set training.epochs=2")
         assert {path.lstat().st_uid for path in home.rglob("*")} == {12345}
+    assert engine
+
+
+def test_raw_photos_through_the_container(ready: Project, photos: Path, engine: str) -> None:
+    before = {path: path.stat().st_mtime_ns for path in photos.rglob("*")}
+    done = ready.make("train-local", f"DATA={photos}", "LOCAL_MODE=container", f"ARGS={SETTINGS}")
+    assert "packed 3 classes at 32 pixels: 210 train, 45 validation, 45 test" in done.stdout
+    assert json.loads((ready.path / "artifacts" / "latest" / "run.json").read_text())["mode"] == "container"
+    assert accuracy(ready) >= FLOOR
+    for kind in CLASSES:
+        answer = ready.make("predict", f"IMAGE={photos / kind / 'IMG 1.JPG'}", "ARGS=--json").stdout
+        probabilities = json.loads(answer)["probabilities"][0]
+        assert len(probabilities) == 3
+    assert {path: path.stat().st_mtime_ns for path in photos.rglob("*")} == before
     assert engine

@@ -87,3 +87,9 @@ def test_the_default_recipe_on_the_digits(ready: Project, tmp_path: Path) -> Non
     assert len(accuracies) == 10
     assert statistics.mean(accuracies) >= 0.990, accuracies
     assert min(accuracies) >= 0.970, accuracies
+
+
+def test_training_falls_back_to_a_process_and_says_why(ready: Project) -> None:
+    done = ready.make("train-local", "ARGS=--set training.epochs=1")
+    assert "(process)" in done.stdout
+    assert "no Docker engine answers" in done.stdout + done.stderr
