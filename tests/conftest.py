@@ -18,6 +18,9 @@ from hypothesis.configuration import set_hypothesis_home_dir
 from tests.photos import store_all
 
 collect_ignore = ["in_project"]
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # two workers: threads that wait for a core that another process has take minutes
 settings.register_profile("here", database=None, deadline=None, derandomize=bool(os.environ.get("CI")))
 settings.load_profile("here")
 TEMPLATE = Path(__file__).resolve().parent.parent
