@@ -44,8 +44,8 @@ ENGINE_FILE = "test_generated.py"
 # Tests in `tests/in_project`: those that use the engine, and those that `make test` leaves out.
 USE_THE_ENGINE = {
     f"tests/test_{name}.py"
-    for name in ("batch_transform", "cloud_training", "configuration", "containers", "doctor", "environment", "failures",
-                 "monitor", "pipeline", "serve_local", "tune")
+    for name in ("batch_transform", "cloud_training", "configuration", "containers", "doctor", "environment",
+                 "failures", "monitor", "pipeline", "serve_local", "tune")
 }  # fmt: skip
 FAULTS = "tests/test_faults.py"
 TRACKING = "tests/test_tracking.py"  # needs the answer mlflow
