@@ -23,11 +23,11 @@ from pipelines.aws import Stack
 
 Call = tuple[str, dict[str, Any]]
 GOLDEN = Path(__file__).with_name("golden")
-VOLATILE = [  # in this order
+VOLATILE = [  # in this order: a checksum may hold fourteen digits in a row
+    (re.compile(r"\b[0-9a-f]{64}\b"), "<sha256>"),
     (re.compile(r"\b[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}\b"), "<uuid>"),
     (re.compile(r"\d{8}-\d{6}-[0-9a-f]{4}"), "<run>"),
     (re.compile(r"\d{14}"), "<time>"),
-    (re.compile(r"\b[0-9a-f]{64}\b"), "<sha256>"),
     (re.compile(r"(training|serving)-[0-9a-f]{12}"), r"\1-<hash>"),
     (re.compile(r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d(\.\d+)?(\+00:00|Z)?"), "<date>"),
 ]
