@@ -23,6 +23,7 @@ from pipelines import aws as cloud
 from pipelines.console import UserError
 from tests.cloud import KEY, NETWORK, STACK, Recorder, aws, check_golden, refused
 from tests.helpers import verb_environment
+from tests.programs import put_first
 
 __all__ = ["aws"]  # a fixture
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # the SDK's temporary folder
@@ -536,15 +537,12 @@ def test_a_job_without_a_result_is_not_pulled(account: Recorder, status: str, wo
 @pytest.fixture
 def docker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A program called docker that notes its arguments, and the input of `login`: no registry is reached."""
-    program = tmp_path / "bin" / "docker"
-    program.parent.mkdir()
-    program.write_text(
-        f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\ncase "$1 $*" in\n'
+    script = (
+        f'echo "$@" >> {tmp_path}/calls\ncase "$1 $*" in\n'
         f"login*) cat > {tmp_path}/stdin;;\n*inspect*) echo '[{{\"Architecture\": \"'${{ARCH:-amd64}}'\"}}]';;\n"
         '"push "*) echo denied >&2; exit ${PUSH:-0};;\nesac\n'
     )
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+    put_first("docker", script, tmp_path, monkeypatch)
     monkeypatch.delenv("ARCH", raising=False)
     monkeypatch.setattr(cloud, "stack", lambda _settings: STACK)
     return tmp_path

@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 import imaging
 from pipelines import ROOT, config, engine, environment, image, image_push
 from pipelines import aws as cloud
+from tests.programs import put_first
 from training import checkpoint, data, loop, model, optim, speed
 from training.config import Hyperparameters
 from training.distributed import World
@@ -116,14 +117,11 @@ def test_a_checkpoint_keeps_the_random_state_of_apples_gpus(monkeypatch: pytest.
 @pytest.fixture
 def docker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A program called docker on a laptop with ARCH processors, where no image is yet."""
-    program = tmp_path / "bin" / "docker"
-    program.parent.mkdir()
-    program.write_text(
-        f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\ncase "$1 $2" in\n"info ") echo " Architecture: $ARCH";;\n'
+    script = (
+        f'echo "$@" >> {tmp_path}/calls\ncase "$1 $2" in\n"info ") echo " Architecture: $ARCH";;\n'
         '"image inspect") [ -n "$FACTS" ] || exit 1; echo "$FACTS";;\nesac\n'
     )
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+    put_first("docker", script, tmp_path, monkeypatch)
     for name in [*(name for name in os.environ if name.startswith("IMAGES__")), "FACTS"]:
         monkeypatch.delenv(name, raising=False)
     return tmp_path / "calls"
@@ -213,17 +211,14 @@ def test_the_artifacts_requirements_and_the_image_follow_the_groups() -> None:
 @pytest.fixture
 def uv(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A program called uv in a folder with an environment and a lock; `pip freeze` knows two packages."""
-    program = tmp_path / "bin" / "uv"
-    for folder in (program.parent, tmp_path / ".venv"):
-        folder.mkdir()
-    program.write_text(
-        f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\n[ "$2" = freeze ] && printf "six==1.0\\ntorch==2.13.0+cpu\\n"\n'
+    script = (
+        f'echo "$@" >> {tmp_path}/calls\n[ "$2" = freeze ] && printf "six==1.0\\ntorch==2.13.0+cpu\\n"\n'
         'if [ "$1" = tool ]; then exit 3; fi\n:\n'
     )
-    program.chmod(0o755)
+    put_first("uv", script, tmp_path, monkeypatch)
+    (tmp_path / ".venv").mkdir()
     (tmp_path / "uv.lock").touch()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
     return tmp_path
 
 

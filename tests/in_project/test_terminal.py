@@ -21,6 +21,7 @@ from processing import progress
 from processing.preprocess import pack
 from tests.cloud import Recorder, aws
 from tests.helpers import verb_environment
+from tests.programs import put_first
 from tests.test_training_local import NO_ENGINE, SHORT
 
 __all__ = ["aws"]
@@ -150,12 +151,9 @@ def test_a_wait_says_what_for_and_how_long(monkeypatch: pytest.MonkeyPatch) -> N
     assert [progress.duration(seconds) for seconds in (8.4, 200, 7500)] == ["8 s", "3 min 20 s", "2 h 5 min"]
 
 
-def test_building_an_image_says_so(project: Path, tmp_path: Path) -> None:
-    docker = tmp_path / "bin" / "docker"
-    docker.parent.mkdir()
-    docker.write_text('#!/bin/sh\n[ "$1" = build ] && sleep 2.4\nexit 0\n')
-    docker.chmod(0o755)
-    written, lines = on_a_terminal(project, "image", PATH=f"{docker.parent}:{os.environ['PATH']}")
+def test_building_an_image_says_so(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put_first("docker", '[ "$1" = build ] && sleep 2.4\nexit 0\n', tmp_path, monkeypatch)
+    written, lines = on_a_terminal(project, "image")
     assert "waiting for `docker build`, whose log is .cache/image-build.log, 2 s" in written
     assert [line for line in lines if line.startswith("waiting")] == []
 

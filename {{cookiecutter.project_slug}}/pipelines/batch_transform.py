@@ -70,9 +70,8 @@ def start(settings: Settings, options: Namespace) -> str:
     prefix = storage.raw(settings, stack, options.data, local)
     manifest, place = [{"prefix": f"{prefix}/"}, *sorted(sizes)], f"s3://{stack.bucket}/batch/{name}"
     try:
-        endpoints.set_end(
-            settings, stack, name, endpoints.end_after(hours), "transform job"
-        )  # a transform job has no limit of its own
+        # A transform job has no limit of its own.
+        endpoints.set_end(settings, stack, name, endpoints.end_after(hours), "transform job")
         with aws.explained("starting the transform job"):
             storage.put(settings, f"{place}/images.manifest", json.dumps(manifest).encode())
             rollout.create_model(settings, stack, name, image, uri, model.package)
