@@ -49,7 +49,7 @@ class Step:
     def __init__(self, hyperparameters: Any, size: int) -> None:
         import torch
         from training.loop import autocast
-        from training.model import build_model
+        from model import build_model
         from training.optim import build_optimizer
 
         torch.manual_seed(0)
@@ -153,7 +153,7 @@ def compete(case: tuple[str, int, int, int, int], folder: Path, rounds: int) -> 
     from training.data import load_channels
     from training.distributed import World
     from training.loop import fit
-    from training.model import best_device, build_model
+    from model import best_device, build_model
 
     name, stored, size, batch, steps = case
     write_jpegs(folder / "raw", stored, batch * steps)

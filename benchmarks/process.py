@@ -25,8 +25,8 @@ from PIL import Image
 from processing.preprocess import pack
 from training.config import Hyperparameters
 from training.data import load_split
-from training.export import write_artifact
-from training.model import build_model
+from inference.export import write_artifact
+from model import build_model
 
 ROOT = Path(__file__).resolve().parent.parent
 CLASSES = 10
@@ -67,7 +67,7 @@ def write_patterns(folder: Path, size: int, images: int) -> None:
 def write_digits(folder: Path) -> bool:
     """Pack the sample digits as `make data` does. False: they are not here, because scikit-learn is not."""
     try:
-        from pipelines import sample_data
+        from pipelines.local import sample_data
 
         sample_data.write_digits(folder.with_name("digits-raw"))
     except ImportError as error:

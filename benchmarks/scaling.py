@@ -29,7 +29,7 @@ def resnet50(rounds: int) -> Measured:
     import torch
     from training.config import Hyperparameters
     from training.loop import autocast
-    from training.model import build_model
+    from model import build_model
     from training.optim import build_optimizer
 
     model = build_model("resnet50", 1000, SIZE).to(memory_format=torch.channels_last).train()

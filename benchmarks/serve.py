@@ -32,7 +32,7 @@ from typing import Any
 from benchmarks.train import machine, publish  # isort: skip  (it puts src on the path)
 from benchmarks.process import ROOT, Measured, children, cpu_seconds, make_artifact, memory_mb
 from inference.serve import Settings
-from pipelines import serve_local
+from pipelines.local import serve as serve_local
 
 KIND = "application/x-image"
 CASES = {"serve": ("resnet18", 224), "serve.small": ("cnn", 32)}  # model, pixels a side

@@ -42,7 +42,7 @@ from training.config import Hyperparameters, resolve  # noqa: E402
 from training.data import Split, load_channels  # noqa: E402
 from training.distributed import World  # noqa: E402
 from training.loop import autocast, fit, has_fast_bf16  # noqa: E402
-from training.model import ModelError, best_device, build_model  # noqa: E402
+from model import ModelError, best_device, build_model  # noqa: E402
 from training.optim import WeightAverage, build_optimizer  # noqa: E402
 from training.watch import Guard  # noqa: E402
 

@@ -61,7 +61,7 @@ from training.config import Hyperparameters, resolve
 from training.data import load_channels
 from training.distributed import World
 from training.loop import fit
-from training.model import build_model
+from model import build_model
 world = World(0, 1, torch.device("cpu"))
 accuracies = []
 for split_seed in range(5):

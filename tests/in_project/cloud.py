@@ -19,7 +19,7 @@ import pytest
 from botocore.exceptions import ClientError
 from botocore.validate import ParamValidator
 
-from pipelines.aws import Stack
+from pipelines.cloud.account import Stack
 
 Call = tuple[str, dict[str, Any]]
 GOLDEN = Path(__file__).with_name("golden")

@@ -22,10 +22,10 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-
-from pipelines.serve_local import command
 from tests.helpers import free_port, verb_environment
-from training.export import checksums
+
+from inference.export import checksums
+from pipelines.local.serve import command
 
 JSON, NPY, ANY_IMAGE = "application/json", "application/x-npy", "application/x-image"
 READY_SECONDS = 120

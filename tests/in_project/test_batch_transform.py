@@ -13,14 +13,17 @@ from typing import Any
 
 import boto3
 import pytest
-
-from inference import batch
-from pipelines import aws as cloud
-from pipelines import batch_transform, destroy, inventory, logs, prices, runs
-from pipelines.console import UserError
 from tests.cloud import KEY, NETWORK, STACK, Recorder, aws, check_golden
 from tests.test_deploy import NAME, Hosting, hosting, quota, settings, written
 from tests.test_inference import archive, artifact, classifier, photo
+
+from inference import batch
+from pipelines import runs
+from pipelines.batch import transform as batch_transform
+from pipelines.cloud import account as cloud
+from pipelines.cloud import destroy, inventory, prices
+from pipelines.cloud import jobs as logs
+from pipelines.terminal import UserError
 
 __all__ = ["archive", "artifact", "aws", "classifier", "hosting"]  # fixtures
 PHOTOS = {"cats/a up.png": "up", "cats/b.PNG": "left", "ünï/c.png": "up"}

@@ -11,10 +11,10 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from tests.helpers import verb_environment
 
 from benchmarks import process as outside
 from benchmarks import serve
-from tests.helpers import verb_environment
 
 WANTED = {
     *(f"serve.{name}_c{clients}" for clients in (1, 8) for name in ("cpu_over_bare", "cpu_ms", "p50_ms", "p99_ms")),

@@ -17,12 +17,13 @@ from typing import Any
 import boto3
 import pytest
 import yaml
-
-from pipelines import ROOT, bootstrap, bootstrap_destroy, config, stack
-from pipelines.aws import stack as outputs
-from pipelines.console import UserError
 from tests.cloud import GOLDEN, Recorder, aws, check_golden, refused
 from tests.test_costs import THEIRS, make_endpoint
+
+from pipelines import ROOT, config
+from pipelines.cloud import bootstrap, bootstrap_destroy, stack
+from pipelines.cloud.account import stack as outputs
+from pipelines.terminal import UserError
 
 __all__ = ["aws"]  # fixture
 pytestmark = pytest.mark.filterwarnings("ignore:Tried to parse AWS:UserWarning")  # kinds that moto does not make

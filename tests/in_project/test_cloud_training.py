@@ -17,13 +17,19 @@ from typing import Any
 import boto3
 import pytest
 from botocore.exceptions import NoCredentialsError
-
-from pipelines import ROOT, config, data, engine, image_push, logs, prices, process_job, pull, runs, storage, train
-from pipelines import aws as cloud
-from pipelines.console import UserError
 from tests.cloud import KEY, NETWORK, STACK, Recorder, aws, check_golden, refused
 from tests.helpers import verb_environment
 from tests.programs import put_first
+
+from pipelines import ROOT, config, project, runs
+from pipelines.cloud import account as cloud
+from pipelines.cloud import images as image_push
+from pipelines.cloud import jobs as logs
+from pipelines.cloud import prices, pull, storage, train
+from pipelines.cloud import processing as process_job
+from pipelines.local import data
+from pipelines.local import images as local_images
+from pipelines.terminal import UserError
 
 __all__ = ["aws"]  # a fixture
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # the SDK's temporary folder
@@ -41,7 +47,7 @@ def account(aws: Recorder, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, pack
     boto3.client("s3").create_bucket(Bucket=STACK.bucket)
     monkeypatch.setattr(cloud, "stack", lambda _settings: STACK)
     monkeypatch.setattr(prices, "hourly", lambda *_: 1.5)
-    monkeypatch.setattr(runs, "git_commit", lambda: "abc")
+    monkeypatch.setattr(project, "git_commit", lambda: "abc")
     monkeypatch.setattr(runs, "ARTIFACTS", tmp_path / "artifacts")
     monkeypatch.setattr(pull, "WORK", tmp_path / "pull")
     monkeypatch.setattr(data, "prepare", lambda *_: ROOT / "data" / "edges")
@@ -190,7 +196,7 @@ def test_the_plan_comes_first_and_names_what_where_and_how_much(
     assert "warning: src/ was never trained on this machine" in out
     run = runs.ARTIFACTS / "20260101-000000-abcd"
     run.mkdir(parents=True)
-    (run / "run.json").write_text(json.dumps({"mode": "process", "source": runs.source_hash()}))
+    (run / "run.json").write_text(json.dumps({"mode": "process", "source": project.source_hash()}))
     started(account)
     assert "warning" not in capsys.readouterr().out
 
@@ -556,10 +562,10 @@ def calls(folder: Path) -> list[str]:
 @pytest.mark.parametrize("length", [12, 19, 27, 28, 30])
 def test_jobs_have_names_that_the_stack_allows(monkeypatch: pytest.MonkeyPatch, length: int) -> None:
     name = "classifier-of-so-many-animals1"[:length]
-    monkeypatch.setattr(engine, "project_name", lambda: name)
-    assert len(logs.prefix()) <= 27
-    assert logs.prefix() in (name, logs.short())  # Project and ShortProject of infrastructure/stack.yaml
-    assert len(logs.short()) <= 19
+    monkeypatch.setattr(project, "name", lambda: name)
+    assert len(project.job_prefix()) <= 27
+    assert project.job_prefix() in (name, project.tuning_prefix())  # Project and ShortProject of infrastructure/stack.yaml
+    assert len(project.tuning_prefix()) <= 19
 
 
 def test_images_are_pushed_once_and_the_password_is_in_no_argument(
@@ -570,9 +576,9 @@ def test_images_are_pushed_once_and_the_password_is_in_no_argument(
         monkeypatch.delenv(variable)
     assert run_main(monkeypatch, image_push) == 0
     registry, expected = STACK.repository.partition("/")[0], []
-    targets: tuple[engine.Target, ...] = ("training", "serving")
+    targets: tuple[local_images.Target, ...] = ("training", "serving")
     for target in targets:
-        name = engine.image_name(settings(), target)
+        name = local_images.image_name(settings(), target)
         remote = f"{STACK.repository}:{name.rpartition(':')[2]}"
         login = f"login --username AWS --password-stdin {registry}"
         expected += [login, f"tag {name} {remote}", f"push {remote}", f"logout {registry}"]

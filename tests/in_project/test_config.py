@@ -10,7 +10,7 @@ import yaml
 
 from pipelines import ROOT
 from pipelines.config import load
-from pipelines.console import UserError
+from pipelines.terminal import UserError
 from training.config import ConfigurationError, Hyperparameters, from_command_line, parse, resolve
 
 

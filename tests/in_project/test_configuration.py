@@ -13,12 +13,14 @@ from typing import Any
 
 import pytest
 import yaml
-
-from pipelines import ROOT, container
-from pipelines.config import Settings, _keys, load
-from pipelines.console import TrainingView, UserError
-from pipelines.jobs import Job
 from tests.helpers import Verb
+
+from pipelines import ROOT
+from pipelines.config import Settings, _keys, load
+from pipelines.local import container
+from pipelines.local.job import Job
+from pipelines.local.view import TrainingView
+from pipelines.terminal import UserError
 
 ODD = [
     None, True, False, 0, -1, 1, 10**30, 1.5, math.nan, math.inf, "", "  ", "x", "ä🐈\n", "$(touch x)", "auto", "1e-3",

@@ -9,12 +9,13 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-
-from pipelines import config, container, engine, process
-from pipelines.console import TrainingView
-from pipelines.jobs import Job
 from tests.helpers import Verb
 from tests.test_training_local import NO_ENGINE, SHORT, published, read
+
+from pipelines import config
+from pipelines.local import container, images, process
+from pipelines.local.job import Job
+from pipelines.local.view import TrainingView
 
 
 @pytest.mark.parametrize(
@@ -105,13 +106,13 @@ def test_both_modes_keep_the_same_contract(tmp_path: Path, packed: Path, nothing
 def test_stale_images_have_another_name(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = config.load((), {})
     changed = [config.load([override], {}) for override in ("images.base=other", "images.packages=[torch]")]
-    names = [engine.image_name(each, target) for each in (settings, *changed) for target in ("training", "serving")]
+    names = [images.image_name(each, target) for each in (settings, *changed) for target in ("training", "serving")]
     assert len({*names}) == 6
-    assert all(name.startswith(f"{engine.project_name()}:") for name in names)
-    assert engine.image_name(config.load((), {}), "serving") == names[1]
+    assert all(name.startswith(f"{project.name()}:") for name in names)
+    assert images.image_name(config.load((), {}), "serving") == names[1]
     other = tmp_path / "serve.py"
-    other.write_text(engine.SERVER[0].read_text(encoding="utf-8") + "# changed\n", encoding="utf-8")
-    monkeypatch.setattr(engine, "SERVER", [other, *engine.SERVER[1:]])
-    assert engine.image_name(settings, "serving") != names[1]
-    assert engine.image_name(settings, "training") == names[0]
+    other.write_text(images.SERVER[0].read_text(encoding="utf-8") + "# changed\n", encoding="utf-8")
+    monkeypatch.setattr(images, "SERVER", [other, *images.SERVER[1:]])
+    assert images.image_name(settings, "serving") != names[1]
+    assert images.image_name(settings, "training") == names[0]
     assert project

@@ -11,16 +11,17 @@ from typing import Any
 
 import pytest
 from botocore.exceptions import EndpointConnectionError
-
-from pipelines import aws as cloud
-from pipelines import destroy, engine, inventory, plan, prices, status
-from pipelines.config import Settings, load
-from pipelines.console import UserError
-from pipelines.inventory import Item
 from tests.cloud import Recorder, aws, check_golden, refused
 
+from pipelines import project
+from pipelines.cloud import account as cloud
+from pipelines.cloud import destroy, inventory, plan, prices, status
+from pipelines.cloud.inventory import Item
+from pipelines.config import Settings, load
+from pipelines.terminal import UserError
+
 __all__ = ["aws"]  # a fixture
-NAME = engine.project_name()
+NAME = project.name()
 TAGS = [{"Key": "project", "Value": NAME}]
 THEIRS = [{"Key": "project", "Value": f"{NAME}-2"}]
 ROLE = "arn:aws:iam::123456789012:role/execution"

@@ -15,17 +15,21 @@ import boto3
 import pytest
 from botocore.exceptions import ClientError
 from moto.sagemaker.models import sagemaker_backends
-
-from inference import inference
-from payload import RequestError
-from pipelines import aws as cloud
-from pipelines import config, deploy, endpoints, engine, invoke, prices, rollout, runs, shift_traffic
-from pipelines.console import UserError
 from tests.cloud import KEY, NETWORK, STACK, Recorder, aws, check_golden, refused
 from tests.test_inference import archive, artifact, classifier, photo
 
+from inference import inference
+from payload import RequestError
+from pipelines import config, project, runs
+from pipelines.cloud import account as cloud
+from pipelines.cloud import prices
+from pipelines.endpoint import deploy, expiry, invoke, rollout, shift_traffic
+from pipelines.endpoint import state as endpoints
+from pipelines.local import engine
+from pipelines.terminal import UserError
+
 __all__ = ["archive", "artifact", "aws", "classifier"]  # fixtures
-NAME = engine.project_name()
+NAME = project.name()
 READS = ("Describe", "List", "Get", "Head")
 MAKES = ("CreateSchedule", "UpdateSchedule", "CreateModel", "CreateEndpointConfig", "CreateEndpoint", "UpdateEndpoint")
 
@@ -107,7 +111,7 @@ def hosting(
     monkeypatch.setattr(prices, "hourly", lambda *_: 0.5)
     monkeypatch.setattr(runs, "ARTIFACTS", tmp_path / "artifacts")
     monkeypatch.setattr(endpoints, "POLL", 0.001)
-    monkeypatch.setattr(endpoints, "ASYNC_POLL", 0.001)
+    monkeypatch.setattr(invoke, "ASYNC_POLL", 0.001)
     for run in ("20261121-093000-a1b2", "20261121-103000-a1b2"):
         (tmp_path / "artifacts" / run).mkdir(parents=True)
         shutil.copy(archive, tmp_path / "artifacts" / run / "model.tar.gz")
@@ -280,16 +284,16 @@ def test_a_second_variant_needs_a_first() -> None:
 
 def test_the_end_is_moved_and_can_be_cancelled(hosting: Hosting, capsys: pytest.CaptureFixture[str]) -> None:
     run()
-    first = endpoints.end(settings(), NAME)
+    first = expiry.end(settings(), NAME)
     run("endpoint.ttl_hours=80", "aws.budget_usd=100")
-    later = endpoints.end(settings(), NAME)
+    later = expiry.end(settings(), NAME)
     assert first is not None
     assert later is not None
     assert later > first
     order = [name for name, _ in hosting.calls if name in MAKES]
     assert order.index("UpdateSchedule") < order.index("UpdateEndpoint")
     run("endpoint.ttl_hours=0")
-    assert endpoints.end(settings(), NAME) is None
+    assert expiry.end(settings(), NAME) is None
     printed = capsys.readouterr().out
     assert "WARNING: endpoint.ttl_hours is 0: it never deletes itself and costs 12.00 USD a day" in printed
 
@@ -316,7 +320,7 @@ def test_an_endpoint_is_asked_as_predict_asks(
     image.write_bytes(b"no image")
     with pytest.raises(UserError, match=f"^{NAME} answered 400: [^{{]*$"):
         invoke.main()
-    image.write_bytes(bytes(endpoints.MOST_BYTES + 1))
+    image.write_bytes(bytes(invoke.MOST_BYTES + 1))
     with pytest.raises(UserError, match="TYPE=async takes more"):
         invoke.main()
     hosting.state = {"EndpointStatus": "Creating"}
@@ -407,12 +411,12 @@ def test_an_interruption_leaves_nothing_either(hosting: Hosting) -> None:
 
 def test_a_failed_update_leaves_the_endpoint_as_it_was(hosting: Hosting) -> None:
     run()
-    before, end = left()[:-1], endpoints.end(settings(), NAME)
+    before, end = left()[:-1], expiry.end(settings(), NAME)
     hosting.calls.answers["UpdateEndpoint"] = quota("UpdateEndpoint")
     with pytest.raises(UserError, match="quota"):
         run("endpoint.ttl_hours=5")
     assert left()[:-1] == before
-    assert endpoints.end(settings(), NAME) == end
+    assert expiry.end(settings(), NAME) == end
 
 
 def test_an_update_that_got_through_is_not_taken_back(hosting: Hosting, capsys: pytest.CaptureFixture[str]) -> None:
@@ -533,7 +537,7 @@ def test_ctrl_c_while_waiting_leaves_the_endpoint(hosting: Hosting, monkeypatch:
         run()
     assert e.value.code == 130
     assert len(boto3.client("sagemaker").list_endpoints()["Endpoints"]) == 1
-    assert endpoints.end(settings(), NAME)
+    assert expiry.end(settings(), NAME)
 
 
 def test_the_tolerance_is_the_models_own() -> None:

@@ -9,16 +9,19 @@ from typing import Any
 
 import pytest
 from botocore.exceptions import ClientError
-
-from pipelines import aws as cloud
-from pipelines import console, doctor, engine, permissions, stack
-from pipelines.config import Settings, load
-from pipelines.console import UserError
-from pipelines.doctor import Line
 from tests.cloud import Recorder, aws, check_golden
 
+from pipelines import project
+from pipelines import terminal as console
+from pipelines.cloud import account as cloud
+from pipelines.cloud import doctor, permissions, stack
+from pipelines.cloud.doctor import Line
+from pipelines.config import Settings, load
+from pipelines.local import engine, images
+from pipelines.terminal import UserError
+
 __all__ = ["aws"]  # a fixture
-NAME, ACCOUNT = engine.project_name(), "123456789012"
+NAME, ACCOUNT = project.name(), "123456789012"
 SETTINGS = load(["aws.region=us-east-1"], {})
 STACK = cloud.Stack(
     bucket=f"{NAME}-{ACCOUNT}-us-east-1",
@@ -64,7 +67,7 @@ def healthy(aws: Recorder, monkeypatch: pytest.MonkeyPatch) -> Recorder:
     found = stack.parameters(SETTINGS, caller()["Arn"], {})
     parameters = [{"ParameterKey": key, "ParameterValue": value} for key, value in found.items()]
     trust = {"Statement": [{"Effect": "Allow", "Principal": {"Service": "sagemaker.amazonaws.com"}}]}
-    tags = [engine.image_name(SETTINGS, target).partition(":")[2] for target in ("training", "serving")]
+    tags = [images.image_name(SETTINGS, target).partition(":")[2] for target in ("training", "serving")]
     usage = ("ml.g5.xlarge for spot training job usage", "ml.m5.large for endpoint usage")
     aws.answers |= {
         "GetCallerIdentity": caller(),

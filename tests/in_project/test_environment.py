@@ -12,9 +12,10 @@ import time
 from pathlib import Path
 
 import pytest
-
-from pipelines import ROOT, config, engine
 from tests.helpers import Verb, verb_environment
+
+from pipelines import ROOT, config
+from pipelines.local import engine, images
 
 SHORT = ("--set", "training.epochs=2")
 QUICK = ["images.packages=[--help]"]  # an image that takes a second and no network
@@ -30,7 +31,7 @@ def test_the_proxys_certificates_reach_the_image_build(
     bundle.write_text("-----BEGIN CERTIFICATE-----\n")
     if variable:
         monkeypatch.setenv(variable, str(bundle))
-    name = engine.build(config.load(QUICK), "training")
+    name = images.build(config.load(QUICK), "training")
     try:
         shown = subprocess.run(
             ["docker", "run", "--rm", name, "sh", "-c", "cat /opt/build/ca.crt"], capture_output=True, text=True
@@ -43,18 +44,18 @@ def test_the_proxys_certificates_reach_the_image_build(
 
 def test_proxies_are_handed_to_the_build(image: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HTTPS_PROXY", "http://proxy.invalid:3128")
-    name = engine.build(config.load(QUICK), "training", ["--no-cache"])
+    name = images.build(config.load(QUICK), "training", ["--no-cache"])
     subprocess.run(["docker", "image", "rm", name], capture_output=True, check=True)
     history = subprocess.run(["docker", "history", "--no-trunc", image], capture_output=True, text=True).stdout
     assert "proxy.invalid" not in history  # not kept in an image
-    monkeypatch.setattr(engine, "DOCKERFILE", engine.BUILD_LOG.parent / "Dockerfile")
-    engine.DOCKERFILE.write_text("ARG BASE_IMAGE\nFROM ${BASE_IMAGE} AS training\nRUN echo proxy=$HTTPS_PROXY; false\n")
+    monkeypatch.setattr(images, "DOCKERFILE", images.BUILD_LOG.parent / "Dockerfile")
+    images.DOCKERFILE.write_text("ARG BASE_IMAGE\nFROM ${BASE_IMAGE} AS training\nRUN echo proxy=$HTTPS_PROXY; false\n")
     try:
         with pytest.raises(engine.EngineError, match="could not be built"):
-            engine.build(config.load(QUICK), "training")
+            images.build(config.load(QUICK), "training")
     finally:
-        engine.DOCKERFILE.unlink()
-    assert "proxy=http://proxy.invalid:3128" in engine.BUILD_LOG.read_text()
+        images.DOCKERFILE.unlink()
+    assert "proxy=http://proxy.invalid:3128" in images.BUILD_LOG.read_text()
 
 
 @pytest.mark.parametrize(("version", "works"), [("1.29.2", True), ("1.27.0", True), ("1.25.5", False), ("", False)])

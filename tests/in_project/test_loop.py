@@ -15,13 +15,13 @@ import pytest
 import torch
 from torch.multiprocessing.spawn import spawn
 
+from model import build_model
 from processing.preprocess import pack
 from training import augment, checkpoint, distributed
 from training.config import ConfigurationError, Hyperparameters, resolve
 from training.data import DataError, epoch_order, load_channels, load_split
 from training.distributed import World
 from training.loop import evaluate, fit
-from training.model import build_model
 from training.optim import WeightAverage, build_optimizer, learning_rate_at
 
 ALONE = World(rank=0, size=1, device=torch.device("cpu"))

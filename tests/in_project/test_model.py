@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torchvision import models
 
-from training.model import ModelError, SmallCNN, build_model
+from model import ModelError, SmallCNN, build_model
 
 CLASSIFIERS = sorted(set(models.list_models(module=models)) - {"regnet_y_128gf"})  # 2.6 GB of weights
 

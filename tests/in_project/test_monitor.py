@@ -21,24 +21,25 @@ import torch
 from botocore.session import get_session
 from botocore.validate import ParamValidator
 from PIL import Image
-
-import imaging
-from inference import inference
-from pipelines import SOURCE, config, destroy, inventory, runs
-from pipelines import monitor as verb_module
-from pipelines.console import UserError
-from processing import monitor
-from processing.preprocess import pack
 from tests.cloud import KEY, NETWORK, STACK, Recorder, aws, check_golden
 from tests.helpers import CLASSES, Verb, draw
 from tests.test_deploy import NAME, Hosting, hosting, run, settings
 from tests.test_inference import archive, artifact, classifier
+
+import imaging
+from inference import inference
+from inference.export import write_artifact
+from model import build_model
+from pipelines import SOURCE, config, project, runs
+from pipelines.cloud import destroy, inventory
+from pipelines.monitoring import monitor as verb_module
+from pipelines.terminal import UserError
+from processing import monitor
+from processing.preprocess import pack
 from training.config import Hyperparameters, resolve
 from training.data import load_channels
 from training.distributed import World
-from training.export import write_artifact
 from training.loop import fit
-from training.model import build_model
 
 __all__ = ["archive", "artifact", "aws", "classifier", "hosting"]  # fixtures
 NOON = datetime(2026, 11, 21, 12, 30, tzinfo=UTC)
@@ -174,7 +175,7 @@ def test_psi_by_hand_and_what_is_merged() -> None:
 
 
 def test_no_value_is_lost_outside_of_the_bins() -> None:
-    assert monitor.counted([-1.0, 0.0, 0.7, 1.0, 1.2], [0.0, 0.5, 1.0]) == [2, 3]
+    assert imaging.counted([-1.0, 0.0, 0.7, 1.0, 1.2], [0.0, 0.5, 1.0]) == [2, 3]
 
 
 SHIFTS = {
@@ -248,10 +249,10 @@ def test_every_kind_of_request_gives_the_same_numbers(
         assert (found["skipped"], found["images"]) == ({}, count)
         seen = imaging.fit(wide, 12) if body[1] == bodies[-1][0][1] else pixels
         answer = inference.classify([seen], model)
-        wanted = monitor.image_statistics(seen[None]) | {"confidence": [max(answer["probabilities"][0])]}
+        wanted = imaging.image_statistics(seen[None]) | {"confidence": [max(answer["probabilities"][0])]}
         baseline = json.loads((watched.parent / "model" / "baseline.json").read_text())
         for name, values in wanted.items():
-            now = monitor.counted(values * count, baseline[name]["edges"])
+            now = imaging.counted(values * count, baseline[name]["edges"])
             assert found["measures"][name]["now"] == now, (body[0], name)
         assert found["measures"]["predictions"]["now"] == [
             count * (label == answer["labels"][0]) for label in model.classes
@@ -457,7 +458,7 @@ def expanded(calls: Recorder) -> Recorder:
 @pytest.fixture
 def captured(hosting: Hosting) -> Hosting:
     """An endpoint that captures; the code is uploaded already."""
-    boto3.client("s3").put_object(Bucket=STACK.bucket, Key=f"source/{runs.source_hash()}.complete", Body=b"")
+    boto3.client("s3").put_object(Bucket=STACK.bucket, Key=f"source/{project.source_hash()}.complete", Body=b"")
     run("endpoint.capture_percent=50")
     return hosting
 

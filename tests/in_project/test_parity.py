@@ -13,19 +13,20 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tests.helpers import CLASSES, free_port
 
 from imaging import normalise
 from inference.artifact import open_artifact
-from pipelines import runs, serve_local
+from inference.export import write_artifact
+from model import build_model
+from pipelines import runs
+from pipelines.local import serve as serve_local
 from processing.evaluate import evaluate
 from processing.preprocess import pack
-from tests.helpers import CLASSES, free_port
 from training.config import Hyperparameters, resolve
 from training.data import load_channels
 from training.distributed import World
-from training.export import write_artifact
 from training.loop import fit
-from training.model import build_model
 
 SIZE = 16
 

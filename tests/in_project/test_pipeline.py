@@ -20,33 +20,24 @@ import pytest
 import yaml
 from botocore.exceptions import ClientError
 from botocore.validate import ParamValidator
-
-from pipelines import (
-    ROOT,
-    bootstrap_destroy,
-    config,
-    deploy,
-    destroy,
-    engine,
-    inventory,
-    pipeline,
-    pipeline_graph,
-    prices,
-    registry,
-    runs,
-    training_pipeline,
-)
-from pipelines import aws as cloud
-from pipelines.console import UserError
-from pipelines.pipeline_local import Execution
-from pipelines.training_pipeline import LOCAL, Inputs
 from tests.cloud import KEY, STACK, Recorder, aws, check_golden
 from tests.helpers import Verb, verb_environment
 from tests.test_training_local import NO_ENGINE
 
+from pipelines import ROOT, config, project, training_pipeline
+from pipelines.cloud import account as cloud
+from pipelines.cloud import bootstrap_destroy, destroy, inventory, packages, prices
+from pipelines.endpoint import deploy
+from pipelines.pipeline import cloud as pipeline
+from pipelines.pipeline import graph as pipeline_graph
+from pipelines.pipeline.local import Execution
+from pipelines.registry import package as registry
+from pipelines.terminal import UserError
+from pipelines.training_pipeline import LOCAL, Inputs
+
 __all__ = ["aws"]  # a fixture
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # the SDK's temporary folder
-NAME = engine.project_name()
+NAME = project.name()
 ACCOUNT = "arn:aws:iam::123456789012:role"
 EVERYTHING = [
     "aws.subnets=[subnet-0a, subnet-0b]", "aws.security_groups=[sg-0a]", f"aws.kms_key={KEY}",
@@ -85,7 +76,7 @@ def steps(document: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 @pytest.fixture(autouse=True)
 def _commit(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(runs, "source_commit", lambda: "abc")
+    monkeypatch.setattr(project, "source_commit", lambda: "abc")
     yield
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the folders that the SDK's trainer leaves to the garbage collector
@@ -200,7 +191,7 @@ def test_checkpoints_are_shared_only_by_trainings_that_are_the_same(
     assert "Parameters.Epochs" in first
     assert "Steps.Preprocess" in first
     assert place("training.batch_size=32") != first
-    monkeypatch.setattr(runs, "source_hash", lambda: "0" * 64)
+    monkeypatch.setattr(project, "source_hash", lambda: "0" * 64)
     assert place() != first
 
 
@@ -322,8 +313,8 @@ def test_what_is_over_budget_is_not_started(account: Recorder, raw: Path) -> Non
 
 
 def test_the_champion_s_accuracy_is_looked_up(account: Recorder, raw: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    best = registry.Package("arn", 3, "Approved", "s3://b/model.tar.gz", {"accuracy": "0.987654"})
-    monkeypatch.setattr(registry, "champion", lambda _settings: best)
+    best = packages.Package("arn", 3, "Approved", "s3://b/model.tar.gz", {"accuracy": "0.987654"})
+    monkeypatch.setattr(packages, "champion", lambda _settings: best)
     pipeline.start(settings(), str(raw), yes=False)
     given = {item["Name"]: item["Value"] for item in account.named("StartPipelineExecution")[0]["PipelineParameters"]}
     assert given["ChampionAccuracy"] == "0.987654"

@@ -12,12 +12,15 @@ from typing import Any, Literal
 
 import pytest
 import torch
+from tests.programs import put_first
 from torch.overrides import TorchFunctionMode
 
 import imaging
-from pipelines import ROOT, config, engine, environment, image, image_push
-from pipelines import aws as cloud
-from tests.programs import put_first
+from pipelines import ROOT, config, environment, project
+from pipelines.cloud import account as cloud
+from pipelines.cloud import images as image_push
+from pipelines.local import engine
+from pipelines.local import images as image
 from training import checkpoint, data, loop, model, optim, speed
 from training.config import Hyperparameters
 from training.distributed import World
@@ -138,9 +141,9 @@ def test_the_cloud_gets_images_for_its_processors(
     """A Mac builds two: its own to train with here, and one for SageMaker under another name."""
     monkeypatch.setenv("ARCH", machine)
     settings = config.load([])
-    engine.image(settings, "training")
-    name = engine.image_for(settings, "training", image_push.ARCHITECTURE)
-    assert name == engine.image_name(settings, "training") + ("-amd64" if foreign else "")
+    image.image(settings, "training")
+    name = image.image_for(settings, "training", image_push.ARCHITECTURE)
+    assert name == image.image_name(settings, "training") + ("-amd64" if foreign else "")
     here, there = builds(docker)[:2]
     assert "--platform" not in here
     assert ("--platform linux/amd64" in there) is foreign
@@ -158,7 +161,7 @@ def test_an_image_for_other_processors_is_pushed_from_its_own_name(
     monkeypatch.setattr(engine, "check", lambda: None)
     settings, stack = config.load([]), cloud.Stack(*["account.example/repository"] * len(fields(cloud.Stack)))
     image_push.push(settings, stack, "serving")
-    local = engine.image_name(settings, "serving")
+    local = image.image_name(settings, "serving")
     remote = f"account.example/repository:{local.rpartition(':')[2]}"
     assert f"tag {local}-amd64 {remote}" in docker.read_text().splitlines()
 
@@ -168,8 +171,8 @@ def test_a_base_image_by_digest_reaches_the_build_and_is_another_image(
 ) -> None:
     monkeypatch.setenv("ARCH", "x86_64")
     plain, pinned = config.load([]), config.load([f"images.base={DIGEST}"])
-    assert engine.image_name(plain, "training") != engine.image_name(pinned, "training")
-    engine.build(pinned, "training")
+    assert image.image_name(plain, "training") != image.image_name(pinned, "training")
+    image.build(pinned, "training")
     assert f"--build-arg BASE_IMAGE={DIGEST} " in builds(docker)[0]
 
 
@@ -186,7 +189,7 @@ def test_make_image_says_which_base_it_was(
 
 
 def test_every_dependency_has_a_floor_and_a_ceiling() -> None:
-    groups = engine._pyproject()["dependency-groups"]
+    groups = project._pyproject()["dependency-groups"]
     for words in (word for group in groups.values() for word in group):
         assert re.fullmatch(r"[A-Za-z0-9_.-]+(\[\w+\])?>=[\d.]+,<[\d.]+", words), words
     bounds = [re.split(r"(?=>=)", words) for group in groups.values() for words in group]
@@ -194,14 +197,14 @@ def test_every_dependency_has_a_floor_and_a_ceiling() -> None:
 
 
 def test_the_artifacts_requirements_and_the_image_follow_the_groups() -> None:
-    container, serving = engine.group("container"), engine.group("serving")
+    container, serving = project.group("container"), project.group("serving")
     listed = (ROOT / "src" / "inference" / "requirements.txt").read_text(encoding="utf-8").split()
     assert listed
     assert {*listed} <= {*container, *serving}
     settings = config.load([])
     if settings.images.packages == "auto":
-        assert engine.packages(settings) == container
-    recipe = engine.DOCKERFILE.read_text(encoding="utf-8")
+        assert image.packages(settings) == container
+    recipe = image.DOCKERFILE.read_text(encoding="utf-8")
     for argument, group in (("PACKAGES", container), ("SERVING", serving)):
         found = re.search(rf'(?m)^ARG {argument}="(.*)"$', recipe)
         assert found is not None

@@ -13,15 +13,17 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-
-from pipelines import ROOT, config, data, process, runs, train_local
-from pipelines.console import UserError
-from pipelines.jobs import Interrupted, Job
 from tests.helpers import Verb
+
+from model import ModelError, build_model
+from pipelines import ROOT, config, runs
+from pipelines.local import data, process
+from pipelines.local import train as train_local
+from pipelines.local.job import Interrupted, Job
+from pipelines.terminal import UserError
 from training import checkpoint, speed
 from training.config import Hyperparameters
 from training.distributed import World
-from training.model import ModelError, build_model
 from training.pretrained import find_weights, freeze, load_weights, published_weights, read_weights, train_mode
 
 ALONE = World(rank=0, size=1, device=torch.device("cpu"))

@@ -18,12 +18,15 @@ from typing import Any
 import boto3
 import pytest
 from moto.sagemaker.models import sagemaker_backends
-
-from inference import inference
-from pipelines import ROOT, SOURCE, data, image_push, prices, runs
-from pipelines import aws as cloud
 from tests.cloud import STACK, Call, Recorder, aws, check_golden
 from tests.helpers import verb_environment
+
+from inference import inference
+from pipelines import ROOT, SOURCE, project
+from pipelines.cloud import account as cloud
+from pipelines.cloud import images as image_push
+from pipelines.cloud import prices
+from pipelines.local import data
 from training import train as script
 from training.config import Hyperparameters
 from training.data import load_channels
@@ -55,7 +58,7 @@ def page(
     boto3.client("s3").create_bucket(Bucket=STACK.bucket)
     monkeypatch.setattr(cloud, "stack", lambda _settings: STACK)
     monkeypatch.setattr(prices, "hourly", lambda *_: 1.5)
-    monkeypatch.setattr(runs, "git_commit", lambda: "abc")
+    monkeypatch.setattr(project, "git_commit", lambda: "abc")
     monkeypatch.setattr(data, "prepare", lambda *_: packed)
     monkeypatch.setattr(image_push, "push", lambda *_: pytest.fail("the image is in the repository"))
     aws.answers["DescribeImages"] = {"imageDetails": []}

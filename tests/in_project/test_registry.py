@@ -14,14 +14,18 @@ import boto3
 import pytest
 from botocore.exceptions import ClientError
 from moto.sagemaker.models import SageMakerModelBackend
-
-from pipelines import approve, bootstrap_destroy, pull, register, registry, runs, source, status
-from pipelines import aws as cloud
-from pipelines.console import UserError
-from pipelines.registry import Package
 from tests.cloud import STACK, Recorder, aws, check_golden
 from tests.test_deploy import NAME, Hosting, hosting, run, settings, written
 from tests.test_inference import archive, artifact, classifier
+
+from pipelines import runs
+from pipelines.cloud import account as cloud
+from pipelines.cloud import artifact as source
+from pipelines.cloud import bootstrap_destroy, packages, pull, status
+from pipelines.cloud.packages import Package
+from pipelines.registry import approve, register
+from pipelines.registry import package as registry
+from pipelines.terminal import UserError
 
 __all__ = ["archive", "artifact", "aws", "classifier", "hosting"]  # fixtures
 FIRST, SECOND = "20261121-093000-a1b2", "20261121-103000-a1b2"
@@ -70,14 +74,14 @@ def put(**options: Any) -> Package:
 
 
 def versions(state: str | None = None) -> list[int]:
-    return [item["ModelPackageVersion"] for item in registry.summaries(settings(), state)]
+    return [item["ModelPackageVersion"] for item in packages.summaries(settings(), state)]
 
 
 def test_from_a_run_to_an_endpoint_of_the_champion(
     calls: Recorder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (runs.ARTIFACTS / SECOND / "report.html").write_text("<p>report</p>")
-    assert registry.champion(settings()) is None
+    assert packages.champion(settings()) is None
     with pytest.raises(UserError, match="no package of image-classifier is approved, so there is no champion"):
         run(package="champion")
     calls.clear()
@@ -106,7 +110,7 @@ def test_from_a_run_to_an_endpoint_of_the_champion(
     assert approve.main() == 0
     assert "the champion is none yet" in capsys.readouterr().out
     check_golden("approve", calls)
-    best = registry.champion(settings())
+    best = packages.champion(settings())
     assert best is not None
     assert (best.accuracy, best.status, best.version) == (0.95, "Approved", 1)
     for name in ("champion", "1", best.arn):
@@ -149,7 +153,7 @@ def test_the_same_artifact_is_registered_once(
 
 def test_the_champion_is_the_newest_approved(calls: Recorder, capsys: pytest.CaptureFixture[str]) -> None:
     def best() -> int:
-        found = registry.champion(settings())
+        found = packages.champion(settings())
         return found.version if found else 0
 
     put(run=SECOND)
@@ -243,9 +247,9 @@ def test_refused(calls: Recorder, operation: str) -> None:
 def test_no_group_is_no_package(calls: Recorder) -> None:
     missing = {"Code": "ValidationException", "Message": f"Model Package Group {NAME} does not exist."}
     calls.answers["ListModelPackages"] = ClientError({"Error": missing}, "ListModelPackages")
-    assert registry.champion(settings()) is None
+    assert packages.champion(settings()) is None
     with pytest.raises(UserError, match="has no package '1'; it has: none"):
-        registry.find(settings(), "1")
+        packages.find(settings(), "1")
 
 
 def test_everything_is_removed_only_with_all(calls: Recorder, capsys: pytest.CaptureFixture[str]) -> None:
@@ -279,7 +283,7 @@ def test_the_local_registry_has_the_same_fields(calls: Recorder, tmp_path: Path)
     kept = json.loads((folder / "package.json").read_text())
     own = {"ModelPackageArn", "ModelPackageVersion"}
     assert sent.keys() - {"ClientToken"} | own == kept.keys(), "botocore adds the token"
-    package = registry.package(kept)
+    package = packages.package(kept)
     assert (package.version, package.status, package.accuracy) == (2, "Approved", 0.95)
     assert Path(package.uri).read_bytes() == (runs.ARTIFACTS / SECOND / "model.tar.gz").read_bytes()
     assert Path(kept["ModelMetrics"]["ModelQuality"]["Statistics"]["S3Uri"]).is_file()

@@ -15,13 +15,15 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-
-from pipelines import compare, page, runs
-from pipelines.console import UserError
-from pipelines.markup import text
-from processing.evaluate import MISTAKES, PIXELS, calibration, metrics, mistakes, per_class
 from tests.helpers import Verb
 from tests.test_training_local import NO_ENGINE, SHORT, read
+
+from pipelines import runs
+from pipelines.local import compare
+from pipelines.report import page
+from pipelines.report.markup import text
+from pipelines.terminal import UserError
+from processing.evaluate import MISTAKES, PIXELS, calibration, metrics, mistakes, per_class
 
 HOSTILE = ("<script>alert(1)</script>", "a\"b'c & d", "</title></style><h1>", "\u202eesrever", "tab\there\x00",
            "b\udcff", "{7*7} &lt; &#x3c;", "javascript:alert(1)")  # fmt: skip

@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-
-import payload
-from inference import inference
-from payload import JSON_TYPE, Limits, RequestError
 from tests.helpers import CLASSES, draw
 from tests.hosting import NPY, npy
 from tests.test_inference import artifact, classifier, photo
-from training.export import checksums
+
+import payload
+from inference import inference
+from inference.export import checksums
+from payload import JSON_TYPE, Limits, RequestError
 
 __all__ = ["artifact", "classifier"]  # fixtures
 

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-from pipelines import engine, serve_local
 from tests.helpers import Verb, containers_and_networks, free_port, verb_environment
 from tests.test_inference import archive, artifact, photo
+
+from pipelines import project
+from pipelines.local import serve as serve_local
 
 __all__ = ["archive", "artifact"]  # fixtures
 RUN = "20260101-000000-abcd"
@@ -98,7 +99,7 @@ def test_a_stop_leaves_nothing(served: Path, request: pytest.FixtureRequest, mod
     deep = json.dumps({"instances": [[[[1]]]]}).encode()
     assert b"nested" in serve_local.ask(port, "POST", "/invocations", deep, "application/json")[1]  # handed on
     if mode == "container":
-        name = f"{engine.project_name()}-serve-{verb.pid}"
+        name = f"{project.name()}-serve-{verb.pid}"
         facts = json.loads(subprocess.check_output(["docker", "inspect", name]))[0]
         assert [bound["HostIp"] for bound in facts["NetworkSettings"]["Ports"]["8080/tcp"]] == ["127.0.0.1"]
         assert facts["HostConfig"]["ReadonlyRootfs"]

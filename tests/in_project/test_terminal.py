@@ -15,14 +15,16 @@ import time
 from pathlib import Path
 
 import pytest
-
-from pipelines import config, console, storage
-from processing import progress
-from processing.preprocess import pack
 from tests.cloud import Recorder, aws
 from tests.helpers import verb_environment
 from tests.programs import put_first
 from tests.test_training_local import NO_ENGINE, SHORT
+
+from pipelines import config
+from pipelines.cloud import storage
+from pipelines.local import view as local_view
+from processing import progress
+from processing.preprocess import pack
 
 __all__ = ["aws"]
 COLUMNS = 80
@@ -161,7 +163,7 @@ def test_building_an_image_says_so(project: Path, tmp_path: Path, monkeypatch: p
 def test_a_resumed_training_counts_what_was_done_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", str(COLUMNS))
     terminal = Terminal()
-    view = console.TrainingView(tmp_path / "log", containers=False, output=terminal)
+    view = local_view.TrainingView(tmp_path / "log", containers=False, output=terminal)
     view.write("resumed after epoch 1 of 4 and 5 steps\ntraining for 4 epochs of 10 steps\n")
     view.write("progress epoch 2/4 step 18/40, 3.0 steps/s, 7 s left\n")
     view.close()

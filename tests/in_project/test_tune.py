@@ -17,21 +17,16 @@ from xml.etree import ElementTree
 
 import boto3
 import pytest
-
-from pipelines import (
-    destroy,
-    engine,
-    inventory,
-    logs,
-    plan,
-    tune,
-    tune_local,
-    tuning,
-)
-from pipelines.console import UserError
 from tests.cloud import KEY, NETWORK, Recorder, aws, check_golden, refused
 from tests.helpers import Verb, verb_environment
 from tests.test_cloud_training import account, settings
+
+from pipelines.cloud import destroy, inventory, plan
+from pipelines.local import engine
+from pipelines.terminal import UserError
+from pipelines.tuning import cloud as tune
+from pipelines.tuning import local as tune_local
+from pipelines.tuning import results as tuning
 
 __all__ = ["account", "aws"]  # fixtures
 pytestmark = pytest.mark.filterwarnings(
@@ -82,12 +77,12 @@ def test_tuning_requests(search: Recorder, name: str, overrides: list[str]) -> N
 
 @pytest.mark.parametrize("project", ["cats", "a-classifier-of-many-big-cats", "a-classifier-of-ca-and-of-dogs"])
 def test_names_fit_into_the_limit(monkeypatch: pytest.MonkeyPatch, project: str) -> None:
-    monkeypatch.setattr(engine, "project_name", lambda: project)
+    monkeypatch.setattr(project, "name", lambda: project)
     name = tune.new_name()
     assert len(name) <= 32
     assert re.fullmatch(r"[a-z](-?[a-z0-9])+-\d{12}", name)
-    assert name.startswith(f"{logs.short()}-")
-    assert project.startswith(logs.short())
+    assert name.startswith(f"{project.tuning_prefix()}-")
+    assert project.startswith(project.tuning_prefix())
 
 
 @pytest.mark.parametrize(

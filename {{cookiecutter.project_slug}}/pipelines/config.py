@@ -18,8 +18,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from pipelines import ROOT
-from pipelines.console import UserError
 from pipelines.schema import Range, Settings, Tuning
+from pipelines.terminal import UserError
 from training.config import ConfigurationError, Hyperparameters, nearest, parse, shown
 
 __all__ = ["Range", "Settings", "Tuning", "load", "number"]

@@ -13,15 +13,14 @@ import re
 import secrets
 import shlex
 import shutil
-import subprocess
 import tarfile
 import textwrap
 import time
 from pathlib import Path
 from typing import Any
 
-from pipelines import ROOT, SOURCE, console
-from pipelines.console import UserError
+from pipelines import ROOT, project, terminal
+from pipelines.terminal import UserError
 from training import board
 
 ARTIFACTS = ROOT / "artifacts"
@@ -54,39 +53,9 @@ def find(name: str | None) -> Path:
     raise UserError(f"there is no finished run {name or LATEST!r}; finished runs: {', '.join(finished[-5:])}")
 
 
-def git_commit() -> str:
-    """The commit of the project, with `-dirty` when files differ from it; empty outside of a repository."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    except OSError:
-        return ""
-
-
-def source_commit() -> str:
-    """The commit that last changed `src/`, with `-dirty` when files there differ from it; empty without any."""
-    try:
-        words = (("log", "-1", "--format=%H"), ("status", "--porcelain"))
-        last, changed = (
-            subprocess.run(["git", *part, "--", SOURCE], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-            for part in words
-        )
-    except OSError:
-        return ""
-    return f"{last}-dirty" if last and changed else last
-
-
-def source_hash() -> str:
-    """A hash of the source that jobs run."""
-    digest = hashlib.sha256()
-    for path in sorted(path for path in SOURCE.rglob("*") if path.is_file() and path.parent.name != "__pycache__"):
-        digest.update(f"{path.relative_to(SOURCE)}\0{hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
-    return digest.hexdigest()
-
-
 def tried() -> bool:
     """Whether a run on this machine was trained with the source as it is now."""
-    now = source_hash()
+    now = project.source_hash()
     return any(json.loads(file.read_text(encoding="utf-8")).get("source") == now
                for file in ARTIFACTS.glob("*/run.json"))  # fmt: skip
 
@@ -206,11 +175,11 @@ def example_image(folder: Path) -> str:
 
 def main() -> int:
     """Command line; see the module's docstring."""
-    parser = console.parser("Show a finished run.")
+    parser = terminal.parser("Show a finished run.")
     parser.add_argument("--run", help="name of a run (default: the newest)")
     print(describe(find(parser.parse_args().run)))
     return 0
 
 
 if __name__ == "__main__":
-    console.run_verb(main)
+    terminal.run_verb(main)

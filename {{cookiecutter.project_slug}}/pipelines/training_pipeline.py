@@ -21,16 +21,18 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from pipelines import ROOT, aws, console, engine, image_push, process_job, registry, runs, train
+from pipelines import ROOT, project, terminal
+from pipelines.cloud import account as aws
+from pipelines.cloud import images, train
+from pipelines.cloud import processing as cloud_processing
+from pipelines.cloud.processing import CODE, INPUT, OUTPUT
 from pipelines.config import Settings, load
-from pipelines.process_job import CODE, INPUT, OUTPUT
+from pipelines.registry import package
 
 MODEL, TEST = (f"/opt/ml/processing/input/{part}" for part in ("model", "test"))
 MARKER = re.compile(r'"<<(metrics\.[\w.]+)>>"|<<([\w.]+)>>')
 NAMES = {"Training": "TrainingJobName", "Processing": "ProcessingJobName"}
-LOCAL = aws.Stack(
-    "local", "arn:aws:iam::000000000000:role/local", engine.project_name(), "", "", ""
-)  # needs no account
+LOCAL = aws.Stack("local", "arn:aws:iam::000000000000:role/local", project.name(), "", "", "")  # needs no account
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ def definition(settings: Settings, stack: aws.Stack, inputs: Inputs, staged: Pat
     os.environ.setdefault("AWS_DEFAULT_REGION", settings.aws.region)  # sagemaker.mlops makes a client when imported
     log = ROOT / ".cache" / "pipeline.log"
     log.parent.mkdir(exist_ok=True)
-    console.log_to(log)
+    terminal.log_to(log)
     from sagemaker.core.config.config_manager import SageMakerConfig
 
     once = mock.patch.object(SageMakerConfig, "validate_sagemaker_config")  # fifty times take seconds
@@ -63,7 +65,7 @@ def definition(settings: Settings, stack: aws.Stack, inputs: Inputs, staged: Pat
         document: dict[str, Any] = json.loads(_pipeline(settings, stack, inputs, staged).definition())
     for step in document["Steps"]:  # jobs are called `pipelines-...` otherwise, which no policy of the stack allows
         if step["Type"] in NAMES:
-            step["Arguments"][NAMES[step["Type"]]] = f"{engine.project_name()}-{step['Name'].lower()}"
+            step["Arguments"][NAMES[step["Type"]]] = f"{project.name()}-{step['Name'].lower()}"
     return {key: value for key, value in document.items() if value is not None}
 
 
@@ -99,8 +101,8 @@ def _pipeline(settings: Settings, stack: aws.Stack, inputs: Inputs, staged: Path
     from sagemaker.core.workflow.properties import PropertyFile
     from sagemaker.mlops import workflow as flow
 
-    compute, image = settings.compute, image_push.uri(settings, stack, "training")
-    source = f"s3://{stack.bucket}/source/{runs.source_hash()}/"
+    compute, image = settings.compute, images.uri(settings, stack, "training")
+    source = f"s3://{stack.bucket}/source/{project.source_hash()}/"
     data = ParameterString("InputData", default_value=inputs.data)
     accuracy = ParameterFloat("MinAccuracy", default_value=settings.pipeline.min_accuracy)
     champion = ParameterFloat("ChampionAccuracy", default_value=inputs.champion)
@@ -121,18 +123,21 @@ def _pipeline(settings: Settings, stack: aws.Stack, inputs: Inputs, staged: Path
         return Join(on="/", values=list(parts))
 
     def processing(name: str, script: str, words: list[str], given: dict[str, Any], kept: str, **more: Any) -> Any:
-        processor = process_job.processor(settings, stack, image, script, session, packs)
+        processor = cloud_processing.processor(settings, stack, image, script, session, packs)
         target = place(f"s3://{stack.bucket}/pipeline", ExecutionVariables.PIPELINE_EXECUTION_ID, kept)
-        inputs, outputs = process_job.inputs(given | {"code": (source, CODE)}), process_job.outputs(kept, target)
+        inputs, outputs = (
+            cloud_processing.inputs(given | {"code": (source, CODE)}),
+            cloud_processing.outputs(kept, target),
+        )
         asked = processor.run(inputs=inputs, outputs=outputs, arguments=words)
         step = flow.ProcessingStep(name=name, step_args=asked, **common, **more)
         return step, step.properties.ProcessingOutputConfig.Outputs[kept].S3Output.S3Uri
 
-    words, given = process_job.packing(settings), {"raw": (data, INPUT)}
+    words, given = cloud_processing.packing(settings), {"raw": (data, INPUT)}
     preprocess, packed = processing("Preprocess", "preprocess.py", words, given, "packed")
 
     chosen = settings.training.as_dict()
-    identity = json.dumps([runs.source_hash(), {name: value for name, value in chosen.items() if name != "epochs"}])
+    identity = json.dumps([project.source_hash(), {name: value for name, value in chosen.items() if name != "epochs"}])
     channels = {split: place(packed, "images", split, "") for split in ("train", "validation")}
     request = train.Request(
         run="pipeline",
@@ -144,7 +149,7 @@ def _pipeline(settings: Settings, stack: aws.Stack, inputs: Inputs, staged: Path
     )
     trainer = train.trainer(settings, stack, request, image, session)
     trainer.compute.instance_type, trainer.compute.instance_count = kind, count
-    trainer.environment = trainer.environment | {"GIT_COMMIT": runs.source_commit()}
+    trainer.environment = trainer.environment | {"GIT_COMMIT": project.source_commit()}
     asked = trainer.train(input_data_config=train.inputs(settings, request))
     training = flow.TrainingStep(name="Train", step_args=asked, **common)
     artifact = training.properties.ModelArtifacts.S3ModelArtifacts
@@ -176,7 +181,7 @@ def _pipeline(settings: Settings, stack: aws.Stack, inputs: Inputs, staged: Path
     )
     parameters = [data, accuracy, champion, epochs, kind, count, packs, approval]
     chain = [preprocess, training, evaluate, gate]
-    return flow.Pipeline(engine.project_name(), parameters, None, steps=chain, sagemaker_session=session)
+    return flow.Pipeline(project.name(), parameters, None, steps=chain, sagemaker_session=session)
 
 
 class _Later(str):
@@ -196,19 +201,19 @@ def _package(settings: Settings, stack: aws.Stack) -> dict[str, Any]:
     tested = {name: {"value": later(f"metrics.{name}.value")} for name in measures}
     accuracy = {part: later(f"metrics.accuracy.{part}") for part in ("value", "ci_low", "ci_high")}
     facts = ("architecture", "image_size", "torch_version")
-    evidence = registry.Evidence(
+    evidence = package.Evidence(
         identity=later("package.model"),
         run=later("run"),
         model={name: later(f"package.{name}") for name in facts}
         | {"classes": [later("package.classes")], "dataset_fingerprint": later("dataset_fingerprint"), "metrics": {}}
-        | {"git_commit": runs.source_commit()},
+        | {"git_commit": project.source_commit()},
         facts={"hyperparameters": settings.training.as_dict() | {"epochs": later("epochs")}, "data": later("data")}
-        | {"image": image_push.uri(settings, stack, "training")},
+        | {"image": images.uri(settings, stack, "training")},
         evaluation={"metrics": {"accuracy": accuracy} | tested, "images": later("images")},
         files={f"{name}.json": later(f"package.{name}") for name in ("evaluation", "baseline", "model")},
     )
-    image = image_push.uri(settings, stack, "serving")
-    said = registry.description(evidence, image, later("uri"), later("place"))
+    image = images.uri(settings, stack, "serving")
+    said = package.description(evidence, image, later("uri"), later("place"))
     return said | {"ModelApprovalStatus": later("approval")}
 
 
@@ -246,11 +251,11 @@ def _register(request: dict[str, Any]) -> Any:
 
 def main() -> int:
     """Command line; see the module's docstring."""
-    settings = load(console.parser("Print the definition of the project's pipeline.", settings=True).parse_args().set)
+    settings = load(terminal.parser("Print the definition of the project's pipeline.", settings=True).parse_args().set)
     with tempfile.TemporaryDirectory() as staged:
         print(json.dumps(definition(settings, LOCAL, Inputs("s3://local/raw/"), Path(staged)), indent=2))
     return 0
 
 
 if __name__ == "__main__":
-    console.run_verb(main)
+    terminal.run_verb(main)

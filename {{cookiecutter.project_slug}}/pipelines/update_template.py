@@ -1,6 +1,6 @@
 """Bring the template's improvements into this project, and keep the project's own changes: `make update-template`.
 
-    python -m pipelines.update_template
+    python -m pipelines update-template
 
 cruft bakes the template twice, as it was for this project and as it is now, and git merges the difference. Nothing is
 committed. README.md says what to do should cruft be gone.
@@ -12,9 +12,9 @@ import json
 import os
 import subprocess
 
-from pipelines import ROOT, console
-from pipelines.console import UserError
+from pipelines import ROOT, terminal
 from pipelines.environment import certificates, find_uv
+from pipelines.terminal import UserError
 
 STATE = ROOT / ".cruft.json"  # written when the project was made: template, commit, answers
 CRUFT = "cruft>=2.16,<3"
@@ -65,10 +65,10 @@ def update() -> str:
 
 def main() -> int:
     """Command line; see the module's docstring."""
-    console.parser("Bring the template's improvements into this project.").parse_args()
+    terminal.parser("Bring the template's improvements into this project.").parse_args()
     print(update())
     return 0
 
 
 if __name__ == "__main__":
-    console.run_verb(main)
+    terminal.run_verb(main)

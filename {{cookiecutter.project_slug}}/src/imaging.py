@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -125,3 +125,15 @@ def encode_png(image: NDArray[np.uint8]) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, format="PNG")
     return buffer.getvalue()
+
+
+def image_statistics(pixels: NDArray[Any]) -> dict[str, list[float]]:
+    """Brightness and contrast: mean and deviation of each image of a batch, as shares of the range of its pixels."""
+    scale, axes = 255 if pixels.dtype == np.uint8 else 1, (1, 2, 3)
+    means, deviations = pixels.mean(axis=axes) / scale, pixels.std(axis=axes) / scale
+    return {"brightness": means.tolist(), "contrast": deviations.tolist()}
+
+
+def counted(values: Sequence[float], edges: Sequence[float]) -> list[int]:
+    """How many values are in each bin; those outside of all count for the first or the last."""
+    return [int(count) for count in np.histogram(np.clip(values, edges[0], edges[-1]), edges)[0]]

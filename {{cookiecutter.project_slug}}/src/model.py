@@ -1,6 +1,6 @@
 """Build a classifier by name: the small convolutional network, or any classifier of torchvision.
 
-This file travels inside the artifact (`code/training/model.py`), so it imports nothing else of the project, and
+This file travels inside the artifact (`code/model.py`), so it imports nothing else of the project, and
 torchvision, which takes seconds to import, only where one of its models is asked for.
 """
 

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from pipelines import ROOT, config, engine
+from pipelines import ROOT, config
+from pipelines.local import engine, images
 from processing.preprocess import pack
 from tests.helpers import CLASSES, Verb, containers_and_networks, draw, verb_environment
 
@@ -59,11 +60,11 @@ def verb(project: Path) -> Verb:
     return run
 
 
-def project_image(target: engine.Target) -> str:
+def project_image(target: images.Target) -> str:
     """The test is skipped without an engine, or fails where REQUIRE_CONTAINERS is set."""
     try:
         engine.check()
-        return engine.image(config.load(), target)
+        return images.image(config.load(), target)
     except engine.EngineError as error:
         if os.environ.get("REQUIRE_CONTAINERS"):
             pytest.fail(f"REQUIRE_CONTAINERS is set, but no container can run: {error}")

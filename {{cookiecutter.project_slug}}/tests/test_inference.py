@@ -16,14 +16,14 @@ import torch
 
 import imaging
 from inference import inference
+from inference.export import checksums, write_artifact
+from model import build_model
 from pipelines import runs
 from tests.helpers import CLASSES, draw
 from training.config import Hyperparameters, resolve
 from training.data import load_channels
 from training.distributed import World
-from training.export import checksums, write_artifact
 from training.loop import fit
-from training.model import build_model
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def test_artifact_holds_what_the_design_says(artifact: Path) -> None:
         "code/payload.py",
         "code/ray_app.py",
         "code/requirements.txt",
-        "code/training/model.py",
+        "code/model.py",
         "golden.json",
         "model.json",
         "model.safetensors",

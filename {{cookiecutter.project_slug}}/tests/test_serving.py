@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from inference import inference
-from pipelines import serve_local
+from pipelines.local import serve as serve_local
 from tests.helpers import CLASSES, free_port
 from tests.test_inference import archive, artifact, classifier, photo
 

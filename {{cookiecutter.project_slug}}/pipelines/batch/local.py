@@ -1,6 +1,6 @@
 """Classify every image of a folder with a finished run: `make batch-local DATA=photos`, `... DATA=photos RUN=<name>`.
 
-    python -m pipelines.batch_local --data photos
+    python -m pipelines batch-local --data photos
 
 Writes `artifacts/<run>/batch/<folder>.jsonl` through src/inference/batch.py: the local twin of batch transform.
 """
@@ -11,14 +11,14 @@ import os
 import sys
 from pathlib import Path
 
-from pipelines import SOURCE, console, runs
-from pipelines.console import UserError
+from pipelines import SOURCE, runs, terminal
+from pipelines.terminal import UserError
 from training.config import shown
 
 
 def main() -> int:
     """Command line; see the module's docstring."""
-    parser = console.parser("Classify every image of a folder into a file of JSON lines.")
+    parser = terminal.parser("Classify every image of a folder into a file of JSON lines.")
     parser.add_argument("--run", help="name of a run (default: the newest)")
     parser.add_argument("--data", help="folder of images, with folders in it or not")
     parser.add_argument("--output", help="file that is written (default: artifacts/<run>/batch/<folder>.jsonl)")
@@ -37,4 +37,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    console.run_verb(main)
+    terminal.run_verb(main)

@@ -1,6 +1,6 @@
 """Classify every image of a folder or an S3 prefix by batch transform: `make batch DATA=photos WAIT=1`.
 
-    python -m pipelines.batch_transform --data s3://bucket/photos --run 20261121-093000-a1b2 --wait
+    python -m pipelines batch --data s3://bucket/photos --run 20261121-093000-a1b2 --wait
     make batch JOB=<transform job>            # without DATA: fetch what a job wrote that nobody waited for
 
 The cloud twin of `make batch-local`: `artifacts/batch/<job>.jsonl` has the same lines, in the order of the paths. AWS
@@ -21,10 +21,16 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from pipelines import aws, console, data, endpoints, engine, image_push, logs, prices, rollout, runs, source, storage
+from pipelines import project, runs, terminal
+from pipelines.cloud import account as aws
+from pipelines.cloud import artifact, jobs, prices, storage
+from pipelines.cloud import images as cloud_images
 from pipelines.config import Settings, load
-from pipelines.console import UserError
-from processing.progress import progress
+from pipelines.endpoint import expiry, rollout
+from pipelines.endpoint import model as endpoint_model
+from pipelines.local import data
+from pipelines.terminal import UserError
+from progress import progress
 
 MEGABYTE = 2**20
 USUAL, MOST = 6, 100  # megabytes of a request; AWS: so many at most, and of all concurrent ones together
@@ -44,7 +50,7 @@ def start(settings: Settings, options: Namespace) -> str:
     if rollout.GPU.match(chosen.instance_type) and settings.images.serving == "project":
         raise UserError(f"endpoint.instance_type is {chosen.instance_type}, and batch transform's GPU machines have a "
                         "driver (535) that is too old for this torch; choose a type without a GPU")  # fmt: skip
-    stack, name = aws.stack(settings), f"{engine.project_name()}-{runs.new_name()}"
+    stack, name = aws.stack(settings), f"{project.name()}-{runs.new_name()}"
     local = None if options.data.startswith("s3://") else data.raw(options.data)
     files = storage.below(local) if local else storage.listed(settings, options.data)
     sizes = {file: size for file, size in files if file.lower().endswith(SUFFIXES) and "/." not in f"/{file}"}
@@ -55,8 +61,8 @@ def start(settings: Settings, options: Namespace) -> str:
     if payload > MOST:
         raise UserError(f"{largest} has {sizes[largest]:,} bytes, and batch transform takes {MOST} MB; take it out")
     with tempfile.TemporaryDirectory(prefix="batch-") as folder:
-        model = source.find(settings, options, Path(folder))
-        image = image_push.uri(settings, stack, "serving")
+        model = artifact.find(settings, options, Path(folder))
+        image = cloud_images.uri(settings, stack, "serving")
         plan = (
             f"{name}: a transform job in {settings.aws.region} on {chosen.instances} x {chosen.instance_type}, "
             f"{hours:g} hours at most, in {'the image of the package' if model.package else image}, classifies "
@@ -65,21 +71,21 @@ def start(settings: Settings, options: Namespace) -> str:
         price = prices.hourly(settings, "transform", chosen.instance_type)
         prices.afford(settings, plan, prices.cost(price, hours * chosen.instances), options.yes)
         if not model.package:
-            image_push.ensure(settings, stack, "serving")
+            cloud_images.ensure(settings, stack, "serving")
         uri = model.uri or storage.artifact(settings, stack, model.archive)
     prefix = storage.raw(settings, stack, options.data, local)
     manifest, place = [{"prefix": f"{prefix}/"}, *sorted(sizes)], f"s3://{stack.bucket}/batch/{name}"
     try:
         # A transform job has no limit of its own.
-        endpoints.set_end(settings, stack, name, endpoints.end_after(hours), "transform job")
+        expiry.set_end(settings, stack, name, expiry.end_after(hours), "transform job")
         with aws.explained("starting the transform job"):
             storage.put(settings, f"{place}/images.manifest", json.dumps(manifest).encode())
-            rollout.create_model(settings, stack, name, image, uri, model.package)
+            endpoint_model.create(settings, stack, name, image, uri, model.package)
             _create(settings, name, place, payload)
     except BaseException:
         with contextlib.suppress(UserError):  # the first reason counts; `make destroy` removes what may be left
-            if logs.describe(settings, "Transform", name):
-                print(f"{name} runs. {logs.after(settings, 'Transform', name)}", flush=True)
+            if jobs.describe(settings, "Transform", name):
+                print(f"{name} runs. {jobs.after(settings, 'Transform', name)}", flush=True)
             else:
                 _clean(settings, stack, name)
         raise
@@ -115,7 +121,7 @@ def _create(settings: Settings, name: str, place: str, payload: int) -> None:
 
 def _clean(settings: Settings, stack: aws.Stack, name: str) -> None:
     """Remove the job's model and the schedule that would stop it."""
-    endpoints.set_end(settings, stack, name, None)
+    expiry.set_end(settings, stack, name, None)
     with aws.explained(f"removing the model {name}"):
         aws.unless_missing(aws.client(settings, "sagemaker").delete_model, ModelName=name)
 
@@ -126,11 +132,11 @@ def join(settings: Settings, name: str) -> int:
     Raises:
         UserError: when there is no such job, it runs, or it answered nothing.
     """
-    facts, stack = logs.describe(settings, "Transform", name), aws.stack(settings)
+    facts, stack = jobs.describe(settings, "Transform", name), aws.stack(settings)
     where = facts.get("TransformInput", {}).get("DataSource", {}).get("S3DataSource", {})
-    if where.get("S3DataType") != "ManifestFile" or not name.startswith(f"{engine.project_name()}-"):
+    if where.get("S3DataType") != "ManifestFile" or not name.startswith(f"{project.name()}-"):
         raise UserError(f"{name} is no transform job that `make batch` started; to start one, name images: DATA=...")
-    if facts["Status"] not in logs.ENDED:
+    if facts["Status"] not in jobs.ENDED:
         raise UserError(f"{name} is {facts['Status']}; wait for it with `make logs JOB={name}`")
     first, *names = json.loads(storage.get(settings, where["S3Uri"]))
     place = facts["TransformOutput"]["S3OutputPath"]
@@ -139,7 +145,7 @@ def join(settings: Settings, name: str) -> int:
     prefix = max(("", first["prefix"].split("/", 3)[3]), key=lambda part: sum(part + file in there for file in names))
     _clean(settings, stack, name)
     if not any(prefix + file in there for file in names):
-        logs.succeeded("Transform", facts)
+        jobs.succeeded("Transform", facts)
         raise UserError(f"{name} wrote no answer to {place}; `make logs JOB={name}` may say why")
 
     def line(file: str) -> dict[str, Any]:
@@ -170,9 +176,9 @@ def join(settings: Settings, name: str) -> int:
 
 def main() -> int:
     """Command line; see the module's docstring."""
-    parser = console.parser("Classify every image of a folder or an S3 prefix by batch transform.", settings=True)
+    parser = terminal.parser("Classify every image of a folder or an S3 prefix by batch transform.", settings=True)
     parser.add_argument("--data", help="folder of images, here or s3://...")
-    source.add_options(parser, "with --data, a training job; without, the transform job to fetch")
+    artifact.add_options(parser, "with --data, a training job; without, the transform job to fetch")
     parser.add_argument("--instances", type=int, help="default: endpoint.instances")
     parser.add_argument("--wait", action="store_true", help="follow the log, then fetch the answers")
     parser.add_argument("--yes", action="store_true", help="go on although it is over budget")
@@ -183,13 +189,13 @@ def main() -> int:
             raise UserError("DATA is missing; name images, such as make batch DATA=folder/of/images", 2)
         return join(settings, options.job)
     name = start(settings, options)
-    print(f"started {name}. {logs.after(settings, 'Transform', name)}", flush=True)
+    print(f"started {name}. {jobs.after(settings, 'Transform', name)}", flush=True)
     if not options.wait:
         print(f"then fetch the answers with `make batch JOB={name}`")
         return 0
-    logs.follow(settings, "Transform", name)
+    jobs.follow(settings, "Transform", name)
     return join(settings, name)
 
 
 if __name__ == "__main__":
-    console.run_verb(main)
+    terminal.run_verb(main)

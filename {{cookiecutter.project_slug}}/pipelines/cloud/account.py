@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pipelines import engine
+from pipelines import project
 from pipelines.config import Settings
-from pipelines.console import UserError
+from pipelines.terminal import UserError
 
 OWN_DISK = re.compile(r"ml\.(g[4-9]|p[4-9]|p3dn|trn|[a-z]+\d+[a-z]*d)")  # machines with disks of their own
 ATTEMPTS = 5  # of a request, with growing pauses (botocore's standard mode)
@@ -139,7 +139,7 @@ def stack(settings: Settings) -> Stack:
     Raises:
         UserError: when it has not been made, with the command that makes it.
     """
-    name = engine.project_name()
+    name = project.name()
     with explained(f"looking up the stack {name}"):
         found = unless_missing(client(settings, "cloudformation").describe_stacks, StackName=name)
     if found is None:
@@ -157,9 +157,7 @@ def stack(settings: Settings) -> Stack:
 
 def tags(settings: Settings) -> list[dict[str, str]]:
     """On everything that the verbs create; `project` is how `status` and `destroy` find it again."""
-    return [
-        {"Key": key, "Value": value} for key, value in {**settings.aws.tags, "project": engine.project_name()}.items()
-    ]
+    return [{"Key": key, "Value": value} for key, value in {**settings.aws.tags, "project": project.name()}.items()]
 
 
 def confirm(plan: str, yes: bool) -> None:

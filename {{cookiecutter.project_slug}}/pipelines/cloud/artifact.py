@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from inference.artifact import ArtifactError, unpack
-from pipelines import aws, registry, runs, storage
+from pipelines import runs
+from pipelines.cloud import account as aws
+from pipelines.cloud import packages, storage
 from pipelines.config import Settings
-from pipelines.console import UserError
+from pipelines.terminal import UserError
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ def find(settings: Settings, options: Namespace, folder: Path) -> Source:
             raise UserError(f"{options.job} is {facts['TrainingJobStatus']}; only a completed job has an artifact")
         label, uri = f"job {options.job}", facts["ModelArtifacts"]["S3ModelArtifacts"]
     elif options.package:
-        package = registry.find(settings, options.package)
+        package = packages.find(settings, options.package)
         if package.status != "Approved":
             raise UserError(f"{package} is {package.status}; approve it with `make approve PACKAGE={options.package}`")
         label, uri, arn = f"package {package}", package.uri, package.arn

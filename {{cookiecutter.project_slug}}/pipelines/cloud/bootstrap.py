@@ -1,6 +1,6 @@
 """Make what the project needs in AWS once, or bring it up to date: `make bootstrap`, without a question with `YES=1`.
 
-    python -m pipelines.bootstrap --yes --set aws.email=me@example.com
+    python -m pipelines bootstrap --yes --set aws.email=me@example.com
 
 One CloudFormation stack, `infrastructure/stack.yaml`. The plan that is shown before it asks is CloudFormation's own.
 """
@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import time
 
-from pipelines import aws, console, engine, stack
+from pipelines import project, terminal
+from pipelines.cloud import account as aws
+from pipelines.cloud import stack
 from pipelines.config import Settings, load
-from pipelines.console import UserError
+from pipelines.terminal import UserError
 
 COST = (
     "by itself it costs nothing; what is put into it does: "
@@ -23,7 +25,7 @@ def bootstrap(settings: Settings, yes: bool) -> None:
     """Make or update the stack; see the module's docstring."""
     from botocore.exceptions import ClientError
 
-    name = engine.project_name()
+    name = project.name()
     with aws.explained(f"making the stack {name}"):
         cloud = aws.client(settings, "cloudformation")
         caller = aws.client(settings, "sts").get_caller_identity()
@@ -77,7 +79,7 @@ def _notes(settings: Settings, values: dict[str, str]) -> list[str]:
 
 def main() -> int:
     """Command line; see the module's docstring."""
-    parser = console.parser("Make what the project needs in AWS once, or bring it up to date.", settings=True)
+    parser = terminal.parser("Make what the project needs in AWS once, or bring it up to date.", settings=True)
     parser.add_argument("--yes", action="store_true", help="do not ask")
     options = parser.parse_args()
     bootstrap(load(options.set), options.yes)
@@ -85,4 +87,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    console.run_verb(main)
+    terminal.run_verb(main)

@@ -1,7 +1,7 @@
 """Remove the project's stack: `make bootstrap-destroy`. Data, images and registry stay without ALL=1.
 
-    python -m pipelines.bootstrap_destroy --yes
-    python -m pipelines.bootstrap_destroy --all --confirm image-classifier
+    python -m pipelines bootstrap-destroy --yes
+    python -m pipelines bootstrap-destroy --all --confirm image-classifier
 
 Refuses while the project has endpoints or running jobs: they need the stack's roles.
 """
@@ -10,14 +10,17 @@ from __future__ import annotations
 
 import sys
 
-from pipelines import aws, console, engine, inventory, registry, stack
+from pipelines import project, terminal
+from pipelines.cloud import account as aws
+from pipelines.cloud import inventory, stack
+from pipelines.cloud import packages as cloud_packages
 from pipelines.config import Settings, load
-from pipelines.console import UserError
+from pipelines.terminal import UserError
 
 
 def destroy(settings: Settings, everything: bool, confirmed: str, yes: bool) -> None:
     """Remove the stack, and with `everything` also data and images; see the module's docstring."""
-    name = engine.project_name()
+    name = project.name()
     with aws.explained(f"removing the stack {name}"):
         running = [f"{item.kind} {item.name}" for item in inventory.everything(settings) if item.bills]
         if running:
@@ -90,7 +93,7 @@ def _delete_registry(settings: Settings, name: str) -> None:
     sagemaker, group = aws.client(settings, "sagemaker"), {"ModelPackageGroupName": name}
     if aws.unless_missing(sagemaker.describe_model_package_group, **group) is None:
         return
-    packages = registry.summaries(settings)
+    packages = cloud_packages.summaries(settings)
     for package in packages:
         sagemaker.delete_model_package(ModelPackageName=package["ModelPackageArn"])
     sagemaker.delete_model_package_group(**group)
@@ -99,7 +102,7 @@ def _delete_registry(settings: Settings, name: str) -> None:
 
 def main() -> int:
     """Command line; see the module's docstring."""
-    parser = console.parser("Remove the project's stack; data and images stay, unless --all.", settings=True)
+    parser = terminal.parser("Remove the project's stack; data and images stay, unless --all.", settings=True)
     parser.add_argument("--all", action="store_true", help="delete data and images too")
     parser.add_argument("--confirm", default="", metavar="NAME", help="with --all: the project's name, typed")
     parser.add_argument("--yes", action="store_true", help="do not ask; with --all it asks all the same")
@@ -109,4 +112,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    console.run_verb(main)
+    terminal.run_verb(main)

@@ -1,7 +1,7 @@
 """Remove what costs by the hour: endpoints and all that belongs to them, jobs, warm pools: `make destroy`.
 
-    python -m pipelines.destroy --yes
-    python -m pipelines.destroy --endpoint image-classifier-old
+    python -m pipelines destroy --yes
+    python -m pipelines destroy --endpoint image-classifier-old
 
 It shows the list and asks, then looks again until nothing that bills is left. The stack, data, images and the registry
 stay: they are `make bootstrap-destroy`'s, which follows with ALL=1 after the project's name was typed.
@@ -12,11 +12,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from pipelines import aws, console, engine, inventory
+from pipelines import project, terminal
+from pipelines.cloud import account as aws
+from pipelines.cloud import inventory
+from pipelines.cloud.inventory import Item
 from pipelines.config import Settings, load
-from pipelines.console import UserError
-from pipelines.inventory import Item
-from processing.progress import waiting
+from pipelines.terminal import UserError
+from progress import waiting
 
 PAUSE = 10.0  # seconds between two looks
 PATIENCE = 20 * 60.0  # seconds; a job may take minutes to stop, an endpoint as many to go
@@ -31,7 +33,7 @@ def destroy(settings: Settings, endpoint: str | None, yes: bool) -> None:
         UserError: with what is left, and why.
     """
     found = chosen(inventory.everything(settings), endpoint)
-    where = f"{endpoint or engine.project_name()} in {settings.aws.region}"
+    where = f"{endpoint or project.name()} in {settings.aws.region}"
     if not found:
         print(f"there is nothing of {where} to remove")
         return
@@ -120,7 +122,7 @@ def _remove(settings: Settings, items: list[Item], say: Callable[[str], None] = 
 
 def main() -> int:
     """Command line; see the module's docstring."""
-    parser = console.parser("Remove what costs by the hour.", settings=True)
+    parser = terminal.parser("Remove what costs by the hour.", settings=True)
     parser.add_argument("--endpoint", help="only this one, and what belongs to it (default: all of the project)")
     parser.add_argument("--yes", action="store_true", help="do not ask")
     options = parser.parse_args()
@@ -129,4 +131,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    console.run_verb(main)
+    terminal.run_verb(main)

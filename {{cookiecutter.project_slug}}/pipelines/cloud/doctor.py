@@ -1,6 +1,6 @@
 """What is missing on this machine and in AWS, each with its fix: `make doctor`; exit code 1 when something is.
 
-    python -m pipelines.doctor
+    python -m pipelines doctor
 
 Without credentials it checks this machine only.
 """
@@ -16,9 +16,13 @@ from datetime import UTC, date, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any, Literal, NamedTuple
 
-from pipelines import ROOT, aws, console, engine, permissions, stack
+from pipelines import ROOT, project, terminal
+from pipelines.cloud import account as aws
+from pipelines.cloud import permissions, stack
 from pipelines.config import Settings, load
-from pipelines.console import UserError
+from pipelines.local import engine
+from pipelines.local import images as local_images
+from pipelines.terminal import UserError
 
 GB = 1e9
 SKEW = 240  # seconds; AWS refuses requests from 300 on
@@ -128,7 +132,7 @@ def clock(settings: Settings) -> Iterator[Line]:
 
 def up_to_date(settings: Settings, caller: dict[str, str]) -> Iterator[Line]:
     """Whether `make bootstrap` would change the stack."""
-    cloud, name = aws.client(settings, "cloudformation"), engine.project_name()
+    cloud, name = aws.client(settings, "cloudformation"), project.name()
     found = stack.find(cloud, name) or {}
     body = cloud.get_template(StackName=name)["TemplateBody"]
     now = {item["ParameterKey"]: item["ParameterValue"] for item in found.get("Parameters", [])}
@@ -205,10 +209,10 @@ def images(settings: Settings, made: aws.Stack) -> Iterator[Line]:
     ecr, name = aws.client(settings, "ecr"), made.repository.partition("/")[2]
     listed = aws.pages(ecr, "describe_images", "imageDetails", repositoryName=name)
     there = {tag for image in listed for tag in image.get("imageTags", [])}
-    targets: tuple[engine.Target, ...] = ("training", "serving")
+    targets: tuple[local_images.Target, ...] = ("training", "serving")
     for target in targets:
         if getattr(settings.images, target) == "project":
-            tag = engine.image_name(settings, target).partition(":")[2]
+            tag = local_images.image_name(settings, target).partition(":")[2]
             old = any(other.startswith(f"{target}-") for other in there)
             if tag in there:
                 yield Line("ok", f"the image {tag} is in ECR")
@@ -218,7 +222,7 @@ def images(settings: Settings, made: aws.Stack) -> Iterator[Line]:
 
 def main() -> int:
     """Command line; see the module's docstring."""
-    settings = load(console.parser("What is missing, with its fix.", settings=True).parse_args().set)
+    settings = load(terminal.parser("What is missing, with its fix.", settings=True).parse_args().set)
     failed = False
     for part in (here, there):
         try:
@@ -232,4 +236,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    console.run_verb(main)
+    terminal.run_verb(main)

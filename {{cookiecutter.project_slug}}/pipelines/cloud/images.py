@@ -1,6 +1,6 @@
 """Put the project's images into the stack's ECR repository, when they are not there yet: `make image-push`.
 
-    python -m pipelines.image_push
+    python -m pipelines image-push
 
 An image's tag is a hash of all that goes into it, so a stale image is another one, which is built and pushed.
 """
@@ -11,22 +11,24 @@ import base64
 import json
 import subprocess
 
-from pipelines import aws, console, engine
+from pipelines import terminal
+from pipelines.cloud import account as aws
 from pipelines.config import Settings, load
-from pipelines.console import UserError
+from pipelines.local import engine, images
+from pipelines.terminal import UserError
 
 ARCHITECTURE = "amd64"  # of SageMaker's instances, but for Graviton
 
 
-def uri(settings: Settings, stack: aws.Stack, target: engine.Target) -> str:
+def uri(settings: Settings, stack: aws.Stack, target: images.Target) -> str:
     """The image that SageMaker runs: in the stack's repository, or the one that the settings name."""
     name: str = getattr(settings.images, target)
     if name != "project":
         return name
-    return f"{stack.repository}:{engine.image_name(settings, target).rpartition(':')[2]}"
+    return f"{stack.repository}:{images.image_name(settings, target).rpartition(':')[2]}"
 
 
-def ensure(settings: Settings, stack: aws.Stack, target: engine.Target) -> str:
+def ensure(settings: Settings, stack: aws.Stack, target: images.Target) -> str:
     """The image's URI, after pushing it where it is the project's own and not in the repository."""
     image = uri(settings, stack, target)
     if getattr(settings.images, target) == "project" and not present(settings, image):
@@ -50,7 +52,7 @@ def present(settings: Settings, image: str) -> bool:
     return True
 
 
-def push(settings: Settings, stack: aws.Stack, target: engine.Target) -> None:
+def push(settings: Settings, stack: aws.Stack, target: images.Target) -> None:
     """Build the image when it is missing here, and push it.
 
     Raises:
@@ -58,7 +60,7 @@ def push(settings: Settings, stack: aws.Stack, target: engine.Target) -> None:
     """
     try:
         engine.check()
-        local = engine.image_for(settings, target, ARCHITECTURE)
+        local = images.image_for(settings, target, ARCHITECTURE)
     except engine.EngineError as error:
         raise UserError(f"{error}. Or push from another machine: `make image-push`") from error
     facts = json.loads(_docker("image", "inspect", local).stdout or "[{}]")
@@ -97,9 +99,9 @@ def _checked(*words: str, text: str | None = None) -> None:
 
 def main() -> int:
     """Command line; see the module's docstring."""
-    settings = load(console.parser("Put the project's images into ECR.", settings=True).parse_args().set)
+    settings = load(terminal.parser("Put the project's images into ECR.", settings=True).parse_args().set)
     stack = aws.stack(settings)
-    targets: tuple[engine.Target, ...] = ("training", "serving")
+    targets: tuple[images.Target, ...] = ("training", "serving")
     for target in targets:
         image = uri(settings, stack, target)
         if getattr(settings.images, target) != "project":
@@ -112,4 +114,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    console.run_verb(main)
+    terminal.run_verb(main)

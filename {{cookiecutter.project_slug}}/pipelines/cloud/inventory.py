@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from pipelines import aws, engine, prices
+from pipelines import project
+from pipelines.cloud import account as aws
+from pipelines.cloud import prices
 from pipelines.config import Settings
 
 THREADS = 8
@@ -84,11 +86,11 @@ def _ours(sagemaker: Any, found: Iterable[dict[str, Any]], word: str) -> list[di
     """Those that have the project's tag."""
     from botocore.exceptions import ClientError
 
-    project, listed = engine.project_name(), list(found)
+    own, listed = project.name(), list(found)
 
     def tagged(summary: dict[str, Any]) -> bool:
         try:
-            return {"Key": "project", "Value": project} in aws.pages(
+            return {"Key": "project", "Value": own} in aws.pages(
                 sagemaker, "list_tags", "Tags", ResourceArn=summary[f"{word}Arn"]
             )
         except ClientError as error:
@@ -187,14 +189,14 @@ def _attached(settings: Settings, ours: set[str], all_names: set[str], running: 
 
     An end without an endpoint fires and deletes itself; it may as well be of one that is about to be made.
     """
-    project, items = engine.project_name(), list[Item]()
+    own, items = project.name(), list[Item]()
 
     def belongs(name: str) -> bool:
-        gone = name not in all_names and (name == project or name.startswith(f"{project}-"))
+        gone = name not in all_names and (name == own or name.startswith(f"{own}-"))
         return name in ours or gone
 
     scheduler, cloudwatch = aws.client(settings, "scheduler"), aws.client(settings, "cloudwatch")
-    for prefix in sorted({project, *(name for name in ours if not name.startswith(project))}):
+    for prefix in sorted({own, *(name for name in ours if not name.startswith(own))}):
         for schedule in aws.pages(scheduler, "list_schedules", "Schedules", NamePrefix=prefix):
             starts = schedule["Target"]["Arn"].partition(":sagemaker:")[2]
             ended = {"deleteEndpoint": ours, "stopTransformJob": running}.get(starts, set())
@@ -204,7 +206,7 @@ def _attached(settings: Settings, ours: set[str], all_names: set[str], running: 
             facts = scheduler.get_schedule(**where)
             request, removal = json.loads(facts["Target"]["Input"]), ("scheduler", "delete_schedule", where)
             when = facts["ScheduleExpression"].removeprefix("at(").removesuffix(")")
-            if starts == "createProcessingJob" and {"Key": "project", "Value": project} in request.get("Tags", []):
+            if starts == "createProcessingJob" and {"Key": "project", "Value": own} in request.get("Tags", []):
                 items.append(_monitoring(settings, facts, request, removal))
             elif ended and (endpoint := next(iter(request.values()))) in ended:
                 items.append(Item("end schedule", schedule["Name"], facts["CreationDate"], when, removal, of=endpoint))

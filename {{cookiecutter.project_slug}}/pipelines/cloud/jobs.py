@@ -1,6 +1,6 @@
 """The log of a job on SageMaker, followed as long as it runs: `make logs JOB=<name>`.
 
-    python -m pipelines.logs --job image-classifier-20261121-093000-a1b2-20261121093007
+    python -m pipelines logs --job image-classifier-20261121-093000-a1b2-20261121093007
 
 Without a name it takes the project's newest training job. `ARGS=--once` prints what there is and ends. Ctrl-C stops
 looking; the job runs on.
@@ -14,11 +14,12 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from pipelines import aws, console, engine
+from pipelines import project, terminal
+from pipelines.cloud import account as aws
 from pipelines.config import Settings, load
-from pipelines.console import UserError
-from pipelines.jobs import Interrupted, interruptible
-from processing.progress import waiting
+from pipelines.local.job import Interrupted, interruptible
+from pipelines.terminal import UserError
+from progress import waiting
 
 KINDS = ("Training", "Processing", "Transform")
 ENDED = ("Completed", "Failed", "Stopped")
@@ -30,17 +31,6 @@ PAGES = {
     "Transform": "transform-jobs",
     TUNING: "hyper-tuning-jobs",
 }
-
-
-def prefix() -> str:
-    """What the names of this project's jobs begin with: its own, where a run and the SDK's time stamp have room too."""
-    name = engine.project_name()
-    return name if len(name) <= 27 else short()
-
-
-def short() -> str:
-    """What the names of its tuning jobs begin with: these have at most 32 characters."""
-    return engine.project_name()[:19].rstrip("-")
 
 
 def newest(settings: Settings, part: str) -> str | None:
@@ -58,14 +48,14 @@ def find(settings: Settings, name: str | None, kinds: tuple[str, ...] = KINDS) -
     Raises:
         UserError: when there is none.
     """
-    name = name or newest(settings, prefix())
+    name = name or newest(settings, project.job_prefix())
     if name is None:
         raise UserError(f"this project has no training job in {settings.aws.region} yet; start one with `make train`")
     for kind in kinds:
         facts = describe(settings, kind, name)
         if facts:
             return kind, facts
-    other = newest(settings, prefix())
+    other = newest(settings, project.job_prefix())
     raise UserError(
         f"there is no job {name!r} in {settings.aws.region}" + (f"; the newest is {other}" if other else "")
     )
@@ -187,7 +177,7 @@ def words(kind: str, between: str) -> str:
 
 def main() -> int:
     """Command line; see the module's docstring."""
-    parser = console.parser("Print the log of a job, and follow it as long as it runs.", settings=True)
+    parser = terminal.parser("Print the log of a job, and follow it as long as it runs.", settings=True)
     parser.add_argument("--job", help="name of a training, processing or transform job (default: the newest training)")
     parser.add_argument("--once", action="store_true", help="do not follow it")
     options = parser.parse_args()
@@ -200,4 +190,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    console.run_verb(main)
+    terminal.run_verb(main)

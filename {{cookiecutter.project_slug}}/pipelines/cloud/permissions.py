@@ -9,9 +9,10 @@ from typing import Any
 
 import yaml
 
-from pipelines import aws, engine
+from pipelines import project
+from pipelines.cloud import account as aws
+from pipelines.cloud.stack import TEMPLATE
 from pipelines.config import Settings
-from pipelines.stack import TEMPLATE
 
 KINDS = re.compile(
     r"TrainingJob|ProcessingJob|TransformJob|HyperParameterTuningJob|EndpointConfig|Endpoint|Model(?:PackageGroup|Package)?"
@@ -44,10 +45,10 @@ def needs(settings: Settings, stack: aws.Stack, account: str, owner: str) -> Ite
 
     Statements that depend on a setting are left out.
     """
-    partition, region, project = stack.partition, settings.aws.region, engine.project_name()
+    partition, region, own = stack.partition, settings.aws.region, project.name()
     values = {
-        "AWS::Partition": partition, "AWS::Region": region, "AWS::AccountId": account, "AWS::StackName": project,
-        "AWS::URLSuffix": "amazonaws.com.cn" if partition == "aws-cn" else "amazonaws.com", "Project": project,
+        "AWS::Partition": partition, "AWS::Region": region, "AWS::AccountId": account, "AWS::StackName": own,
+        "AWS::URLSuffix": "amazonaws.com.cn" if partition == "aws-cn" else "amazonaws.com", "Project": own,
         "Bucket.Arn": f"arn:{partition}:s3:::{stack.bucket}", "ExecutionRole.Arn": stack.role,
         "SchedulerRole.Arn": stack.scheduler_role, "PipelineRole.Arn": stack.pipeline_role,
         "ImageRepository.Arn": f"arn:{partition}:ecr:{region}:{account}:repository/{stack.repository.split('/')[-1]}",

@@ -1,6 +1,6 @@
 """What `make train`, `make tune` and `make deploy` would create, where, and the most that it can cost: `make plan`.
 
-    python -m pipelines.plan --set compute.instances=4
+    python -m pipelines plan --set compute.instances=4
 
 It creates nothing, and needs no more than the permission to read prices.
 """
@@ -9,9 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from pipelines import console, engine, prices, rollout, train, tune
+from pipelines import project, terminal
+from pipelines.cloud import prices, train
 from pipelines.config import Settings, load
-from pipelines.console import UserError
+from pipelines.endpoint import model
+from pipelines.terminal import UserError
+from pipelines.tuning import cloud as tuning_cloud
 
 
 def training(settings: Settings) -> Iterator[str]:
@@ -30,7 +33,7 @@ def training(settings: Settings) -> Iterator[str]:
 
 def tuning(settings: Settings) -> Iterator[str]:
     """What a tuning job costs."""
-    cost = tune.most(settings)
+    cost = tuning_cloud.most(settings)
     jobs = f"{settings.tuning.max_jobs} such jobs without warm pools"
     yield f"make tune: at most {jobs}, at most {_dollars(cost)}{_judged(settings, cost)}"
 
@@ -38,9 +41,9 @@ def tuning(settings: Settings) -> Iterator[str]:
 def deployment(settings: Settings) -> Iterator[str]:
     """What an endpoint is and costs."""
     endpoint = settings.endpoint
-    name = engine.project_name() if endpoint.name == "auto" else endpoint.name
+    name = project.name() if endpoint.name == "auto" else endpoint.name
     yield f"make deploy: the {endpoint.type} endpoint {name} in {_where(settings)}"
-    kind, count, machine = rollout.fleet(settings)
+    kind, count, machine = model.fleet(settings)
     price = prices.hourly(settings, kind, machine)
     if endpoint.type == "serverless":
         yield f"  {endpoint.memory_mb} MB, bills while it answers; the most is {count} requests at once all the time"
@@ -83,7 +86,7 @@ def _judged(settings: Settings, cost: float | None) -> str:
 def main() -> int:
     """Command line; see the module's docstring."""
     settings = load(
-        console.parser("What train, tune and deploy would create and cost.", settings=True).parse_args().set
+        terminal.parser("What train, tune and deploy would create and cost.", settings=True).parse_args().set
     )
     print("\n".join([*training(settings), *tuning(settings), *deployment(settings)]))
     print("storage, traffic and logs apart; what costs now: `make status`")
@@ -91,4 +94,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    console.run_verb(main)
+    terminal.run_verb(main)

@@ -11,9 +11,10 @@ import re
 import time
 from typing import Any
 
-from pipelines import ROOT, aws
+from pipelines import ROOT
+from pipelines.cloud import account as aws
 from pipelines.config import Settings
-from pipelines.console import UserError
+from pipelines.terminal import UserError
 
 CACHE = ROOT / ".cache" / "prices.json"
 DAY = 86400  # seconds

@@ -1,6 +1,6 @@
 """Pack images on SageMaker, for folders that no laptop should pack: `make process DATA=s3://bucket/photos`.
 
-    python -m pipelines.process_job --data photos --wait
+    python -m pipelines process --data photos --wait
 
 The cloud twin of `make data`: a Processing job runs the same `src/processing/preprocess.py` in the training image. A
 local folder is uploaded first, once as long as its files stay the same. `make train DATA=<what it prints>` comes next.
@@ -11,8 +11,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pipelines import SOURCE, aws, console, data, image_push, logs, prices, runs, storage
+from pipelines import SOURCE, project, runs, terminal
+from pipelines.cloud import account as aws
+from pipelines.cloud import images, jobs, prices, storage
 from pipelines.config import Settings, load
+from pipelines.local import data
 
 CODE, INPUT, OUTPUT = (f"/opt/ml/processing/{part}" for part in ("input/code", "input/raw", "output"))
 LONGEST = 120  # hours of a Processing job
@@ -35,15 +38,15 @@ def process(settings: Settings, source: str | None, yes: bool) -> tuple[str, str
     compute, source = settings.compute, source or settings.data.source
     stack = aws.stack(settings)
     local = None if source.startswith("s3://") else data.raw(source)
-    name, longest = f"{logs.prefix()}-{runs.new_name()}", hours(settings)
-    image, kind = image_push.uri(settings, stack, "training"), compute.process_instance_type
+    name, longest = f"{project.job_prefix()}-{runs.new_name()}", hours(settings)
+    image, kind = images.uri(settings, stack, "training"), compute.process_instance_type
     target = f"s3://{stack.bucket}/data/{name}"
     price = prices.hourly(settings, "processing", kind)
     plan = f"{name}: a processing job in {settings.aws.region} on 1 x {kind}, {longest:g} hours at most, in {image}, "
     prices.afford(settings, f"{plan}packs {source} into {target}", prices.cost(price, longest), yes)
-    image_push.ensure(settings, stack, "training")
+    images.ensure(settings, stack, "training")
     uri = storage.raw(settings, stack, source, local)
-    with logs.starting(settings, "Processing", name):
+    with jobs.starting(settings, "Processing", name):
         _run(settings, stack, image, name, uri, target)
     return name, f"{target}/images"
 
@@ -53,7 +56,7 @@ def _run(settings: Settings, stack: aws.Stack, image: str, name: str, uri: str, 
     from sagemaker.core.helper.session_helper import Session
 
     session = Session(boto3.Session(region_name=settings.aws.region), default_bucket=stack.bucket)
-    code = storage.upload(settings, SOURCE, stack.bucket, f"source/{runs.source_hash()}")
+    code = storage.upload(settings, SOURCE, stack.bucket, f"source/{project.source_hash()}")
     processor(settings, stack, image, "preprocess.py", session).run(
         inputs=inputs({"raw": (f"{uri}/", INPUT), "code": (f"{code}/", CODE)}),
         outputs=outputs("packed", target),
@@ -130,19 +133,19 @@ def outputs(name: str, uri: Any) -> list[Any]:
 
 def main() -> int:
     """Command line; see the module's docstring."""
-    parser = console.parser("Pack images on SageMaker.", settings=True)
+    parser = terminal.parser("Pack images on SageMaker.", settings=True)
     parser.add_argument("--data", help="folder of raw images, here or s3://... (default: data.source)")
     parser.add_argument("--wait", action="store_true", help="follow the log; fails when the job does")
     parser.add_argument("--yes", action="store_true", help="go on although it is over budget")
     options = parser.parse_args()
     settings = load(options.set)
     name, packed = process(settings, options.data, options.yes)
-    print(f"started {name}. {logs.after(settings, 'Processing', name)}", flush=True)
+    print(f"started {name}. {jobs.after(settings, 'Processing', name)}", flush=True)
     if options.wait:
-        logs.succeeded("Processing", logs.follow(settings, "Processing", name))
+        jobs.succeeded("Processing", jobs.follow(settings, "Processing", name))
     print(f"{'then' if not options.wait else 'done;'} train on it with `make train DATA={packed}`")
     return 0
 
 
 if __name__ == "__main__":
-    console.run_verb(main)
+    terminal.run_verb(main)

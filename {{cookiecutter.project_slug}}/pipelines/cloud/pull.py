@@ -1,6 +1,6 @@
 """Fetch what a training job on SageMaker made into `artifacts/`: `make pull JOB=<name>`.
 
-    python -m pipelines.pull --job image-classifier-20261121-093000-a1b2-20261121093007
+    python -m pipelines pull --job image-classifier-20261121-093000-a1b2-20261121093007
 
 The run's folder has the same files as after `make train-local`. Without a name it takes the project's newest training
 job. An interrupted download is continued by the next one.
@@ -16,9 +16,11 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-from pipelines import ROOT, console, logs, page, runs, storage
+from pipelines import ROOT, runs, terminal
+from pipelines.cloud import jobs, storage
 from pipelines.config import Settings, load
-from pipelines.console import UserError
+from pipelines.report import page
+from pipelines.terminal import UserError
 
 WORK = ROOT / ".cache" / "pull"
 ARCHIVES = ("model.tar.gz", "output.tar.gz")
@@ -30,11 +32,11 @@ def pull(settings: Settings, job: str | None) -> Path:
     Raises:
         UserError: when the job has not succeeded, or what it left is damaged; nothing was published then.
     """
-    _, facts = logs.find(settings, job, ("Training",))
+    _, facts = jobs.find(settings, job, ("Training",))
     name, run = facts["Name"], run_name(facts)
-    if facts["Status"] not in logs.ENDED:
+    if facts["Status"] not in jobs.ENDED:
         raise UserError(f"{name} is {facts['Status']}; wait for it with `make logs JOB={name}`")
-    logs.succeeded("Training", facts)
+    jobs.succeeded("Training", facts)
     if (runs.ARTIFACTS / run).is_dir():
         print(f"{name} is here already")
         return runs.ARTIFACTS / run
@@ -95,7 +97,7 @@ def _facts(job: dict[str, Any], output: Path) -> dict[str, Any]:
 
 def main() -> int:
     """Command line; see the module's docstring."""
-    parser = console.parser("Fetch what a training job made into artifacts/.", settings=True)
+    parser = terminal.parser("Fetch what a training job made into artifacts/.", settings=True)
     parser.add_argument("--job", help="name of a training job (default: the project's newest)")
     options = parser.parse_args()
     folder = pull(load(options.set), options.job)
@@ -105,4 +107,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    console.run_verb(main)
+    terminal.run_verb(main)

@@ -12,10 +12,11 @@ from typing import Any
 
 import yaml
 
-from pipelines import ROOT, aws, engine, logs
+from pipelines import ROOT, project
+from pipelines.cloud import account as aws
 from pipelines.config import Settings
-from pipelines.console import UserError
-from processing.progress import waiting
+from pipelines.terminal import UserError
+from progress import waiting
 
 TEMPLATE = ROOT / "infrastructure" / "stack.yaml"
 GITHUB = "token.actions.githubusercontent.com"
@@ -29,7 +30,7 @@ LEFTOVER = ("REVIEW_IN_PROGRESS", "CREATE_FAILED", "ROLLBACK_COMPLETE", "ROLLBAC
 
 def bucket_name(settings: Settings, account: str) -> str:
     """The project's bucket; its name is unique because an account's number is."""
-    return f"{engine.project_name()}-{account}-{settings.aws.region}"
+    return f"{project.name()}-{account}-{settings.aws.region}"
 
 
 def template(settings: Settings, account: str) -> str:
@@ -37,7 +38,7 @@ def template(settings: Settings, account: str) -> str:
     document = yaml.safe_load(TEMPLATE.read_text(encoding="utf-8"))
     resources = document["Resources"]
     resources["Bucket"]["Properties"]["BucketName"] = bucket_name(settings, account)
-    resources["ImageRepository"]["Properties"]["RepositoryName"] = engine.project_name()
+    resources["ImageRepository"]["Properties"]["RepositoryName"] = project.name()
     if settings.aws.region not in BUDGET_REGIONS:  # an unknown type is refused even when its condition is false
         del resources["Budget"], document["Conditions"]["HasBudget"], document["Parameters"]["MonthlyUsd"]
     if not settings.pipeline.deploy_on_approval:
@@ -54,8 +55,8 @@ def parameters(settings: Settings, identity: str, current: dict[str, str]) -> di
         current: those of the stack as it is.
     """
     found = {
-        "Project": engine.project_name(),
-        "ShortProject": logs.short(),
+        "Project": project.name(),
+        "ShortProject": project.tuning_prefix(),
         "UseVpc": str(bool(settings.aws.subnets)).lower(),
     }
     found["RemoteDebug"] = str(settings.compute.remote_debug).lower()

@@ -1,6 +1,6 @@
 """What the project has in AWS, since when, and what it costs an hour: `make status`.
 
-python -m pipelines.status
+python -m pipelines status
 """
 
 from __future__ import annotations
@@ -10,9 +10,11 @@ from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from pipelines import aws, console, engine, inventory, registry, stack
+from pipelines import project, terminal
+from pipelines.cloud import account as aws
+from pipelines.cloud import inventory, packages, stack
 from pipelines.config import Settings, load
-from pipelines.console import UserError
+from pipelines.terminal import UserError
 
 GB = 1e9
 
@@ -23,12 +25,12 @@ def stored(settings: Settings) -> list[str]:
         made = aws.stack(settings)
     except UserError as error:
         return [str(error)]
-    lines = [f"stack {engine.project_name()}: there"]
+    lines = [f"stack {project.name()}: there"]
     parts: list[tuple[str, Callable[[], str]]] = [
         (f"bucket {made.bucket}", lambda: _bucket(settings, made.bucket)),
         (f"repository {made.repository}", lambda: _images(settings, made.repository)),
-        (f"registry {registry.group()}", lambda: _packages(settings)),
-        (f"pipeline {engine.project_name()}", lambda: _triggers(settings)),
+        (f"registry {packages.group()}", lambda: _packages(settings)),
+        (f"pipeline {project.name()}", lambda: _triggers(settings)),
     ]
     for name, measure in parts:
         try:
@@ -62,13 +64,13 @@ def _images(settings: Settings, repository: str) -> str:
 
 
 def _packages(settings: Settings) -> str:
-    best = registry.champion(settings)
-    return f"{len(registry.summaries(settings))} packages, the champion is {best or 'none yet'}"
+    best = packages.champion(settings)
+    return f"{len(packages.summaries(settings))} packages, the champion is {best or 'none yet'}"
 
 
 def _triggers(settings: Settings) -> str:
     """What the stack, as it was made last, lets start the pipeline."""
-    found = stack.find(aws.client(settings, "cloudformation"), engine.project_name()) or {}
+    found = stack.find(aws.client(settings, "cloudformation"), project.name()) or {}
     given = {item["ParameterKey"]: item["ParameterValue"] for item in found.get("Parameters", [])}
     named = (given.get("PipelineSchedule"), given.get("Watch") and f"new data under {given['Watch']}")
     return f"started by {' and by '.join(filter(None, named)) or '`make pipeline` only'}"
@@ -76,11 +78,11 @@ def _triggers(settings: Settings) -> str:
 
 def main() -> int:
     """Command line; see the module's docstring."""
-    settings = load(console.parser("What the project has in AWS and what it costs.", settings=True).parse_args().set)
-    print(f"{engine.project_name()} in {settings.aws.region}, {time.strftime('%Y-%m-%d %H:%M', time.gmtime())} UTC")
+    settings = load(terminal.parser("What the project has in AWS and what it costs.", settings=True).parse_args().set)
+    print(f"{project.name()} in {settings.aws.region}, {time.strftime('%Y-%m-%d %H:%M', time.gmtime())} UTC")
     print("\n".join([*inventory.table(inventory.everything(settings)), *stored(settings)]))
     return 0
 
 
 if __name__ == "__main__":
-    console.run_verb(main)
+    terminal.run_verb(main)

@@ -9,10 +9,11 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from pipelines import aws, data
+from pipelines.cloud import account as aws
 from pipelines.config import Settings
-from pipelines.console import UserError
-from processing.progress import progress
+from pipelines.local import data
+from pipelines.terminal import UserError
+from progress import progress
 
 THREADS = 8
 SPLITS = ("train", "validation")  # what a training job is given of a data set

@@ -1,6 +1,6 @@
 """Train on SageMaker: `make train`, `make train DATA=s3://bucket/packed WAIT=1`, `make train RUN=<name>` to resume.
 
-    python -m pipelines.train --data photos --wait --set compute.instance_type=ml.g5.2xlarge
+    python -m pipelines train --data photos --wait --set compute.instance_type=ml.g5.2xlarge
 
 The same source, command and hyperparameters as `make train-local`, through SDK V3's `ModelTrainer`. The checkpoints of
 a run have a prefix of their own in the bucket, so that spot interruptions and `RUN=` go on where the run stood.
@@ -12,10 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipelines import ROOT, SOURCE, aws, console, data, image_push, logs, prices, runs, storage
+from pipelines import ROOT, SOURCE, project, runs, terminal
+from pipelines.cloud import account as aws
+from pipelines.cloud import images, jobs, prices, storage
 from pipelines.config import Settings, load
-from pipelines.console import UserError
-from pipelines.jobs import LAUNCHER
+from pipelines.local import data
+from pipelines.local.job import LAUNCHER
+from pipelines.terminal import UserError
 from training.config import parse
 
 NUMBER = "=([0-9.eE+-]+)"
@@ -56,7 +59,7 @@ def train(settings: Settings, source: str | None, run: str | None, yes: bool) ->
     stack = aws.stack(settings)
     request = _resumed(settings, run) if run else None
     local = None if request or source.startswith("s3://") else data.prepare(settings, source)
-    name, image = run or runs.new_name(), image_push.uri(settings, stack, "training")
+    name, image = run or runs.new_name(), images.uri(settings, stack, "training")
     hours = longest(settings)
     where = request.channels["train"] if request else local.relative_to(ROOT) if local else source
     prices.afford(
@@ -88,7 +91,7 @@ def stage_image(settings: Settings, stack: aws.Stack) -> None:
     """Make sure that SageMaker finds the image, and say so when nobody has tried the source."""
     if not runs.tried():
         print("warning: src/ was never trained on this machine as it is now; `make train-local` tries it for nothing")
-    image_push.ensure(settings, stack, "training")
+    images.ensure(settings, stack, "training")
 
 
 def stage_data(settings: Settings, stack: aws.Stack, source: str, local: Path | None) -> dict[str, str]:
@@ -100,7 +103,7 @@ def stage_data(settings: Settings, stack: aws.Stack, source: str, local: Path | 
 
 def submit(settings: Settings, stack: aws.Stack, request: Request, image: str) -> str:
     """Create the training job; returns its name."""
-    with logs.starting(settings, "Training", request.run):
+    with jobs.starting(settings, "Training", request.run):
         made = trainer(settings, stack, request, image)
         made.train(input_data_config=inputs(settings, request), wait=False, logs=False)
     return str(made._latest_training_job.training_job_name)
@@ -136,7 +139,7 @@ def trainer(settings: Settings, stack: aws.Stack, request: Request, image: str, 
     made = ModelTrainer(
         sagemaker_session=session or Session(boto3.Session(region_name=region), default_bucket=stack.bucket),
         role=stack.role,
-        base_job_name=f"{logs.prefix()}-{request.run}",
+        base_job_name=f"{project.job_prefix()}-{request.run}",
         input_s3_key_prefix="jobs",
         training_image=image,
         source_code=SourceCode(source_dir=request.source, command=f"exec python3 {LAUNCHER}"),
@@ -155,7 +158,7 @@ def trainer(settings: Settings, stack: aws.Stack, request: Request, image: str, 
         ),
         output_data_config=OutputDataConfig(s3_output_path=f"s3://{stack.bucket}/jobs", kms_key_id=key),
         hyperparameters=request.hyperparameters,
-        environment={"GIT_COMMIT": runs.git_commit(), "PYTHONUNBUFFERED": "1", "TENSORBOARD_FOLDER": LIVE},
+        environment={"GIT_COMMIT": project.git_commit(), "PYTHONUNBUFFERED": "1", "TENSORBOARD_FOLDER": LIVE},
         tags=[Tag(key=tag["Key"], value=tag["Value"]) for tag in aws.tags(settings)],
     )  # fmt: skip
     made.with_tensorboard_output_config(
@@ -184,15 +187,15 @@ def _resumed(settings: Settings, run: str) -> Request:
     """The data and hyperparameters of the newest job of a run, which must have ended without a result."""
     if not runs.NAME.fullmatch(run):
         raise UserError(f"RUN is {run!r}, which names no run; one looks like 20261121-093000-a1b2")
-    job = logs.newest(settings, run)
+    job = jobs.newest(settings, run)
     if job is None:
         raise UserError(
             f"there is no training job of run {run} in {settings.aws.region}; start a fresh one without RUN"
         )
-    facts = logs.describe(settings, "Training", job)
+    facts = jobs.describe(settings, "Training", job)
     if facts["Status"] == "Completed":
         raise UserError(f"run {run} is finished; fetch it with `make pull JOB={job}`, or start a fresh one without RUN")
-    if facts["Status"] not in logs.ENDED:
+    if facts["Status"] not in jobs.ENDED:
         raise UserError(f"run {run} is {facts['Status']} already; see `make logs JOB={job}`")
     channels = {
         channel["ChannelName"]: channel["DataSource"]["S3DataSource"]["S3Uri"]
@@ -204,7 +207,7 @@ def _resumed(settings: Settings, run: str) -> Request:
 
 def main() -> int:
     """Command line; see the module's docstring."""
-    parser = console.parser("Train on SageMaker.", settings=True)
+    parser = terminal.parser("Train on SageMaker.", settings=True)
     parser.add_argument("--data", help="folder of raw images, or s3://... of a packed data set (default: data.source)")
     parser.add_argument("--run", help="name of a run that was stopped or failed, to resume (default: a fresh run)")
     parser.add_argument("--instances", type=int, help="default: compute.instances")
@@ -215,12 +218,12 @@ def main() -> int:
         raise UserError(f"run {options.run} resumes with what it was started with; leave the other options out")
     settings = load(options.set, options={"compute.instances": options.instances})
     job = train(settings, options.data, options.run, options.yes)
-    print(f"started {job}. {logs.after(settings, 'Training', job)}", flush=True)
+    print(f"started {job}. {jobs.after(settings, 'Training', job)}", flush=True)
     if options.wait:
-        logs.succeeded("Training", logs.follow(settings, "Training", job))
+        jobs.succeeded("Training", jobs.follow(settings, "Training", job))
         print(f"done; fetch it with `make pull JOB={job}`")
     return 0
 
 
 if __name__ == "__main__":
-    console.run_verb(main)
+    terminal.run_verb(main)

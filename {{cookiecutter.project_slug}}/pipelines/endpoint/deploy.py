@@ -1,6 +1,6 @@
 """Put an artifact behind an endpoint on SageMaker, or update the endpoint that is there: `make deploy`.
 
-    python -m pipelines.deploy --run 20261121-093000-a1b2 --type async --set endpoint.ttl_hours=2
+    python -m pipelines deploy --run 20261121-093000-a1b2 --type async --set endpoint.ttl_hours=2
     make deploy JOB=<training job>    PACKAGE=<ARN>    ARTIFACT=<file>     # instead of the newest run or RUN=
     make deploy RUN=<other run> WEIGHT=10           # a second variant beside the first, for 10 % of the requests
 
@@ -17,10 +17,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pipelines import aws, console, endpoints, image_push, prices, rollout, runs, source, storage
+from pipelines import runs, terminal
+from pipelines.cloud import account as aws
+from pipelines.cloud import artifact, images, prices, storage
 from pipelines.config import Settings, load
-from pipelines.console import UserError
-from pipelines.rollout import SECOND, Plan
+from pipelines.endpoint import expiry, invoke, rollout, scaling, state
+from pipelines.endpoint import model as endpoint_model
+from pipelines.endpoint.rollout import SECOND, Plan
+from pipelines.terminal import UserError
 
 TOLERANCE = 0.02  # of a golden sample's probabilities, as in src/inference/inference.py
 
@@ -31,23 +35,23 @@ def deploy(settings: Settings, options: Namespace) -> None:
     Raises:
         UserError: when it does not run as it should; the message says what is left, and how to remove it.
     """
-    chosen, name, stack = settings.endpoint, endpoints.name(settings, options.endpoint), aws.stack(settings)
+    chosen, name, stack = settings.endpoint, state.name(settings, options.endpoint), aws.stack(settings)
     with tempfile.TemporaryDirectory(prefix="deploy-") as folder:
-        model = source.find(settings, options, Path(folder))
-        facts = endpoints.describe(settings, name)
+        model = artifact.find(settings, options, Path(folder))
+        facts = state.describe(settings, name)
         old = _config(settings, name, facts, options.weight) if facts else {"ProductionVariants": []}
         _check_limits(settings, old, options.weight)
-        image, config = image_push.uri(settings, stack, "serving"), f"{name}-{runs.new_name()}"
+        image, config = images.uri(settings, stack, "serving"), f"{name}-{runs.new_name()}"
         plan = Plan(name, config, image, model.uri or "", model.package, old, options.weight)
         _agree(settings, plan, model.label, options.yes)
         if not plan.package:
-            image_push.ensure(settings, stack, "serving")
+            images.ensure(settings, stack, "serving")
         plan = replace(plan, uri=plan.uri or storage.artifact(settings, stack, model.archive))
-    before, end = endpoints.end(settings, name), None
+    before, end = expiry.end(settings, name), None
     if chosen.ttl_hours:
-        end = endpoints.end_after(chosen.ttl_hours)
+        end = expiry.end_after(chosen.ttl_hours)
     try:
-        endpoints.set_end(settings, stack, name, end)
+        expiry.set_end(settings, stack, name, end)
         with aws.explained(f"{'updating' if facts else 'creating'} the endpoint {name}"):
             rollout.create(settings, stack, plan)
             rollout.start(settings, plan)
@@ -62,7 +66,7 @@ def deploy(settings: Settings, options: Namespace) -> None:
         again = "its golden samples were not asked and its scaling is not set: `make deploy` again does that"
         raise UserError(f"stopped waiting; {name} goes on and bills, and {ends}; {again}; {remove}", code=130) from None
     print(f"{name} is in service, its {len(model.samples)} golden samples agree within {difference:.4f}")
-    print(f"  {endpoints.link(settings, name)}\n  make invoke IMAGE=path/to/an/image ENDPOINT={name}")
+    print(f"  {state.link(settings, name)}\n  make invoke IMAGE=path/to/an/image ENDPOINT={name}")
     if plan.weight:
         print(
             f"  make shift-traffic VARIANT={SECOND} WEIGHT=50 ENDPOINT={name}; `make deploy` goes back to one variant"
@@ -76,7 +80,7 @@ def _see(settings: Settings, plan: Plan, samples: list[dict[str, Any]], remove: 
     Returns:
         The largest difference of a probability.
     """
-    facts = endpoints.wait(settings, plan.name)
+    facts = state.wait(settings, plan.name)
     if facts["EndpointStatus"] != "InService" or facts["EndpointConfigName"] != plan.config:
         healthy = facts["EndpointStatus"] == "InService"
         what = "went back to what it was" if healthy else f"is {facts['EndpointStatus']}"
@@ -94,7 +98,7 @@ def _see(settings: Settings, plan: Plan, samples: list[dict[str, Any]], remove: 
             rollout.back(settings, plan)
             raise UserError(f"{str(error).removesuffix(f'; {back}')}; {plan.name} is back on what it was") from error
         raise
-    endpoints.scale(settings, plan.name, [variant["VariantName"] for variant in facts["ProductionVariants"]])
+    scaling.scale(settings, plan.name, [variant["VariantName"] for variant in facts["ProductionVariants"]])
     return difference
 
 
@@ -149,7 +153,7 @@ def _check_limits(settings: Settings, old: dict[str, Any], weight: int | None) -
 def _agree(settings: Settings, plan: Plan, label: str, yes: bool) -> None:
     """Say what will be made, where, and what it can cost; go on only inside the budget, and when told to."""
     chosen, update = settings.endpoint, bool(plan.old["ProductionVariants"])
-    kind, most, largest = rollout.fleet(settings)
+    kind, most, largest = endpoint_model.fleet(settings)
     fleet = [(most, largest)]
     fleet += [(max(old["InitialInstanceCount"], chosen.max_instances), old["InstanceType"]) for old in plan.beside]
     each = [prices.cost(prices.hourly(settings, kind, machine), count) for count, machine in fleet]
@@ -178,7 +182,7 @@ def _ask_golden(
     for number, sample in enumerate(samples):
         try:
             body = base64.b64decode(sample["body"])
-            answer = endpoints.ask(settings, facts, body, sample["content_type"], variant)
+            answer = invoke.ask(settings, facts, body, sample["content_type"], variant)
         except UserError as error:
             raise UserError(f"golden sample {number} got no answer: {error}; {back}") from error
         pairs = zip(sample["probabilities"], answer["probabilities"][0], strict=True)
@@ -194,8 +198,8 @@ def _ask_golden(
 
 def main() -> int:
     """Command line; see the module's docstring."""
-    parser = console.parser("Put an artifact behind an endpoint on SageMaker.", settings=True)
-    source.add_options(parser)
+    parser = terminal.parser("Put an artifact behind an endpoint on SageMaker.", settings=True)
+    artifact.add_options(parser)
     parser.add_argument("--endpoint", help="default: endpoint.name")
     parser.add_argument("--type", choices=["realtime", "serverless", "async"], help="default: endpoint.type")
     parser.add_argument("--weight", type=int, help="percent of the requests that a second variant gets")
@@ -207,4 +211,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    console.run_verb(main)
+    terminal.run_verb(main)

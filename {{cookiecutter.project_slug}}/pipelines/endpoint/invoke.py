@@ -1,21 +1,117 @@
 """Classify an image file with an endpoint on SageMaker: `make invoke IMAGE=photo.jpg`, `... ENDPOINT=<name>`.
 
-python -m pipelines.invoke --image photo.jpg --json        # the answer as the endpoint gave it
+python -m pipelines invoke --image photo.jpg --json        # the answer as the endpoint gave it
 """
 
 from __future__ import annotations
 
 import json
+import re
+import time
+import uuid
 from pathlib import Path
+from typing import Any
 
-from pipelines import console, endpoints
-from pipelines.config import load
-from pipelines.console import UserError
+from pipelines import terminal
+from pipelines.cloud import account as aws
+from pipelines.config import Settings, load
+from pipelines.endpoint import state
+from pipelines.terminal import UserError
+from progress import waiting
+
+ASYNC_POLL, ASYNC_PATIENCE = 2.0, 20 * 60  # seconds; the first instance after none takes minutes to come
+MOST_BYTES = 6 * 2**20  # of a request that is answered at once
+
+
+def ask(settings: Settings, facts: dict[str, Any], body: bytes, kind: str, variant: str | None = None) -> Any:
+    """The model's answer to one request.
+
+    Args:
+        settings: with the region.
+        facts: of a running endpoint.
+        body: of the request.
+        kind: its content type.
+        variant: that is to answer; None: whichever the weights choose.
+
+    Raises:
+        UserError: with what the model has against the request, or why there is no answer.
+    """
+    from botocore.exceptions import ClientError
+    from sagemaker.core.resources import Endpoint
+
+    endpoint, waits = Endpoint(endpoint_name=facts["EndpointName"]), "AsyncInferenceConfig" in facts
+    if not waits and len(body) > MOST_BYTES:
+        raise UserError(
+            f"the request has {len(body):,} bytes, this endpoint takes {MOST_BYTES:,}; TYPE=async takes more"
+        )
+    with aws.explained(f"asking {endpoint.endpoint_name}"):
+        if waits:
+            return json.loads(_ask_async(settings, endpoint, facts, body, kind))
+        options = {"target_variant": variant} if variant else {}
+        try:
+            answer = endpoint.invoke(
+                body=body, content_type=kind, accept="application/json", region=settings.aws.region, **options
+            )
+        except ClientError as error:
+            if error.response["Error"]["Code"] != "ModelError":
+                raise
+            status, text = error.response.get("OriginalStatusCode", 500), error.response.get("OriginalMessage", "")
+            raise UserError(f"{endpoint.endpoint_name} answered {status}: {sentence(text)}") from error
+        return json.loads(answer.body.read())
+
+
+def _ask_async(settings: Settings, endpoint: Any, facts: dict[str, Any], body: bytes, kind: str) -> bytes:
+    """Put the request into the bucket, wait for the answer or the failure there, and clean up."""
+    s3 = aws.client(settings, "s3")
+    folder = facts["AsyncInferenceConfig"]["OutputConfig"]["S3OutputPath"].rpartition("/")[0]
+    uri = f"{folder}/input/{uuid.uuid4().hex}"
+    s3.put_object(**aws.place(uri), Body=body, **aws.encryption(settings))
+    try:
+        made = endpoint.invoke_async(input_location=uri, content_type=kind, region=settings.aws.region)
+        if not any(variant.get("CurrentInstanceCount") for variant in facts["ProductionVariants"]):
+            print(
+                f"{endpoint.endpoint_name} has no instance right now; the first one comes in some minutes", flush=True
+            )
+        deadline = time.monotonic() + ASYNC_PATIENCE
+        with waiting(f"the answer of {endpoint.endpoint_name}"):
+            while time.monotonic() < deadline:
+                answer = _taken(s3, made.output_location)
+                if answer is not None:
+                    return answer
+                failure = _taken(s3, made.failure_location)
+                if failure is not None:
+                    raise UserError(f"{endpoint.endpoint_name} failed: {sentence(failure.decode(errors='replace'))}")
+                time.sleep(ASYNC_POLL)
+    finally:
+        s3.delete_object(**aws.place(uri))
+    raise UserError(f"no answer in {ASYNC_PATIENCE // 60} minutes; it would come to {made.output_location}")
+
+
+def _taken(s3: Any, uri: str) -> bytes | None:
+    """The content of an object, which is deleted then; None when it is not there."""
+    place = aws.place(uri)
+    found = aws.unless_missing(s3.get_object, **place)
+    content = found and bytes(found["Body"].read())
+    if found:
+        s3.delete_object(**place)
+    return content
+
+
+def sentence(text: str) -> str:
+    """What the model says in a refusal, `{"error": "..."}`, also where AWS wraps it into words of its own."""
+    found = re.search(r'\{"error": ("(?:[^"\\]|\\.)*")\}', text)
+    return str(json.loads(found[1])) if found else " ".join(text.split())[:300] or "no message"
+
+
+def show(file: Path, answer: dict[str, Any]) -> None:
+    """Print an answer about one image as `make predict` does; names of other classes than the first are not in it."""
+    label, probability = answer["labels"][0], max(answer["probabilities"][0])
+    print(f"{file}: {label}\n  {label}  {probability:6.1%}  {'#' * round(40 * probability)}", flush=True)
 
 
 def main() -> int:
     """Command line; see the module's docstring."""
-    parser = console.parser("Classify an image file with an endpoint on SageMaker.", settings=True)
+    parser = terminal.parser("Classify an image file with an endpoint on SageMaker.", settings=True)
     parser.add_argument("--image", type=Path, action="append", default=[], help="an image file; may be repeated")
     parser.add_argument("--endpoint", help="default: endpoint.name")
     parser.add_argument("--variant", help="of an endpoint with several (default: by their weights)")
@@ -24,19 +120,19 @@ def main() -> int:
     if not options.image:
         raise UserError("IMAGE is missing; name a file, such as make invoke IMAGE=photo.jpg")
     settings = load(options.set)
-    facts = endpoints.running(settings, endpoints.name(settings, options.endpoint))
+    facts = state.running(settings, state.name(settings, options.endpoint))
     for file in options.image:
         try:
             body = file.read_bytes()
         except OSError as error:
             raise UserError(f"{file} cannot be read: {error.strerror}") from error
-        answer = endpoints.ask(settings, facts, body, "application/x-image", options.variant)
+        answer = ask(settings, facts, body, "application/x-image", options.variant)
         if options.json:
             print(json.dumps(answer))
         else:
-            endpoints.show(file, answer)
+            show(file, answer)
     return 0
 
 
 if __name__ == "__main__":
-    console.run_verb(main)
+    terminal.run_verb(main)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-import os
 import re
 from dataclasses import dataclass
 from typing import Any
 
-from pipelines import aws, endpoints
+from pipelines.cloud import account as aws
 from pipelines.config import Settings
-from pipelines.console import UserError
+from pipelines.endpoint import expiry, model, scaling
+from pipelines.endpoint import state as endpoint_state
+from pipelines.terminal import UserError
 
 BAKE = 300  # seconds between two steps of an update, in which an alarm takes it back
 UPDATE_HOURS = 1  # at most, in which old and new machines bill
@@ -47,41 +48,13 @@ class Plan:
         return [old for old in self.old["ProductionVariants"] if self.weight and old["VariantName"] != SECOND]
 
 
-def fleet(settings: Settings) -> tuple[str, int, str]:
-    """An endpoint's kind of use, as prices have it, and how many of which machine at most; or of its memory."""
-    chosen = settings.endpoint
-    if chosen.type == "serverless":
-        return chosen.type, chosen.max_concurrency, f"Mem-{chosen.memory_mb // 1024}GB"
-    kind = "async" if chosen.type == "async" else "hosting"
-    return kind, max(chosen.instances, chosen.max_instances), chosen.instance_type
-
-
-def create_model(settings: Settings, stack: aws.Stack, name: str, image: str, uri: str, package: str | None) -> None:
-    """Create a model: of an image and an artifact, or of a package."""
-    from sagemaker.core import resources, shapes
-
-    variables = {name: value for name, value in sorted(os.environ.items()) if name.startswith("INFERENCE_")}
-    model: dict[str, Any] = {"enable_network_isolation": True} if settings.compute.isolation else {}
-    if settings.aws.subnets:
-        network = {"subnets": settings.aws.subnets, "security_group_ids": settings.aws.security_groups}
-        model["vpc_config"] = shapes.VpcConfig(**network)
-    if package:
-        model["containers"] = [shapes.ContainerDefinition(model_package_name=package, environment=variables)]
-    else:
-        container = shapes.ContainerDefinition(image=image, model_data_url=uri, environment=variables)
-        model["primary_container"] = container
-    resources.Model.create(
-        model_name=name, execution_role_arn=stack.role, tags=_tags(settings), region=settings.aws.region, **model
-    )
-
-
 def create(settings: Settings, stack: aws.Stack, plan: Plan) -> None:
     """Create the model and the endpoint's configuration."""
     from sagemaker.core import resources, shapes
 
-    create_model(settings, stack, plan.config, plan.image, plan.uri, plan.package)
+    model.create(settings, stack, plan.config, plan.image, plan.uri, plan.package)
     region, key = settings.aws.region, aws.kms_arn(settings)
-    options: dict[str, Any] = {"tags": _tags(settings), "region": region}
+    options: dict[str, Any] = {"tags": model.tags(settings), "region": region}
     encryption = {"kms_key_id": key} if key else {}
     if settings.endpoint.type == "async":
         place = f"s3://{stack.bucket}/async/{plan.name}"
@@ -101,12 +74,6 @@ def create(settings: Settings, stack: aws.Stack, plan: Plan) -> None:
     resources.EndpointConfig.create(
         endpoint_config_name=plan.config, production_variants=_variants(settings, plan), **options, **encryption
     )
-
-
-def _tags(settings: Settings) -> list[Any]:
-    from sagemaker.core.shapes import Tag
-
-    return [Tag(key=tag["Key"], value=tag["Value"]) for tag in aws.tags(settings)]
 
 
 def _variants(settings: Settings, plan: Plan) -> list[Any]:
@@ -147,10 +114,12 @@ def start(settings: Settings, plan: Plan) -> None:
     region = settings.aws.region
     before = {variant["VariantName"] for variant in plan.old["ProductionVariants"]}
     if not before:
-        Endpoint.create(endpoint_name=plan.name, endpoint_config_name=plan.config, tags=_tags(settings), region=region)
+        Endpoint.create(
+            endpoint_name=plan.name, endpoint_config_name=plan.config, tags=model.tags(settings), region=region
+        )
         return
     after = {SECOND if plan.weight else FIRST, *(variant["VariantName"] for variant in plan.beside)}
-    endpoints.unscale(settings, plan.name, sorted(before - after))
+    scaling.unscale(settings, plan.name, sorted(before - after))
     endpoint = Endpoint.get(endpoint_name=plan.name, region=region)
     endpoint.endpoint_config_name = plan.config
     options = {}
@@ -172,11 +141,11 @@ def back(settings: Settings, plan: Plan) -> None:
     print(f"the golden samples disagree: going back to {config}", flush=True)
     with aws.explained(f"putting {plan.name} back on {config}"):
         aws.client(settings, "sagemaker").update_endpoint(EndpointName=plan.name, EndpointConfigName=config)
-    facts = endpoints.wait(settings, plan.name)
+    facts = endpoint_state.wait(settings, plan.name)
     if facts["EndpointStatus"] != "InService" or facts["EndpointConfigName"] != config:
         raise UserError(f"{plan.name} is {facts['EndpointStatus']} and not back on {config}: "
                         f"{aws.failure(facts)}; `make status` shows it")  # fmt: skip
-    endpoints.scale(settings, plan.name, [variant["VariantName"] for variant in facts["ProductionVariants"]])
+    scaling.scale(settings, plan.name, [variant["VariantName"] for variant in facts["ProductionVariants"]])
 
 
 def _steps(settings: Settings) -> Any:
@@ -211,12 +180,12 @@ def undo(settings: Settings, stack: aws.Stack, plan: Plan, end: str | None) -> N
     """
     sagemaker = aws.client(settings, "sagemaker")
     try:
-        facts = endpoints.describe(settings, plan.name) or {}
+        facts = endpoint_state.describe(settings, plan.name) or {}
         states = (facts, facts.get("PendingDeploymentSummary", {}))
         if plan.config in [state.get("EndpointConfigName") for state in states]:
             print(f"the endpoint {plan.name} goes on; `make destroy ENDPOINT={plan.name}` removes it", flush=True)
             return
-        endpoints.set_end(settings, stack, plan.name, end)
+        expiry.set_end(settings, stack, plan.name, end)
         deletions = {"EndpointConfigName": sagemaker.delete_endpoint_config, "ModelName": sagemaker.delete_model}
         for argument, delete in deletions.items():
             with aws.explained(f"removing {plan.config}"):

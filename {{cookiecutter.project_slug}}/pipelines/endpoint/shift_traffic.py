@@ -1,13 +1,15 @@
 """Move requests between the variants of an endpoint: `make shift-traffic VARIANT=challenger WEIGHT=50`.
 
-python -m pipelines.shift_traffic --variant challenger --weight 100 --endpoint image-classifier-eu
+python -m pipelines shift-traffic --variant challenger --weight 100 --endpoint image-classifier-eu
 """
 
 from __future__ import annotations
 
-from pipelines import aws, console, endpoints
+from pipelines import terminal
+from pipelines.cloud import account as aws
 from pipelines.config import Settings, load
-from pipelines.console import UserError
+from pipelines.endpoint import state
+from pipelines.terminal import UserError
 
 
 def shift(settings: Settings, name: str, chosen: str, percent: int) -> dict[str, float]:
@@ -16,7 +18,7 @@ def shift(settings: Settings, name: str, chosen: str, percent: int) -> dict[str,
     Raises:
         UserError: when there is no such variant, or only one.
     """
-    facts = endpoints.running(settings, name)
+    facts = state.running(settings, name)
     weights = {item["VariantName"]: float(item.get("CurrentWeight") or 0.0) for item in facts["ProductionVariants"]}
     if chosen not in weights or len(weights) < 2:
         raise UserError(
@@ -39,15 +41,15 @@ def shift(settings: Settings, name: str, chosen: str, percent: int) -> dict[str,
 
 def main() -> int:
     """Command line; see the module's docstring."""
-    parser = console.parser("Move requests between the variants of an endpoint.", settings=True)
+    parser = terminal.parser("Move requests between the variants of an endpoint.", settings=True)
     parser.add_argument("--variant", required=True, help="VARIANT=: the one that gets WEIGHT percent")
     parser.add_argument("--weight", type=int, required=True, help="WEIGHT=: percent of the requests")
     parser.add_argument("--endpoint", help="default: endpoint.name")
     options = parser.parse_args()
     settings = load(options.set)
-    name = endpoints.name(settings, options.endpoint)
+    name = state.name(settings, options.endpoint)
     shares = shift(settings, name, options.variant, options.weight)
-    now = endpoints.wait(settings, name)
+    now = state.wait(settings, name)
     print(f"{name}: {', '.join(f'{key} {share:g} %' for key, share in sorted(shares.items()))}")
     if now["EndpointStatus"] != "InService":
         raise UserError(f"{name} is {now['EndpointStatus']}: {aws.failure(now)}")
@@ -55,4 +57,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    console.run_verb(main)
+    terminal.run_verb(main)

@@ -1,6 +1,6 @@
 """Set two finished runs side by side: `make compare RUN_A=<name> RUN_B=<name>`; without names the two newest.
 
-    python -m pipelines.compare --a 20261120-093000-a1b2 --b 20261121-093000-c3d4
+    python -m pipelines compare --a 20261120-093000-a1b2 --b 20261121-093000-c3d4
 
 What differs in settings, code, data and environment, every metric, and whether the test accuracies really differ.
 """
@@ -11,10 +11,11 @@ import math
 from pathlib import Path
 from typing import Any
 
-from pipelines import console, page, runs
-from pipelines.charts import number_text
-from pipelines.console import UserError
-from pipelines.page import Record
+from pipelines import runs, terminal
+from pipelines.report import page
+from pipelines.report.charts import number_text
+from pipelines.report.page import Record
+from pipelines.terminal import UserError
 
 FACTS = ("git_commit", "data", "dataset_fingerprint", "pretrained_sha256", "mode", "image", "instances", "device")
 Row = tuple[str, ...]  # name, A, B, difference
@@ -78,7 +79,7 @@ def names(a: str | None, b: str | None) -> tuple[Path, Path]:
 
 def main() -> int:
     """Command line; see the module's docstring."""
-    parser = console.parser("Set two finished runs side by side.")
+    parser = terminal.parser("Set two finished runs side by side.")
     parser.add_argument("--a", metavar="RUN", help="name of a run (default: the one before B)")
     parser.add_argument("--b", metavar="RUN", help="name of a run (default: the newest)")
     options = parser.parse_args()
@@ -95,4 +96,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    console.run_verb(main)
+    terminal.run_verb(main)

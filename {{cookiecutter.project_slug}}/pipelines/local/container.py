@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 
-from pipelines import engine
-from pipelines.console import TrainingView, log_to
-from pipelines.jobs import LAUNCHER, Interrupted, Job, JobFailed, Outputs, failure_reason
+from pipelines import project
+from pipelines.local import engine
+from pipelines.local.job import LAUNCHER, Interrupted, Job, JobFailed, Outputs, failure_reason
+from pipelines.local.view import TrainingView
+from pipelines.terminal import log_to
 
 
 def run(job: Job, image: str, view: TrainingView) -> Outputs:
@@ -30,7 +32,7 @@ def run(job: Job, image: str, view: TrainingView) -> Outputs:
     trainer = ModelTrainer(
         training_mode=Mode.LOCAL_CONTAINER,
         training_image=image,
-        base_job_name=engine.project_name()[:40],
+        base_job_name=project.name()[:40],
         source_code=SourceCode(source_dir=str(job.source), command=f"exec python3 {LAUNCHER}"),
         compute=Compute(instance_type="local_gpu" if gpus else "local_cpu", instance_count=job.instances),
         hyperparameters=job.hyperparameters,

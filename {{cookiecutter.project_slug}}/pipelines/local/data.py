@@ -1,6 +1,6 @@
 """Pack images into the data set that training reads: `make data`, `make data DATA=photos`.
 
-    python -m pipelines.data --data photos
+    python -m pipelines data --data photos
 
 A folder that is packed already, with the same files and settings, is left as it is.
 """
@@ -19,12 +19,11 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from pipelines import ROOT, SOURCE, console
+from pipelines import ROOT, SOURCE, terminal
 from pipelines.config import Settings, load
-from pipelines.console import UserError
 from pipelines.runs import STAMPS
-from pipelines.sample_data import write_digits
-from processing.progress import waiting
+from pipelines.terminal import UserError
+from progress import waiting
 from training.config import shown
 
 DATA = ROOT / "data"
@@ -162,9 +161,30 @@ def state(folder: Path, options: list[str]) -> str:
     return digest.hexdigest()
 
 
+def write_digits(folder: Path) -> None:
+    """Write scikit-learn's handwritten digits as `<folder>/<digit>/<number>.png`: a real data set without a download.
+
+    1,797 grey pictures of 8x8 pixels in ten classes (E. Alpaydin and C. Kaynak, UCI Machine Learning Repository, 1998).
+    The folder appears when it is complete.
+    """
+    import numpy as np
+    from PIL import Image
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    for number, (image, label) in enumerate(zip(digits.images, digits.target, strict=True)):
+        path = temporary / str(label) / f"{number:04d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.round(image * (255 / 16)).astype(np.uint8)).save(path)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary.rename(folder)
+
+
 def main() -> int:
     """Command line; see the module's docstring."""
-    parser = console.parser("Pack images into the data set that training reads.", settings=True)
+    parser = terminal.parser("Pack images into the data set that training reads.", settings=True)
     parser.add_argument("--data", help="folder with one sub-folder of images a class (default: data.source)")
     options = parser.parse_args()
     target = prepare(load(options.set), options.data)
@@ -175,4 +195,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    console.run_verb(main)
+    terminal.run_verb(main)

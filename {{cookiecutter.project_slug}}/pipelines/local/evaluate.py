@@ -1,6 +1,6 @@
 """Evaluate a finished run on the test split of its data set: `make evaluate`, `make evaluate RUN=<name>`.
 
-    python -m pipelines.evaluate --run 20261121-093000-a1b2
+    python -m pipelines evaluate --run 20261121-093000-a1b2
 
 The split must be the one that was set aside when the run was trained: packed again in another way, it may hold images
 that the model has seen. The run's report is rendered again, with what came out.
@@ -14,8 +14,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from pipelines import ROOT, SOURCE, console, page, runs
-from pipelines.console import UserError
+from pipelines import ROOT, SOURCE, runs, terminal
+from pipelines.report import page
+from pipelines.terminal import UserError
 
 
 def evaluate(folder: Path) -> int:
@@ -46,7 +47,7 @@ def evaluate(folder: Path) -> int:
 
 def main() -> int:
     """Command line; see the module's docstring."""
-    parser = console.parser("Evaluate a finished run on the test split of its data set.")
+    parser = terminal.parser("Evaluate a finished run on the test split of its data set.")
     parser.add_argument("--run", help="name of a run (default: the newest)")
     folder = runs.find(parser.parse_args().run)
     code = evaluate(folder)
@@ -57,4 +58,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    console.run_verb(main)
+    terminal.run_verb(main)

@@ -1,6 +1,6 @@
 """Classify an image file with a finished run: `make predict IMAGE=photo.jpg`, `make predict IMAGE=... RUN=<name>`.
 
-    python -m pipelines.predict --image photo.jpg
+    python -m pipelines predict --image photo.jpg
 
 More options (--json) are handed to src/inference/predict.py.
 """
@@ -11,13 +11,13 @@ import shlex
 import subprocess
 import sys
 
-from pipelines import SOURCE, console, runs
-from pipelines.console import UserError
+from pipelines import SOURCE, runs, terminal
+from pipelines.terminal import UserError
 
 
 def main() -> int:
     """Command line; see the module's docstring."""
-    parser = console.parser("Classify image files with a finished run; --json prints what a server would send.")
+    parser = terminal.parser("Classify image files with a finished run; --json prints what a server would send.")
     parser.add_argument("--run", help="name of a run (default: the newest)")
     parser.add_argument("--image", action="append", default=[], help="an image file; may be repeated")
     options, more = parser.parse_known_args()
@@ -32,4 +32,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    console.run_verb(main)
+    terminal.run_verb(main)

@@ -15,9 +15,9 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from pipelines import engine
-from pipelines.console import TrainingView
-from pipelines.jobs import GRACE, LAUNCHER, MASTER_PORT, Job, JobFailed, Outputs, failure_reason
+from pipelines.local import engine
+from pipelines.local.job import GRACE, LAUNCHER, MASTER_PORT, Job, JobFailed, Outputs, failure_reason
+from pipelines.local.view import TrainingView
 
 
 def run(job: Job, view: TrainingView) -> Outputs:

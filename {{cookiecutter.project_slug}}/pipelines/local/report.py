@@ -1,6 +1,6 @@
 """Render the report of a finished run, `artifacts/<run>/report.html`: `make report`, `make report RUN=<name>`.
 
-    python -m pipelines.report --run 20261121-093000-a1b2
+    python -m pipelines report --run 20261121-093000-a1b2
 
 A run that has not been evaluated on the test split is evaluated first; where that cannot be done, the report says so
 and shows the rest.
@@ -11,13 +11,15 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from pipelines import ROOT, console, evaluate, page, runs
-from pipelines.console import UserError
+from pipelines import ROOT, runs, terminal
+from pipelines.local import evaluate
+from pipelines.report import page
+from pipelines.terminal import UserError
 
 
 def main() -> int:
     """Command line; see the module's docstring."""
-    parser = console.parser("Render the HTML report of a finished run.")
+    parser = terminal.parser("Render the HTML report of a finished run.")
     parser.add_argument("--run", help="name of a run (default: the newest)")
     folder = runs.find(parser.parse_args().run)
     page.read(folder)  # what cannot be reported is not evaluated either
@@ -32,4 +34,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    console.run_verb(main)
+    terminal.run_verb(main)

@@ -1,6 +1,6 @@
 """Serve a finished run on this machine: `make serve-local`, `make serve-local IMAGE=photo.jpg` asks once and stops.
 
-    python -m pipelines.serve_local --port 8081 --run 20261121-093000-a1b2
+    python -m pipelines serve-local --port 8081 --run 20261121-093000-a1b2
 
 The server is the one that SageMaker will run, in the same image, with its files read-only; where no Docker engine
 answers it is a process. It listens on 127.0.0.1 only. INFERENCE_... variables (see src/inference/serve.py) are handed
@@ -23,10 +23,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from inference.artifact import ArtifactError, unpack
-from pipelines import SOURCE, console, engine, runs
+from pipelines import SOURCE, project, runs, terminal
 from pipelines.config import load
-from pipelines.console import UserError
-from processing.progress import waiting
+from pipelines.local import engine, images
+from pipelines.terminal import UserError
+from progress import waiting
 
 PATIENCE = 120  # seconds until the model must be loaded
 
@@ -42,7 +43,7 @@ def command(image: str | None, model: Path, port: int) -> list[str]:
     if image is None:
         script = SOURCE / "inference" / "serve.py"
         return [sys.executable, str(script), "--model-dir", str(model), "--host", "127.0.0.1", "--port", str(port)]
-    words = ["docker", "run", "--rm", "--init", "--name", f"{engine.project_name()}-serve-{os.getpid()}"]
+    words = ["docker", "run", "--rm", "--init", "--name", f"{project.name()}-serve-{os.getpid()}"]
     words += ["--publish", f"127.0.0.1:{port}:8080", "--volume", f"{model}:/opt/ml/model:ro"]
     words += ["--read-only", "--cap-drop", "ALL", "--security-opt", "no-new-privileges"]
     words += ["--user", f"{os.getuid()}:{os.getgid()}"]
@@ -122,7 +123,7 @@ def ask_about(file: Path, port: int) -> int:
 
 def main() -> int:
     """Command line; see the module's docstring."""
-    parser = console.parser("Serve a finished run on 127.0.0.1.", settings=True)
+    parser = terminal.parser("Serve a finished run on 127.0.0.1.", settings=True)
     parser.add_argument("--run", help="name of a run (default: the newest)")
     parser.add_argument("--image", type=Path, help="an image file: ask once, print the answer and stop")
     parser.add_argument("--mode", choices=["auto", "container", "process"], help="default: compute.local_mode")
@@ -130,7 +131,7 @@ def main() -> int:
     options = parser.parse_args()
     settings = load(options.set, options={"compute.local_mode": options.mode})
     folder = runs.find(options.run)
-    image = engine.choose(settings, "serving")
+    image = images.choose(settings, "serving")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with server(folder / "model.tar.gz", image, options.port) as process:
@@ -152,4 +153,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    console.run_verb(main)
+    terminal.run_verb(main)

@@ -1,6 +1,6 @@
 """Train on this machine as SageMaker would: `make train-local`.
 
-    python -m pipelines.train_local --data photos --set training.epochs=3
+    python -m pipelines train-local --data photos --set training.epochs=3
 
 The job is SDK V3's `ModelTrainer` in local-container mode, with the project's image. Where no Docker engine answers,
 the same entry script runs as processes under the same `SM_*` contract. It needs no AWS account, credentials, region or
@@ -16,10 +16,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-from pipelines import ROOT, console, container, data, engine, page, process, runs
+from pipelines import ROOT, project, runs, terminal
 from pipelines.config import Settings, load
-from pipelines.console import TrainingView, UserError
-from pipelines.jobs import Interrupted, Job, JobFailed, interruptible, threads
+from pipelines.local import container, data, images, process
+from pipelines.local.job import Interrupted, Job, JobFailed, interruptible, threads
+from pipelines.local.view import TrainingView
+from pipelines.report import page
+from pipelines.terminal import UserError
 from training.config import Hyperparameters
 
 STARTED = time.monotonic()
@@ -52,7 +55,7 @@ def train(
         settings = settings.model_copy(update={"training": Hyperparameters(**request["hyperparameters"])})
     hyperparameters, instances = settings.training.as_dict(), settings.compute.local_instances
     dataset = data.prepare(settings, source)
-    image = engine.choose(settings, "training")
+    image = images.choose(settings, "training")
     name = run or name or runs.new_name()
     checkpoints = runs.CHECKPOINTS / name
     checkpoints.mkdir(parents=True, exist_ok=True)
@@ -66,11 +69,11 @@ def train(
         hyperparameters=hyperparameters,
         channels=channels | ({"pretrained": pretrained} if pretrained else {}),
         instances=instances,
-        environment={"GIT_COMMIT": runs.git_commit(), "PYTHONUNBUFFERED": "1"} | threads(instances),
+        environment={"GIT_COMMIT": project.git_commit(), "PYTHONUNBUFFERED": "1"} | threads(instances),
     )
     print(f"run {name} on {dataset.relative_to(ROOT)}, {f'in image {image}' if image else 'as a process'}", flush=True)
     first_step: list[float] = []
-    tried = runs.source_hash()
+    tried = project.source_hash()
     view = TrainingView(job.root / "job.log", image is not None, verbose)
     view.on_first_step = lambda: first_step.append(time.monotonic() - started)
     try:
@@ -122,7 +125,7 @@ def _fresh_root(name: str) -> Path:
 
 def main() -> int:
     """Command line; see the module's docstring."""
-    parser = console.parser("Train on this machine as SageMaker would.", settings=True)
+    parser = terminal.parser("Train on this machine as SageMaker would.", settings=True)
     parser.add_argument("--data", help="folder with one sub-folder of images a class (default: data.source)")
     parser.add_argument("--run", help="name of an interrupted run to resume (default: a fresh run)")
     parser.add_argument("--mode", choices=["auto", "container", "process"], help="default: compute.local_mode")
@@ -139,4 +142,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    console.run_verb(main)
+    terminal.run_verb(main)

@@ -1,6 +1,6 @@
 """Watch an endpoint: compare what it is asked and says with its artifact's baseline, by a schedule: `make monitor`.
 
-    python -m pipelines.monitor --set monitoring.schedule=daily
+    python -m pipelines monitor --set monitoring.schedule=daily
     make monitor DATA=<folder of captured requests> RUN=<name>          # the same comparison here, without AWS
     aws s3 sync s3://<bucket>/capture/<endpoint> <folder>               # fetches such a folder
 
@@ -22,10 +22,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pipelines import ROOT, SOURCE, aws, console, endpoints, image_push, logs, prices, runs, storage
+from pipelines import ROOT, SOURCE, project, runs, terminal
+from pipelines.cloud import account as aws
+from pipelines.cloud import images, prices, storage
+from pipelines.cloud.processing import CODE
 from pipelines.config import Settings, load
-from pipelines.console import UserError
-from pipelines.process_job import CODE
+from pipelines.endpoint import expiry, state
+from pipelines.terminal import UserError
 
 EVERY = {"hourly": 1, "daily": 24}  # hours
 CRON = {"hourly": "cron(20 * * * ? *)", "daily": "cron(20 0 * * ? *)"}  # captured requests may come minutes late
@@ -52,7 +55,7 @@ def find(settings: Settings, name: str) -> Watched:
     Raises:
         UserError: when requests and answers are not captured.
     """
-    facts, sagemaker = endpoints.running(settings, name), aws.client(settings, "sagemaker")
+    facts, sagemaker = state.running(settings, name), aws.client(settings, "sagemaker")
     with aws.explained(f"looking up what {name} serves"):
         config = sagemaker.describe_endpoint_config(EndpointConfigName=facts["EndpointConfigName"])
         capture = config.get("DataCaptureConfig", {})
@@ -80,11 +83,11 @@ def monitor(settings: Settings, name: str, yes: bool) -> None:
         UserError: when the endpoint cannot be watched, or somebody says no.
     """
     chosen, stack = settings.monitoring, aws.stack(settings)
-    watched, until = find(settings, name), endpoints.end(settings, name)
+    watched, until = find(settings, name), expiry.end(settings, name)
     end = datetime.fromisoformat(until[3:-1]).replace(tzinfo=UTC) if until else None
     _agree(settings, watched, end, yes)
-    image = image_push.ensure(settings, stack, "training")
-    code = storage.upload(settings, SOURCE, stack.bucket, f"source/{runs.source_hash()}")
+    image = images.ensure(settings, stack, "training")
+    code = storage.upload(settings, SOURCE, stack.bucket, f"source/{project.source_hash()}")
     storage.put(settings, f"{watched.captured}/.monitored", b"")
     with aws.explained(f"monitoring {name}"):
         request = job(settings, stack, watched, image, code, aws.kms_arn(settings))
@@ -134,7 +137,7 @@ def job(settings: Settings, stack: aws.Stack, watched: Watched, image: str, code
     place = {"S3Uri": f"s3://{stack.bucket}/monitoring/{name}", "LocalPath": FOLDERS["report"]}
     report = {"OutputName": "report", "S3Output": place | {"S3UploadMode": "EndOfJob"}}
     return {
-        "ProcessingJobName": f"{logs.prefix()}-monitor-<aws.scheduler.execution-id>",
+        "ProcessingJobName": f"{project.job_prefix()}-monitor-<aws.scheduler.execution-id>",
         "RoleArn": stack.role,
         "AppSpecification": {
             "ImageUri": image,
@@ -232,7 +235,7 @@ def here(settings: Settings, data: str, run: str | None) -> None:
 
 def main() -> int:
     """Command line; see the module's docstring."""
-    parser = console.parser("Compare what an endpoint is asked and says with its artifact's baseline.", settings=True)
+    parser = terminal.parser("Compare what an endpoint is asked and says with its artifact's baseline.", settings=True)
     parser.add_argument("--endpoint", help="its name (default: endpoint.name)")
     parser.add_argument("--data", help="folder of captured requests on this machine, to compare without AWS")
     parser.add_argument("--run", help="with --data: the run whose baseline counts (default: the newest)")
@@ -243,9 +246,9 @@ def main() -> int:
         here(settings, options.data, options.run)
     if options.run:
         raise UserError("RUN goes with DATA; an endpoint is compared with the artifact that it serves")
-    monitor(settings, endpoints.name(settings, options.endpoint), options.yes)
+    monitor(settings, state.name(settings, options.endpoint), options.yes)
     return 0
 
 
 if __name__ == "__main__":
-    console.run_verb(main)
+    terminal.run_verb(main)

@@ -1,6 +1,6 @@
 """Bring the project's SageMaker Pipeline up to date and run it: `make pipeline`, `make pipeline DATA=s3://bucket/photos`.
 
-    python -m pipelines.pipeline --data photos --wait --set pipeline.min_accuracy=0.95
+    python -m pipelines pipeline --data photos --wait --set pipeline.min_accuracy=0.95
 
 It shows what it can cost, its graph, and how its definition differs from the deployed one, which it replaces. A local
 folder is uploaded first, once as long as its files stay the same. Steps whose inputs did not change are not run again.
@@ -15,25 +15,18 @@ import time
 from pathlib import Path
 from typing import Any
 
-from pipelines import (
-    SOURCE,
-    aws,
-    console,
-    data,
-    engine,
-    image_push,
-    prices,
-    process_job,
-    registry,
-    runs,
-    storage,
-    train,
-)
+from pipelines import SOURCE, project, terminal
+from pipelines.cloud import account as aws
+from pipelines.cloud import images as cloud_images
+from pipelines.cloud import packages, prices, processing, storage, train
 from pipelines.config import Settings, load
-from pipelines.console import UserError
-from pipelines.pipeline_graph import mermaid
+from pipelines.local import data
+from pipelines.local import images as local_images
+from pipelines.pipeline.graph import mermaid
+from pipelines.registry import package
+from pipelines.terminal import UserError
 from pipelines.training_pipeline import Inputs, definition
-from processing.progress import waiting
+from progress import waiting
 
 POLL = 15.0  # seconds
 ENDED = ("Succeeded", "Failed", "Stopped")
@@ -56,24 +49,24 @@ def start(settings: Settings, source: str | None, yes: bool) -> str:
     source, stack = source or settings.data.source, aws.stack(settings)
     local = None if source.startswith("s3://") else data.raw(source)
     prices.afford(settings, *_plan(settings, source), yes)
-    targets: tuple[engine.Target, ...] = ("training", "serving")
+    targets: tuple[local_images.Target, ...] = ("training", "serving")
     for target in targets:
-        image_push.ensure(settings, stack, target)
+        cloud_images.ensure(settings, stack, target)
     uri = storage.raw(settings, stack, source, local)
-    champion = registry.champion(settings)
+    champion = packages.champion(settings)
     inputs = Inputs(f"{uri}/", storage.pretrained(settings, stack), champion.accuracy if champion else 0.0)
     with tempfile.TemporaryDirectory() as staged:
         document = definition(settings, stack, inputs, Path(staged))
         print(mermaid(document), end="", flush=True)
-        storage.upload(settings, SOURCE, stack.bucket, f"source/{runs.source_hash()}")
+        storage.upload(settings, SOURCE, stack.bucket, f"source/{project.source_hash()}")
         for folder in Path(staged).iterdir():
             storage.upload(settings, folder, stack.bucket, f"source/{folder.name}")
     _upsert(settings, stack, document)
     given = {"InputData": inputs.data, "ChampionAccuracy": str(inputs.champion)}
-    registry.make_group(settings)
+    package.make_group(settings)
     with aws.explained("starting the pipeline"):
         started = aws.client(settings, "sagemaker").start_pipeline_execution(
-            PipelineName=engine.project_name(),
+            PipelineName=project.name(),
             PipelineParameters=[{"Name": name, "Value": value} for name, value in given.items()],
         )
     return str(started["PipelineExecutionArn"])
@@ -81,13 +74,13 @@ def start(settings: Settings, source: str | None, yes: bool) -> str:
 
 def _plan(settings: Settings, source: str) -> tuple[str, float | None]:
     """What an execution is, and the most that it can cost."""
-    compute, longest = settings.compute, process_job.hours(settings)
+    compute, longest = settings.compute, processing.hours(settings)
     packs = prices.hourly(settings, "processing", compute.process_instance_type)
     trains = prices.hourly(settings, "training", compute.instance_type)
     hours = train.longest(settings)
     costs = prices.cost(packs, 2 * longest), prices.cost(trains, hours * compute.instances)
     return (
-        f"pipeline {engine.project_name()} in {settings.aws.region}, on {source}: two processing jobs on 1 x "
+        f"pipeline {project.name()} in {settings.aws.region}, on {source}: two processing jobs on 1 x "
         f"{compute.process_instance_type}, {longest:g} hours at most each, and a training job on "
         f"{train.machines(settings)}, {hours:g} hours at most",
         None if None in costs else sum(cost or 0.0 for cost in costs),
@@ -96,7 +89,7 @@ def _plan(settings: Settings, source: str) -> tuple[str, float | None]:
 
 def _upsert(settings: Settings, stack: aws.Stack, document: dict[str, Any]) -> None:
     """Create the pipeline, or update it where it differs, and show how."""
-    sagemaker, name = aws.client(settings, "sagemaker"), engine.project_name()
+    sagemaker, name = aws.client(settings, "sagemaker"), project.name()
     said = {"PipelineName": name, "PipelineDefinition": json.dumps(document), "RoleArn": stack.pipeline_role}
     with aws.explained(f"updating the pipeline {name}"):
         deployed = aws.unless_missing(sagemaker.describe_pipeline, PipelineName=name)
@@ -170,7 +163,7 @@ def hints(settings: Settings, arn: str) -> str:
 
 def main() -> int:
     """Command line; see the module's docstring."""
-    parser = console.parser("Bring the project's SageMaker Pipeline up to date and run it.", settings=True)
+    parser = terminal.parser("Bring the project's SageMaker Pipeline up to date and run it.", settings=True)
     parser.add_argument("--data", help="folder of raw images, here or s3://... (default: data.source)")
     parser.add_argument("--wait", action="store_true", help="follow its steps; fails when one does")
     parser.add_argument("--yes", action="store_true", help="go on although it is over budget")
@@ -185,4 +178,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    console.run_verb(main)
+    terminal.run_verb(main)

@@ -1,6 +1,6 @@
 """Run the project's pipeline on this machine: `make pipeline-local`, `make pipeline-local DATA=photos`.
 
-    python -m pipelines.pipeline_local --set pipeline.min_accuracy=0.95
+    python -m pipelines pipeline-local --set pipeline.min_accuracy=0.95
 
 What runs is the definition that `make pipeline` would send, each step in a container of the project's image with the
 folders that SageMaker would give it, or as a process where no Docker engine answers. A model that passes the gate
@@ -22,23 +22,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipelines import (
-    ROOT,
-    SOURCE,
-    console,
-    container,
-    data,
-    engine,
-    image_push,
-    page,
-    process,
-    register,
-    registry,
-    runs,
-)
+from pipelines import ROOT, SOURCE, project, runs, terminal
+from pipelines.cloud import images as cloud_images
+from pipelines.cloud import packages
 from pipelines.config import Settings, load
-from pipelines.console import TrainingView, UserError
-from pipelines.jobs import Interrupted, Job, JobFailed, Outputs, interruptible, threads
+from pipelines.local import container, data, engine, process
+from pipelines.local import images as local_images
+from pipelines.local.job import Interrupted, Job, JobFailed, Outputs, interruptible, threads
+from pipelines.local.view import TrainingView
+from pipelines.registry import package as registry_package
+from pipelines.registry import register
+from pipelines.report import page
+from pipelines.terminal import UserError
 from pipelines.training_pipeline import LOCAL, Inputs, definition
 
 CHECKS: dict[str, Callable[[Any, Any], bool]] = {
@@ -209,12 +204,12 @@ def run(settings: Settings, source: str | None) -> Path:
     began, hosts = time.monotonic(), settings.compute.local_instances
     settings = settings.model_copy(update={"aws": settings.aws.model_copy(update={"kms_key": "none"})})  # needs no AWS
     raw = data.raw(source or settings.data.source)
-    image = engine.choose(settings, "training")
-    name, tried = runs.new_name(), runs.source_hash()
+    image = local_images.choose(settings, "training")
+    name, tried = runs.new_name(), project.source_hash()
     root = runs.WORK / name
     (root / "staged").mkdir(parents=True)
     weights = data.weights(settings, root / "weights")
-    approved = [package.accuracy for package in registry.local() if package.status == registry.APPROVED]
+    approved = [package.accuracy for package in registry_package.local() if package.status == packages.APPROVED]
     inputs = Inputs("s3://local/raw/", "s3://local/weights/" if weights else None, (approved or [0.0])[-1])
     document = definition(settings, LOCAL, inputs, root / "staged")
     folders = {"s3://local/raw/": raw, "s3://local/weights/": root / "weights", f"s3://local/source/{tried}": SOURCE}
@@ -238,8 +233,8 @@ def run(settings: Settings, source: str | None) -> Path:
     print(page.attach(folder))
     with tempfile.TemporaryDirectory(prefix="register-") as temporary:
         evidence = register.evidence(folder / "model.tar.gz", Path(temporary))
-        serving, approval = image_push.uri(settings, LOCAL, "serving"), settings.pipeline.approval
-        package = registry.register_local(evidence, serving, folder / "model.tar.gz", Path(temporary), approval)
+        serving, approval = cloud_images.uri(settings, LOCAL, "serving"), settings.pipeline.approval
+        package = registry_package.register_local(evidence, serving, folder / "model.tar.gz", Path(temporary), approval)
     print(f"registered as {package.relative_to(ROOT)}, {approval}")
     shutil.rmtree(root, ignore_errors=True)
     return folder
@@ -247,7 +242,7 @@ def run(settings: Settings, source: str | None) -> Path:
 
 def main() -> int:
     """Command line; see the module's docstring."""
-    parser = console.parser("Run the project's pipeline on this machine.", settings=True)
+    parser = terminal.parser("Run the project's pipeline on this machine.", settings=True)
     parser.add_argument("--data", help="folder with one sub-folder of images a class (default: data.source)")
     parser.add_argument("--mode", choices=["auto", "container", "process"], help="default: compute.local_mode")
     options = parser.parse_args()
@@ -257,4 +252,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    console.run_verb(main)
+    terminal.run_verb(main)

@@ -1,6 +1,6 @@
 """Approve or reject a registered model: `make approve`, `make approve PACKAGE=3`, `make approve ARGS=--reject`.
 
-    python -m pipelines.approve --package 3 --yes
+    python -m pipelines approve --package 3 --yes
 
 Without PACKAGE it is the newest one that waits. The newest approved package is the champion: `make deploy
 PACKAGE=champion`, and what the pipeline measures a new model against.
@@ -8,10 +8,12 @@ PACKAGE=champion`, and what the pipeline measures a new model against.
 
 from __future__ import annotations
 
-from pipelines import aws, console, registry
+from pipelines import terminal
+from pipelines.cloud import account as aws
+from pipelines.cloud import packages
+from pipelines.cloud.packages import APPROVED, PENDING, REJECTED
 from pipelines.config import Settings, load
-from pipelines.console import UserError
-from pipelines.registry import APPROVED, PENDING, REJECTED
+from pipelines.terminal import UserError
 
 
 def approve(settings: Settings, wanted: str | None, reject: bool, yes: bool) -> None:
@@ -20,10 +22,10 @@ def approve(settings: Settings, wanted: str | None, reject: bool, yes: bool) -> 
     Raises:
         UserError: when there is none, or the answer is no.
     """
-    chosen = registry.find(settings, wanted) if wanted else registry.newest(settings, PENDING)
+    chosen = packages.find(settings, wanted) if wanted else packages.newest(settings, PENDING)
     if chosen is None:
-        raise UserError(f"no package of {registry.group()} waits for approval; `make register` makes one")
-    best, status = registry.champion(settings), REJECTED if reject else APPROVED
+        raise UserError(f"no package of {packages.group()} waits for approval; `make register` makes one")
+    best, status = packages.champion(settings), REJECTED if reject else APPROVED
     if chosen.status == status:
         print(f"{chosen} is {status} already")
         return
@@ -35,7 +37,7 @@ def approve(settings: Settings, wanted: str | None, reject: bool, yes: bool) -> 
     aws.confirm("\n".join(plan), yes)
     with aws.explained(f"setting {chosen.arn} to {status}"):
         aws.client(settings, "sagemaker").update_model_package(ModelPackageArn=chosen.arn, ModelApprovalStatus=status)
-    after = registry.champion(settings)
+    after = packages.champion(settings)
     print(f"{chosen.arn} is {status}; the champion is {after or 'none'}")
     if after:
         print("deploy it with `make deploy PACKAGE=champion`")
@@ -43,7 +45,7 @@ def approve(settings: Settings, wanted: str | None, reject: bool, yes: bool) -> 
 
 def main() -> int:
     """Command line; see the module's docstring."""
-    parser = console.parser("Approve or reject a registered model.", settings=True)
+    parser = terminal.parser("Approve or reject a registered model.", settings=True)
     parser.add_argument("--package", help="version, or ARN (default: the newest that waits for approval)")
     parser.add_argument("--reject", action="store_true", help="reject it instead")
     parser.add_argument("--yes", action="store_true", help="do not ask")
@@ -53,4 +55,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    console.run_verb(main)
+    terminal.run_verb(main)

@@ -13,11 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipelines import aws, engine, runs
+from pipelines import runs
+from pipelines.cloud import account as aws
+from pipelines.cloud import packages
 from pipelines.config import Settings
-from pipelines.console import UserError
-
-PENDING, APPROVED, REJECTED = "PendingManualApproval", "Approved", "Rejected"
 
 
 @dataclass(frozen=True)
@@ -39,38 +38,6 @@ class Evidence:
     facts: dict[str, Any]
     evaluation: dict[str, Any]
     files: dict[str, str]
-
-
-@dataclass(frozen=True)
-class Package:
-    """A version of the model."""
-
-    arn: str
-    version: int
-    status: str
-    uri: str
-    metadata: dict[str, str]
-
-    @property
-    def accuracy(self) -> float:
-        """On the test split of its own data; 0 when it was registered by something else, which did not say."""
-        return float(self.metadata.get("accuracy", 0.0))
-
-    def __str__(self) -> str:
-        known = (key for key in ("run", "accuracy", "accuracy_low", "accuracy_high") if key in self.metadata)
-        return f"{'/'.join(self.arn.split('/')[-2:])} ({', '.join(f'{key} {self.metadata[key]}' for key in known)})"
-
-
-def group() -> str:
-    """The project's group of model packages."""
-    return engine.project_name()
-
-
-def package(facts: dict[str, Any]) -> Package:
-    """From what AWS, or a local package.json, says."""
-    uri = facts["InferenceSpecification"]["Containers"][0].get("ModelDataUrl", "")
-    version, status = facts.get("ModelPackageVersion", 0), facts.get("ModelApprovalStatus", APPROVED)
-    return Package(facts["ModelPackageArn"], version, status, uri, facts.get("CustomerMetadataProperties", {}))
 
 
 def description(evidence: Evidence, image: str, uri: str, place: str) -> dict[str, Any]:
@@ -99,9 +66,9 @@ def description(evidence: Evidence, image: str, uri: str, place: str) -> dict[st
     quality = {"Statistics": files["evaluation.json"]}
     made = {"CommitId": model["git_commit"], "GeneratedBy": evidence.facts.get("job") or evidence.run}
     return {
-        "ModelPackageGroupName": group(),
+        "ModelPackageGroupName": packages.group(),
         "ModelPackageDescription": f"{evidence.run}, accuracy {accuracy['value']:.4f}, artifact {evidence.identity}",
-        "ModelApprovalStatus": PENDING,
+        "ModelApprovalStatus": packages.PENDING,
         "InferenceSpecification": {  # instance types may be left out, and then any will do
             "Containers": [{"Image": image, "ModelDataUrl": uri}],
             "SupportedContentTypes": [*IMAGE_TYPES, JSON_TYPE, NPY_TYPE],
@@ -134,7 +101,7 @@ def card(evidence: Evidence, image: str, uri: str) -> dict[str, Any]:
     }  # fmt: skip
     trained = f"{model['architecture']} at {model['image_size']} pixels, torch {model['torch_version']}"
     return {
-        "model_overview": {"model_creator": group(), "model_artifact": [uri]},
+        "model_overview": {"model_creator": packages.group(), "model_artifact": [uri]},
         "intended_uses": {
             "purpose_of_model": purpose[:2048],
             "intended_uses": "Images like those of its training data. It has no answer 'none of these'.",
@@ -148,78 +115,35 @@ def card(evidence: Evidence, image: str, uri: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def summaries(settings: Settings, status: str | None = None) -> list[dict[str, Any]]:
-    """The group's packages, newest first; none when there is no group."""
-    wanted = {"ModelPackageGroupName": group(), "SortBy": "CreationTime", "SortOrder": "Descending"}
-    wanted |= {"ModelApprovalStatus": status} if status else {}
-    sagemaker = aws.client(settings, "sagemaker")
-    with aws.explained(f"listing the model packages of {group()}"):
-        listed = aws.pages(sagemaker, "list_model_packages", "ModelPackageSummaryList", **wanted)
-        return aws.unless_missing(lambda: list(listed)) or []
-
-
-def find(settings: Settings, wanted: str) -> Package:
-    """The package that a person names: `champion`, a version number, or an ARN.
-
-    Raises:
-        UserError: when there is none.
-    """
-    if wanted == "champion":
-        best = champion(settings)
-        if best is None:
-            raise UserError(f"no package of {group()} is approved, so there is no champion; `make approve` makes one")
-        return best
-    if not wanted.startswith("arn:"):
-        there = {str(item["ModelPackageVersion"]): item["ModelPackageArn"] for item in summaries(settings)}
-        if wanted not in there:
-            raise UserError(f"{group()} has no package {wanted!r}; it has: {', '.join(there) or 'none'}")
-        wanted = there[wanted]
-    with aws.explained(f"looking up the model package {wanted}"):
-        return package(aws.client(settings, "sagemaker").describe_model_package(ModelPackageName=wanted))
-
-
-def newest(settings: Settings, status: str | None = None, identity: str = "") -> Package | None:
-    """The newest package, with an approval status or of an artifact where one is given."""
-    for item in summaries(settings, status):
-        if identity in item.get("ModelPackageDescription", ""):
-            return find(settings, item["ModelPackageArn"])
-    return None
-
-
-def champion(settings: Settings) -> Package | None:
-    """The newest approved package."""
-    return newest(settings, APPROVED)
-
-
 def make_group(settings: Settings) -> None:
     """Make the project's group when it is missing; a package has the tags of its group."""
     sagemaker = aws.client(settings, "sagemaker")
-    with aws.explained(f"registering in {group()}"):
-        if aws.unless_missing(sagemaker.describe_model_package_group, ModelPackageGroupName=group()) is None:
+    with aws.explained(f"registering in {packages.group()}"):
+        if aws.unless_missing(sagemaker.describe_model_package_group, ModelPackageGroupName=packages.group()) is None:
             sagemaker.create_model_package_group(
-                ModelPackageGroupName=group(), ModelPackageGroupDescription="Image classifiers of one project",
+                ModelPackageGroupName=packages.group(), ModelPackageGroupDescription="Image classifiers of one project",
                 Tags=aws.tags(settings),
             )  # fmt: skip
 
 
-def register(settings: Settings, request: dict[str, Any]) -> Package:
+def register(settings: Settings, request: dict[str, Any]) -> packages.Package:
     """Create a package, and the group when it is missing."""
     make_group(settings)
-    with aws.explained(f"registering in {group()}"):
+    with aws.explained(f"registering in {packages.group()}"):
         made = aws.client(settings, "sagemaker").create_model_package(**request)
-    return find(settings, made["ModelPackageArn"])
+    return packages.find(settings, made["ModelPackageArn"])
 
 
-def local() -> list[Package]:
+def local() -> list[packages.Package]:
     """What is in the local registry, oldest first."""
-    files = (runs.ARTIFACTS / "registry" / group()).glob("[0-9]*/package.json")
-    there = [package(json.loads(file.read_text(encoding="utf-8"))) for file in files]
+    files = (runs.ARTIFACTS / "registry" / packages.group()).glob("[0-9]*/package.json")
+    there = [packages.package(json.loads(file.read_text(encoding="utf-8"))) for file in files]
     return sorted(there, key=lambda known: known.version)
 
 
-def register_local(evidence: Evidence, image: str, archive: Path, files: Path, status: str = PENDING) -> Path:
+def register_local(evidence: Evidence, image: str, archive: Path, files: Path, status: str = packages.PENDING) -> Path:
     """Copy an artifact and its evidence into the local registry; gives the version's folder, the first one's if any."""
-    home, there = runs.ARTIFACTS / "registry" / group(), local()
+    home, there = runs.ARTIFACTS / "registry" / packages.group(), local()
     for known in there:
         if known.metadata["artifact"] == evidence.identity:
             return home / str(known.version)
@@ -232,7 +156,7 @@ def register_local(evidence: Evidence, image: str, archive: Path, files: Path, s
         shutil.copyfile(files / name, partial / name)
     said = description(evidence, image, str(folder / "model.tar.gz"), str(folder))
     own = {
-        "ModelPackageArn": f"local/{group()}/{version}",
+        "ModelPackageArn": f"local/{packages.group()}/{version}",
         "ModelPackageVersion": version,
         "ModelApprovalStatus": status,
     }

@@ -1,6 +1,6 @@
 """Register an artifact with its metrics, model card, report and baseline, for approval: `make register RUN=<name>`.
 
-    python -m pipelines.register --run 20261121-093000-a1b2
+    python -m pipelines register --run 20261121-093000-a1b2
     make register JOB=<training job>    ARTIFACT=<file>                # instead of the newest run or RUN=
 
 It needs the metrics on the test split, `evaluation.json` beside the artifact: `make evaluate`. An artifact that is
@@ -17,10 +17,14 @@ import tempfile
 from argparse import Namespace
 from pathlib import Path
 
-from pipelines import aws, console, image_push, prices, pull, registry, runs, source, storage
+from pipelines import runs, terminal
+from pipelines.cloud import account as aws
+from pipelines.cloud import artifact, images, packages, prices, pull, storage
+from pipelines.cloud.packages import Package
 from pipelines.config import Settings, load
-from pipelines.console import UserError
-from pipelines.registry import Evidence, Package
+from pipelines.registry import package
+from pipelines.registry.package import Evidence
+from pipelines.terminal import UserError
 
 ATTACHED = ("evaluation.json", "run.json", "report.html")  # beside an artifact; the last two where they are there
 
@@ -33,7 +37,7 @@ def evidence(archive: Path, folder: Path) -> Evidence:
     """
     run = archive.resolve().parent.name
     with tempfile.TemporaryDirectory(prefix="register-") as unpacked:
-        source.checked(archive, Path(unpacked))
+        artifact.checked(archive, Path(unpacked))
         for name in ("model.json", "baseline.json"):
             shutil.copyfile(Path(unpacked, name), folder / name)
     for name in ATTACHED:
@@ -59,31 +63,31 @@ def register(settings: Settings, options: Namespace) -> Package:
     Raises:
         UserError: when it cannot be registered.
     """
-    source.only_one(options)
+    artifact.only_one(options)
     if options.job:
         archive = pull.pull(settings, options.job) / "model.tar.gz"
     else:
         archive = options.artifact or runs.find(options.run) / "model.tar.gz"
     with tempfile.TemporaryDirectory(prefix="register-") as temporary:
         found = evidence(archive, Path(temporary))
-        known = registry.newest(settings, identity=found.identity)
+        known = packages.newest(settings, identity=found.identity)
         if known:
             print(f"{archive} is registered already: {known} is {known.status}")
             return known
         stack = aws.stack(settings)
-        image, place = image_push.uri(settings, stack, "serving"), registry.group()
+        image, place = images.uri(settings, stack, "serving"), packages.group()
         plan = f"registers {found.run} in the model package group {place} in {settings.aws.region}, with {image}"
         prices.afford(settings, plan, 0.0, yes=False)
-        image_push.ensure(settings, stack, "serving")
+        images.ensure(settings, stack, "serving")
         uri = found.facts.get("model_uri") or storage.artifact(settings, stack, archive)
         digest = hashlib.sha256(json.dumps(found.files, sort_keys=True).encode()).hexdigest()
         attached = storage.upload(settings, Path(temporary), stack.bucket, f"registry/{digest}")
-        return registry.register(settings, registry.description(found, image, uri, attached))
+        return package.register(settings, package.description(found, image, uri, attached))
 
 
 def main() -> int:
     """Command line; see the module's docstring."""
-    parser = console.parser("Register an artifact for approval.", settings=True)
+    parser = terminal.parser("Register an artifact for approval.", settings=True)
     parser.add_argument("--run", help="name of a run (default: the newest)")
     parser.add_argument("--job", help="a training job, which is pulled first")
     parser.add_argument("--artifact", type=Path, help="a model.tar.gz, with its evaluation.json beside it")
@@ -94,4 +98,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    console.run_verb(main)
+    terminal.run_verb(main)

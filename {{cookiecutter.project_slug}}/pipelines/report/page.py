@@ -1,6 +1,6 @@
 """The HTML report of a run: one file, no script, nothing from elsewhere, rendered from the run's own files.
 
-`make train-local` and `make evaluate` leave it beside the run; `make report` renders it again (pipelines/report.py).
+`make train-local` and `make evaluate` leave it beside the run; `make report` renders it again.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipelines import ROOT, charts
-from pipelines.charts import number_text
-from pipelines.console import UserError
-from pipelines.markup import facts, save, table, text
+from pipelines import ROOT
+from pipelines.report import charts
+from pipelines.report.charts import number_text
+from pipelines.report.markup import facts, save, table, text
+from pipelines.terminal import UserError
 
 NAME = "report.html"
 TABLE_CLASSES = 20  # more: a heat map instead of a table

@@ -1,6 +1,6 @@
 """Log a finished run to MLflow: `make track`, `make track RUN=<name>`, `make track JOB=<job>` (fetches it first).
 
-    python -m pipelines.track --run 20261121-093000-a1b2 --set tracking.uri=https://mlflow.example.com
+    python -m pipelines track --run 20261121-093000-a1b2 --set tracking.uri=https://mlflow.example.com
 
 `make train-local` and `make pull` do it too, after their work. Tracking reads the run's files, so it cannot kill,
 slow or repeat training. Do it as often as you want: what was logged half is completed, nothing is logged twice.
@@ -21,9 +21,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from pipelines import console, engine, pull, runs
+from pipelines import project, runs, terminal
+from pipelines.cloud import pull
 from pipelines.config import load
-from pipelines.console import UserError
+from pipelines.terminal import UserError
 
 VARIABLES = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",  # seconds that a server may be silent
@@ -54,14 +55,14 @@ def log(folder: Path, uri: str) -> str:
     from mlflow.entities import Metric, Param, RunTag
 
     facts = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    name, project, metrics = facts["run"], engine.project_name(), _metrics(folder)
+    name, own, metrics = facts["run"], project.name(), _metrics(folder)
     start = round(datetime.strptime(name[:15], "%Y%m%d-%H%M%S").timestamp() * 1000)  # local time
     length = round(facts["seconds"] * 1000)
     last = max(epoch for _, epoch, _ in metrics)
     origin = {
         "git_commit": facts["git_commit"] or "", "mlflow.source.git.commit": facts["git_commit"] or "",
         "dataset_fingerprint": facts["dataset_fingerprint"], "data": facts["data"], "mode": facts["mode"],
-        "artifact": facts.get("model_uri") or str(folder / "model.tar.gz"), "mlflow.source.name": project,
+        "artifact": facts.get("model_uri") or str(folder / "model.tar.gz"), "mlflow.source.name": own,
     }  # fmt: skip
 
     def kept(run: Any) -> bool:
@@ -72,9 +73,9 @@ def log(folder: Path, uri: str) -> str:
 
     mlflow.set_tracking_uri(uri)
     client = mlflow.MlflowClient()
-    experiment = client.get_experiment_by_name(project)
+    experiment = client.get_experiment_by_name(own)
     place = (runs.ARTIFACTS / "mlflow").as_uri() if uri == local_store() else None  # MLflow's own is the current folder
-    where = experiment.experiment_id if experiment else client.create_experiment(project, artifact_location=place)
+    where = experiment.experiment_id if experiment else client.create_experiment(own, artifact_location=place)
     same = (run for run in client.search_runs([where], f"attributes.run_name = '{name}'") if run.info.run_name == name)
     run = next(same, None) or client.create_run(where, start_time=start, run_name=name)
     if kept(run):
@@ -129,7 +130,7 @@ def _reason(error: BaseException) -> str:
 
 def main() -> int:
     """Command line; see the module's docstring."""
-    parser = console.parser("Log a finished run to MLflow.", settings=True)
+    parser = terminal.parser("Log a finished run to MLflow.", settings=True)
     parser.add_argument("--run", help="name of a run (default: the newest)")
     parser.add_argument("--job", help="name of a training job on SageMaker, fetched when it is not here")
     parser.add_argument("--optional", action="store_true", help="a failure is a warning, and nothing takes long")
@@ -164,4 +165,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    console.run_verb(main)
+    terminal.run_verb(main)

@@ -1,6 +1,6 @@
 """Search hyperparameters with SageMaker's tuner: `make tune`, `make tune DATA=s3://bucket/packed WAIT=1`.
 
-    python -m pipelines.tune --data photos --wait --set tuning.max_jobs=4
+    python -m pipelines tune --data photos --wait --set tuning.max_jobs=4
 
 Ranges, objective and limits are the section `tuning` of configs/infrastructure.yaml. A tuner can give its jobs no
 command: the image's own `train` starts the script that the SDK uploads, and it the same command as `make train`. AWS's
@@ -14,13 +14,17 @@ import re
 import time
 from typing import Any
 
-from pipelines import ROOT, SOURCE, aws, console, data, image_push, logs, prices, train, tuning
+from pipelines import ROOT, SOURCE, project, terminal
+from pipelines.cloud import account as aws
+from pipelines.cloud import images, jobs, prices, train
 from pipelines.config import Range, Settings, load, number
-from pipelines.console import UserError
-from pipelines.jobs import LAUNCHER
-from processing.progress import waiting
+from pipelines.local import data
+from pipelines.local.job import LAUNCHER
+from pipelines.terminal import UserError
+from pipelines.tuning import results
+from progress import waiting
 
-KIND = logs.TUNING
+KIND = jobs.TUNING
 TOOLKIT = re.compile(r"/[\w.-]*pytorch[\w.-]*training[\w.-]*[:@]")  # images that bring AWS's sagemaker-training
 
 
@@ -33,7 +37,7 @@ def most(settings: Settings) -> float | None:
 
 def new_name() -> str:
     """A name for a tuning job: at most 32 characters, and its jobs' names begin with it."""
-    return f"{logs.short()}-{time.strftime('%y%m%d%H%M%S')}"
+    return f"{project.tuning_prefix()}-{time.strftime('%y%m%d%H%M%S')}"
 
 
 def tune(settings: Settings, source: str | None, yes: bool) -> str:
@@ -58,7 +62,7 @@ def tune(settings: Settings, source: str | None, yes: bool) -> str:
         )
     stack = aws.stack(settings)
     local = None if source.startswith("s3://") else data.prepare(settings, source)
-    image = image_push.uri(settings, stack, "training")
+    image = images.uri(settings, stack, "training")
     name = new_name()
     prices.afford(
         settings,
@@ -72,7 +76,7 @@ def tune(settings: Settings, source: str | None, yes: bool) -> str:
     train.stage_image(settings, stack)
     channels = train.stage_data(settings, stack, source, local)
     request = train.Request(name, settings.training.as_dict(), channels)
-    with logs.starting(settings, KIND, name):
+    with jobs.starting(settings, KIND, name):
         _submit(settings, stack, request, image)
     return name
 
@@ -133,18 +137,18 @@ def follow(settings: Settings, name: str, once: bool) -> dict[str, Any]:
     try:
         with waiting(f"the search {name}") as say:
             while True:
-                facts = logs.describe(settings, KIND, name)
+                facts = jobs.describe(settings, KIND, name)
                 if not facts:
                     raise UserError(f"there is no tuning job {name!r} in {settings.aws.region}")
                 counts = facts.get("TrainingJobStatusCounters", {})
-                line = ", ".join(f"{count} {logs.words(word, ' ')}" for word, count in counts.items() if count)
+                line = ", ".join(f"{count} {jobs.words(word, ' ')}" for word, count in counts.items() if count)
                 if shown != (shown := f"[{facts['Status']}] {line}".rstrip()):
                     say(shown)
-                if once or facts["Status"] in logs.ENDED:
+                if once or facts["Status"] in jobs.ENDED:
                     return facts
-                time.sleep(logs.POLL)
+                time.sleep(jobs.POLL)
     except KeyboardInterrupt:
-        raise UserError(f"{name} runs on. {logs.after(settings, KIND, name)}", code=130) from None
+        raise UserError(f"{name} runs on. {jobs.after(settings, KIND, name)}", code=130) from None
 
 
 def report(settings: Settings, facts: dict[str, Any]) -> None:
@@ -160,7 +164,7 @@ def report(settings: Settings, facts: dict[str, Any]) -> None:
             "TrainingJobSummaries", HyperParameterTuningJobName=name, SortBy="CreationTime", SortOrder="Ascending",
         ))  # fmt: skip
     trials = [
-        tuning.Trial(
+        results.Trial(
             job["TrainingJobName"], {key: _read(value) for key, value in job["TunedHyperParameters"].items()},
             job.get("FinalHyperParameterTuningJobObjectiveMetric", {}).get("Value"), job["TrainingJobStatus"],
         )
@@ -171,13 +175,13 @@ def report(settings: Settings, facts: dict[str, Any]) -> None:
     searched = settings.tuning.model_copy(
         update={"ranges": dict.fromkeys(ranges), "objective": objective["MetricName"], "goal": objective["Type"]}
     )
-    print(tuning.table(searched, trials, console.width()))
+    print(results.table(searched, trials, terminal.width()))
     if facts["Status"] == "Failed":
         raise UserError(f"{name} failed: {aws.failure(facts)}")
-    best = tuning.best(searched, trials)
+    best = results.best(searched, trials)
     if best:
         print(f"best: {best.name}; fetch it with `make pull JOB={best.name}`, or train longer with its values:")
-        print(f"  make train {tuning.options(best)}")
+        print(f"  make train {results.options(best)}")
     if facts["Status"] in ("Stopped", "Stopping"):
         raise UserError(f"{name} was stopped before its end")
     if facts["Status"] == "Completed" and best is None:
@@ -193,7 +197,7 @@ def _read(value: str) -> Any:
 
 def main() -> int:
     """Command line; see the module's docstring."""
-    parser = console.parser("Search hyperparameters with SageMaker's tuner.", settings=True)
+    parser = terminal.parser("Search hyperparameters with SageMaker's tuner.", settings=True)
     parser.add_argument("--data", help="folder of raw images, or s3://... of a packed data set (default: data.source)")
     parser.add_argument("--job", help="name of a tuning job to look at, instead of starting one")
     parser.add_argument("--wait", action="store_true", help="follow it to its end; fails when the search does")
@@ -202,11 +206,11 @@ def main() -> int:
     settings = load(options.set)
     name = options.job or tune(settings, options.data, options.yes)
     if not options.job:
-        print(f"started {name}. {logs.after(settings, KIND, name)}", flush=True)
+        print(f"started {name}. {jobs.after(settings, KIND, name)}", flush=True)
     if options.job or options.wait:
         report(settings, follow(settings, name, once=not options.wait))
     return 0
 
 
 if __name__ == "__main__":
-    console.run_verb(main)
+    terminal.run_verb(main)

@@ -1,6 +1,6 @@
 """Search hyperparameters on this machine, one trial after the other: `make tune-local`.
 
-    python -m pipelines.tune_local --data photos --set tuning.max_jobs=20
+    python -m pipelines tune-local --data photos --set tuning.max_jobs=20
 
 The ranges and the objective of `make tune`, each trial a run of `make train-local`, the search by Optuna. A search that
 was stopped, or killed, goes on where it was: the newest with the same settings, or the one that `RUN=` names, which may
@@ -17,10 +17,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pipelines import ROOT, console, data, engine, runs, train, train_local, tuning
+from pipelines import ROOT, runs, terminal
+from pipelines.cloud import train as cloud_train
 from pipelines.config import Settings, Tuning, load, number
-from pipelines.console import UserError
-from pipelines.jobs import Interrupted, interruptible
+from pipelines.local import data, images
+from pipelines.local import train as local_train
+from pipelines.local.job import Interrupted, interruptible
+from pipelines.terminal import UserError
+from pipelines.tuning import results
 from training.config import Hyperparameters, parse
 
 STUDIES = runs.ARTIFACTS / "tuning"
@@ -45,7 +49,7 @@ def tune(settings: Settings, source: str, name: str | None, verbose: bool) -> Pa
     """
     data.prepare(settings, source)
     search = settings.tuning
-    mode = "container" if engine.choose(settings, "training") else "process"  # chosen once, for all trials
+    mode = "container" if images.choose(settings, "training") else "process"  # chosen once, for all trials
     settings = settings.model_copy(update={"compute": settings.compute.model_copy(update={"local_mode": mode})})
     request = {"source": source, "training": settings.training.as_dict(), "tuning": search.model_dump()}
     name = name or _unfinished(request) or runs.new_name()
@@ -60,18 +64,18 @@ def tune(settings: Settings, source: str, name: str | None, verbose: bool) -> Pa
         except Interrupted as error:
             message = f"stopped by {error}; the search goes on with `make tune-local RUN={name}`"
             raise UserError(message, code=130) from error
-        best = tuning.best(search, trials)
+        best = results.best(search, trials)
         result = {"best": best and best.name, search.objective: best and best.objective, "values": best and best.values}
         (folder / RESULT).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print(tuning.table(search, trials, console.width()))
+    print(results.table(search, trials, terminal.width()))
     print(f"in {folder.relative_to(ROOT)}: trials.txt, plot.svg, {RESULT}")
     if best is None:
         raise UserError(f"none of the {len(trials)} trials succeeded; each said why above")
-    print(f"best: {best.name}\nnext:\n  make evaluate RUN={best.name}\n  make train-local {tuning.options(best)}")
+    print(f"best: {best.name}\nnext:\n  make evaluate RUN={best.name}\n  make train-local {results.options(best)}")
     return folder
 
 
-def _search(settings: Settings, source: str, folder: Path, verbose: bool) -> list[tuning.Trial]:
+def _search(settings: Settings, source: str, folder: Path, verbose: bool) -> list[results.Trial]:
     """Try until there are enough trials; begins with the one that was stopped."""
     import optuna
 
@@ -94,13 +98,13 @@ def _search(settings: Settings, source: str, folder: Path, verbose: bool) -> lis
         else:
             trial = study.ask({key: _distribution(key, choice) for key, choice in search.ranges.items()})
             trial.set_user_attr("run", runs.new_name())
-        words = " ".join(f"{key}={tuning.short(value)}" for key, value in trial.params.items())
+        words = " ".join(f"{key}={results.short(value)}" for key, value in trial.params.items())
         print(f"trial {len(trials) + 1} of {search.max_jobs}: {words}", flush=True)
         reached = _trained(settings, source, trial.user_attrs["run"], trial.params, verbose)
         study.tell(trial.number, reached, state=optuna.trial.TrialState.FAIL if reached is None else None)
         trials = _trials(study)
-        (folder / "trials.txt").write_text(tuning.table(search, trials) + "\n", encoding="utf-8")
-        (folder / "plot.svg").write_text(tuning.plot(search, trials), encoding="utf-8")
+        (folder / "trials.txt").write_text(results.table(search, trials) + "\n", encoding="utf-8")
+        (folder / "plot.svg").write_text(results.plot(search, trials), encoding="utf-8")
     return trials
 
 
@@ -125,20 +129,20 @@ def _trained(settings: Settings, source: str, run: str, values: dict[str, Any], 
     folder, begun = runs.ARTIFACTS / run, (runs.CHECKPOINTS / run / "request.json").is_file()
     if not folder.is_dir():  # else the search was killed before it took note
         try:
-            train_local.train(trial, source, run if begun else None, verbose, run, time.monotonic())
+            local_train.train(trial, source, run if begun else None, verbose, run, time.monotonic())
         except UserError as error:
             if error.code == 130:
                 raise Interrupted("a signal") from error
             print(f"the trial failed: {error}", flush=True)
             return None
     epochs = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return float(json.loads(epochs[-1])[train.METRICS[settings.tuning.objective]])
+    return float(json.loads(epochs[-1])[cloud_train.METRICS[settings.tuning.objective]])
 
 
-def _trials(study: Any) -> list[tuning.Trial]:
+def _trials(study: Any) -> list[results.Trial]:
     """Those that have ended."""
     return [
-        tuning.Trial(
+        results.Trial(
             trial.user_attrs["run"], trial.params, trial.value, "Failed" if trial.value is None else "Completed"
         )
         for trial in study.trials
@@ -184,7 +188,7 @@ def _begun(settings: Settings, name: str, most: bool) -> tuple[Settings, str]:
 
 def main() -> int:
     """Command line; see the module's docstring."""
-    parser = console.parser("Search hyperparameters on this machine.", settings=True)
+    parser = terminal.parser("Search hyperparameters on this machine.", settings=True)
     parser.add_argument("--data", help="folder with one sub-folder of images a class (default: data.source)")
     parser.add_argument("--run", help="name of a search to go on with (default: the newest unfinished one)")
     parser.add_argument("--mode", choices=["auto", "container", "process"], help="default: compute.local_mode")
@@ -206,4 +210,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    console.run_verb(main)
+    terminal.run_verb(main)

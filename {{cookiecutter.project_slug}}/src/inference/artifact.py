@@ -70,7 +70,7 @@ def unpack(path: Path, folder: Path) -> None:
 
 
 def _import(path: Path) -> ModuleType:
-    """Import the artifact's `inference.py`, which finds its own `imaging` and `training.model` beside itself."""
+    """Import the artifact's `inference.py`, which finds its own `imaging` and `model` beside itself."""
     sys.path.insert(0, str(path.parent))
     try:
         spec = importlib.util.spec_from_file_location("artifact_inference", path)

@@ -30,7 +30,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the source root, instead of this script's folder
 
 from inference.artifact import Artifact, open_artifact
-from processing.progress import progress, waiting
+from progress import progress, waiting
 
 BATCH = 64  # images a question; counted from the first image, so that they are the same wherever a run resumes
 AHEAD = 2 * BATCH  # images that are decoded, or wait for it, while a batch is asked

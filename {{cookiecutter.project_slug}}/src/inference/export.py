@@ -17,7 +17,6 @@ from torch import nn
 
 import imaging
 from inference import inference
-from processing import monitor
 from training.config import Hyperparameters
 from training.data import Split
 
@@ -28,11 +27,10 @@ SOURCE = Path(__file__).resolve().parent.parent
 # From the source tree to `code/`. No folder there may be called `inference`: it would hide inference.py.
 CODE = {
     "inference/inference.py": "inference.py",
-    "inference/ray_app.py": "ray_app.py",
     "inference/requirements.txt": "requirements.txt",
     "imaging.py": "imaging.py",
     "payload.py": "payload.py",
-    "training/model.py": "training/model.py",
+    "model.py": "training/model.py",
 }
 
 
@@ -112,7 +110,7 @@ def baseline(classifier: inference.Classifier, split: Split) -> dict[str, Any]:
         prediction = inference.classify(list(images), classifier)
         labels.update(prediction["labels"])
         confidence += [max(row) for row in prediction["probabilities"]]
-        for name, values in monitor.image_statistics(images).items():
+        for name, values in imaging.image_statistics(images).items():
             looks[name] += values
     return {
         "schema_version": 1,
@@ -126,7 +124,7 @@ def baseline(classifier: inference.Classifier, split: Split) -> dict[str, Any]:
 
 def _histogram(values: list[float], high: float) -> dict[str, Any]:
     edges = np.linspace(0.0, high, BINS + 1).tolist()
-    return {"edges": edges, "counts": monitor.counted(values, edges)}
+    return {"edges": edges, "counts": imaging.counted(values, edges)}
 
 
 def checksums(folder: Path) -> dict[str, str]:

@@ -25,8 +25,8 @@ from torch import nn
 
 import imaging
 import payload
+from model import best_device, build_model
 from payload import JSON_TYPE, Batch, RequestError
-from training.model import best_device, build_model
 
 SCHEMA_VERSION = 1
 GOLDEN_TOLERANCE = 0.02  # of a probability: bf16 and other hardware stay within it

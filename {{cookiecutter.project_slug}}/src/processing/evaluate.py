@@ -29,7 +29,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the source root, instead of this script's folder
 
 from inference.artifact import Artifact, ArtifactError, open_artifact
-from processing.progress import progress
+from progress import progress
 
 BATCH = 64
 BINS = 15  # of the reliability diagram, as in the paper

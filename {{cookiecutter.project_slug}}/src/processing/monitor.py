@@ -59,18 +59,6 @@ class Sample:
     skipped: Counter[str] = field(default_factory=Counter)
 
 
-def image_statistics(pixels: NDArray[Any]) -> dict[str, list[float]]:
-    """Brightness and contrast: mean and deviation of each image of a batch, as shares of the range of its pixels."""
-    scale, axes = 255 if pixels.dtype == np.uint8 else 1, (1, 2, 3)
-    means, deviations = pixels.mean(axis=axes) / scale, pixels.std(axis=axes) / scale
-    return {"brightness": means.tolist(), "contrast": deviations.tolist()}
-
-
-def counted(values: Sequence[float], edges: Sequence[float]) -> list[int]:
-    """How many values are in each bin; those outside of all count for the first or the last."""
-    return [int(count) for count in np.histogram(np.clip(values, edges[0], edges[-1]), edges)[0]]
-
-
 def collect(folder: Path, facts: dict[str, Any], start: datetime | None, end: datetime | None) -> Sample:
     """Read every file below a folder; a line that cannot be used is counted by its reason.
 
@@ -120,7 +108,7 @@ def _take(sample: Sample, line: bytes, facts: dict[str, Any], start: datetime | 
     if not known:
         raise Skipped("answered by a model with other classes")
     try:
-        statistics = image_statistics(_pixels(payload.read(body, kind), facts))
+        statistics = imaging.image_statistics(_pixels(payload.read(body, kind), facts))
     except ValueError as error:  # a request that another version's limits let through
         raise Skipped("not readable as images") from error
     if not len(labels) == len(rows) == len(statistics["brightness"]):
@@ -147,7 +135,7 @@ def compare(baseline: dict[str, Any], sample: Sample, limit: float) -> dict[str,
     classes = baseline["predictions"]
     pairs = {"predictions": (list(classes.values()), [sample.labels[name] for name in classes])}
     for name, values in sample.values.items():
-        pairs[name] = baseline[name]["counts"], counted(values, baseline[name]["edges"])
+        pairs[name] = baseline[name]["counts"], imaging.counted(values, baseline[name]["edges"])
     result = {}
     for name, (before, now) in pairs.items():
         value, bins = psi(before, now)

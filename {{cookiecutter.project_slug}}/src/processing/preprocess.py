@@ -30,8 +30,8 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the source root, instead of this script's folder
 
 import imaging
-from processing.progress import progress, waiting
 from processing.scan import SPLITS, Item, PackingError, assign, automatic_size, scan
+from progress import progress, waiting
 
 SCHEMA_VERSION = 1
 SHARD_BYTES = 128 * 2**20

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from training.model import best_device
+from model import best_device
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from training.model import CNN, ModelError
+from model import CNN, ModelError
 
 logger = logging.getLogger("training")
 SUFFIXES = (".safetensors", ".pth", ".pt")

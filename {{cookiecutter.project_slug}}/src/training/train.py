@@ -40,12 +40,12 @@ import numpy as np  # noqa: E402
 import safetensors  # noqa: E402
 import torch  # noqa: E402
 
+from inference.export import write_artifact, write_json  # noqa: E402
+from model import ModelError, build_model  # noqa: E402
 from training import config, data, distributed  # noqa: E402
 from training.board import Board  # noqa: E402
 from training.checkpoint import CheckpointError  # noqa: E402
-from training.export import write_artifact, write_json  # noqa: E402
 from training.loop import fit  # noqa: E402
-from training.model import ModelError, build_model  # noqa: E402
 from training.pretrained import find_weights, freeze, load_weights, published_weights, read_weights  # noqa: E402
 from training.watch import NonFiniteLoss  # noqa: E402
 

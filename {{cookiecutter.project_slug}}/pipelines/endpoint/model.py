@@ -1,0 +1,44 @@
+"""What serves: a model in SageMaker, its tags, and the fleet that the settings ask for."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from pipelines.cloud import account as aws
+from pipelines.config import Settings
+
+
+def fleet(settings: Settings) -> tuple[str, int, str]:
+    """An endpoint's kind of use, as prices have it, and how many of which machine at most; or of its memory."""
+    chosen = settings.endpoint
+    if chosen.type == "serverless":
+        return chosen.type, chosen.max_concurrency, f"Mem-{chosen.memory_mb // 1024}GB"
+    kind = "async" if chosen.type == "async" else "hosting"
+    return kind, max(chosen.instances, chosen.max_instances), chosen.instance_type
+
+
+def create(settings: Settings, stack: aws.Stack, name: str, image: str, uri: str, package: str | None) -> None:
+    """Create a model: of an image and an artifact, or of a package."""
+    from sagemaker.core import resources, shapes
+
+    variables = {name: value for name, value in sorted(os.environ.items()) if name.startswith("INFERENCE_")}
+    model: dict[str, Any] = {"enable_network_isolation": True} if settings.compute.isolation else {}
+    if settings.aws.subnets:
+        network = {"subnets": settings.aws.subnets, "security_group_ids": settings.aws.security_groups}
+        model["vpc_config"] = shapes.VpcConfig(**network)
+    if package:
+        model["containers"] = [shapes.ContainerDefinition(model_package_name=package, environment=variables)]
+    else:
+        container = shapes.ContainerDefinition(image=image, model_data_url=uri, environment=variables)
+        model["primary_container"] = container
+    resources.Model.create(
+        model_name=name, execution_role_arn=stack.role, tags=tags(settings), region=settings.aws.region, **model
+    )
+
+
+def tags(settings: Settings) -> list[Any]:
+    """The project's tags as the SDK takes them."""
+    from sagemaker.core.shapes import Tag
+
+    return [Tag(key=tag["Key"], value=tag["Value"]) for tag in aws.tags(settings)]

@@ -1,0 +1,70 @@
+"""How an endpoint's variants scale with their load: targets, policies and the alarm for the first instance."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pipelines.cloud import account as aws
+from pipelines.config import Settings
+
+BACKLOG, INVOCATIONS = 5.0, 600.0  # requests for an instance: waiting (async), or a minute, that scaling aims at
+
+
+def unscale(settings: Settings, endpoint: str, variants: Sequence[str]) -> None:
+    """Stop scaling variants, where it was started; their policies and those policies' own alarms go with it."""
+    scaling = aws.client(settings, "application-autoscaling")
+    resources = [f"endpoint/{endpoint}/variant/{variant}" for variant in variants]
+    with aws.explained(f"ending the autoscaling of {endpoint}"):
+        if resources:
+            found = scaling.describe_scalable_targets(ServiceNamespace="sagemaker", ResourceIds=resources)
+            for target in found["ScalableTargets"]:
+                keys = ("ServiceNamespace", "ResourceId", "ScalableDimension")
+                scaling.deregister_scalable_target(**{key: target[key] for key in keys})
+
+
+def scale(settings: Settings, endpoint: str, variants: Sequence[str]) -> None:
+    """Scale variants between `endpoint.instances` and `endpoint.max_instances`; an async one down to none."""
+    chosen = settings.endpoint
+    waits = chosen.type == "async"
+    lowest, highest = 0 if waits else chosen.instances, max(chosen.instances, chosen.max_instances)
+    if chosen.type == "serverless" or lowest == highest:
+        unscale(settings, endpoint, variants)
+        return
+    scaling, metric = aws.client(settings, "application-autoscaling"), "SageMakerVariantInvocationsPerInstance"
+    own = {"Namespace": "AWS/SageMaker", "Dimensions": [{"Name": "EndpointName", "Value": endpoint}]}
+    backlog = {"MetricName": "ApproximateBacklogSizePerInstance", "Statistic": "Average", **own}
+    with aws.explained(f"setting up the autoscaling of {endpoint}"):
+        for variant in variants:
+            target = {
+                "ServiceNamespace": "sagemaker",
+                "ResourceId": f"endpoint/{endpoint}/variant/{variant}",
+                "ScalableDimension": "sagemaker:variant:DesiredInstanceCount",
+            }
+            scaling.register_scalable_target(**target, MinCapacity=lowest, MaxCapacity=highest)
+            tracking = {
+                "TargetValue": BACKLOG if waits else INVOCATIONS,
+                "ScaleInCooldown": 300,
+                "ScaleOutCooldown": 60,
+            }
+            kind = {"CustomizedMetricSpecification": backlog} if waits else {
+                "PredefinedMetricSpecification": {"PredefinedMetricType": metric}
+            }  # fmt: skip
+            scaling.put_scaling_policy(
+                **target, PolicyName=f"{endpoint}-{variant}-load", PolicyType="TargetTrackingScaling",
+                TargetTrackingScalingPolicyConfiguration=tracking | kind,
+            )  # fmt: skip
+            if waits:  # per instance there is no backlog when there is no instance: the first one comes by an alarm
+                steps = [{"MetricIntervalLowerBound": 0.0, "ScalingAdjustment": 1}]
+                first = scaling.put_scaling_policy(
+                    **target, PolicyName=f"{endpoint}-{variant}-first", PolicyType="StepScaling",
+                    StepScalingPolicyConfiguration={
+                        "AdjustmentType": "ChangeInCapacity", "MetricAggregationType": "Average", "Cooldown": 300,
+                        "StepAdjustments": steps,
+                    },
+                )  # fmt: skip
+                aws.client(settings, "cloudwatch").put_metric_alarm(
+                    AlarmName=f"{endpoint}-backlog", AlarmDescription="requests wait and there is no instance",
+                    MetricName="HasBacklogWithoutCapacity", **own, Statistic="Average", Period=60, EvaluationPeriods=2,
+                    DatapointsToAlarm=2, Threshold=1.0, ComparisonOperator="GreaterThanOrEqualToThreshold",
+                    TreatMissingData="missing", AlarmActions=[first["PolicyARN"]], Tags=aws.tags(settings),
+                )  # fmt: skip
