@@ -11,26 +11,26 @@ from __future__ import annotations
 import sys
 
 from pipelines import project, terminal
-from pipelines.cloud import account as aws
 from pipelines.cloud import inventory, stack
 from pipelines.cloud import packages as cloud_packages
-from pipelines.config import Settings, load
+from pipelines.cloud.account import Account, ask, confirm, explained, unless_missing
+from pipelines.config import load
 from pipelines.terminal import UserError
 
 
-def destroy(settings: Settings, everything: bool, confirmed: str, yes: bool) -> None:
+def destroy(account: Account, everything: bool, confirmed: str, yes: bool) -> None:
     """Remove the stack, and with `everything` also data and images; see the module's docstring."""
     name = project.name()
-    with aws.explained(f"removing the stack {name}"):
-        running = [f"{item.kind} {item.name}" for item in inventory.everything(settings) if item.bills]
+    with explained(f"removing the stack {name}"):
+        running = [f"{item.kind} {item.name}" for item in inventory.everything(account) if item.bills]
         if running:
             raise UserError(
                 f"still there: {', '.join(running)}; remove endpoints with `make destroy` and stop or await jobs first"
             )
-        cloud = aws.client(settings, "cloudformation")
-        account = aws.client(settings, "sts").get_caller_identity()["Account"]
-        bucket, found = stack.bucket_name(settings, account), stack.find(cloud, name)
-        where = f"in {settings.aws.region}, account {account}"
+        cloud = account.client("cloudformation")
+        number = account.client("sts").get_caller_identity()["Account"]
+        bucket, found = stack.bucket_name(account.settings, number), stack.find(cloud, name)
+        where = f"in {account.region}, account {number}"
         if found is None and not everything:
             print(f"there is no stack {name} {where}; ALL=1 deletes bucket and repository, should they be left")
             return
@@ -42,38 +42,38 @@ def destroy(settings: Settings, everything: bool, confirmed: str, yes: bool) -> 
         if everything:
             _typed(plan, name, confirmed)
         else:
-            aws.confirm(plan, yes)
+            confirm(plan, yes)
         if found is not None:
             stack.remove(cloud, found["StackId"])
         if everything:
-            _delete_pipeline(settings, name)
-            _delete_bucket(settings, bucket, account)
-            _delete_repository(settings, name, account)
-            _delete_registry(settings, name)
+            _delete_pipeline(account, name)
+            _delete_bucket(account, bucket, number)
+            _delete_repository(account, name, number)
+            _delete_registry(account, name)
 
 
 def _typed(plan: str, name: str, confirmed: str) -> None:
     """Go on only when somebody has typed the project's name: YES=1 is not enough to lose data."""
     print(plan, flush=True)
     if not confirmed and sys.stdin.isatty():
-        confirmed = aws.ask(f"type {name} to delete it:")
+        confirmed = ask(f"type {name} to delete it:")
     if confirmed != name:
         raise UserError(f"nothing was deleted: {confirmed!r} is not the project's name; say CONFIRM={name}")
 
 
-def _delete_pipeline(settings: Settings, name: str) -> None:
-    if aws.unless_missing(aws.client(settings, "sagemaker").delete_pipeline, PipelineName=name) is not None:
+def _delete_pipeline(account: Account, name: str) -> None:
+    if unless_missing(account.client("sagemaker").delete_pipeline, PipelineName=name) is not None:
         print(f"deleted the pipeline {name}")
 
 
-def _delete_bucket(settings: Settings, bucket: str, account: str) -> None:
-    s3, owner, deleted = aws.client(settings, "s3"), {"Bucket": bucket, "ExpectedBucketOwner": account}, 0
+def _delete_bucket(account: Account, bucket: str, number: str) -> None:
+    s3, owner, deleted = account.client("s3"), {"Bucket": bucket, "ExpectedBucketOwner": number}, 0
     # A page has at most 1000, which is what one request can delete.
-    while (page := aws.unless_missing(s3.list_object_versions, **owner)) is not None:
+    while (page := unless_missing(s3.list_object_versions, **owner)) is not None:
         versions = [*page.get("Versions", []), *page.get("DeleteMarkers", [])]
         batch = [{"Key": version["Key"], "VersionId": version["VersionId"]} for version in versions]
         if not batch:
-            aws.unless_missing(s3.delete_bucket, **owner)
+            unless_missing(s3.delete_bucket, **owner)
             print(f"deleted the bucket {bucket}")
             return
         answer = s3.delete_objects(**owner, Delete={"Objects": batch, "Quiet": True})
@@ -83,17 +83,17 @@ def _delete_bucket(settings: Settings, bucket: str, account: str) -> None:
         print(f"deleting objects: {deleted}", flush=True)
 
 
-def _delete_repository(settings: Settings, name: str, account: str) -> None:
-    delete = aws.client(settings, "ecr").delete_repository
-    if aws.unless_missing(delete, registryId=account, repositoryName=name, force=True) is not None:
+def _delete_repository(account: Account, name: str, number: str) -> None:
+    delete = account.client("ecr").delete_repository
+    if unless_missing(delete, registryId=number, repositoryName=name, force=True) is not None:
         print(f"deleted the repository {name}")
 
 
-def _delete_registry(settings: Settings, name: str) -> None:
-    sagemaker, group = aws.client(settings, "sagemaker"), {"ModelPackageGroupName": name}
-    if aws.unless_missing(sagemaker.describe_model_package_group, **group) is None:
+def _delete_registry(account: Account, name: str) -> None:
+    sagemaker, group = account.client("sagemaker"), {"ModelPackageGroupName": name}
+    if unless_missing(sagemaker.describe_model_package_group, **group) is None:
         return
-    packages = cloud_packages.summaries(settings)
+    packages = cloud_packages.summaries(account)
     for package in packages:
         sagemaker.delete_model_package(ModelPackageName=package["ModelPackageArn"])
     sagemaker.delete_model_package_group(**group)
@@ -107,7 +107,7 @@ def main() -> int:
     parser.add_argument("--confirm", default="", metavar="NAME", help="with --all: the project's name, typed")
     parser.add_argument("--yes", action="store_true", help="do not ask; with --all it asks all the same")
     options = parser.parse_args()
-    destroy(load(options.set), options.all, options.confirm, options.yes)
+    destroy(Account(load(options.set)), options.all, options.confirm, options.yes)
     return 0
 
 

@@ -13,12 +13,11 @@ import time
 from collections.abc import Callable
 
 from pipelines import project, terminal
-from pipelines.cloud import account as aws
 from pipelines.cloud import inventory
+from pipelines.cloud.account import REASONS, Account, confirm, explained, missing, until
 from pipelines.cloud.inventory import Item
-from pipelines.config import Settings, load
+from pipelines.config import load
 from pipelines.terminal import UserError
-from progress import waiting
 
 PAUSE = 10.0  # seconds between two looks
 PATIENCE = 20 * 60.0  # seconds; a job may take minutes to stop, an endpoint as many to go
@@ -26,25 +25,25 @@ LEAVING = ("Stopping", "Deleting")
 DENIED = "not allowed: `make doctor` shows what is missing"
 
 
-def destroy(settings: Settings, endpoint: str | None, yes: bool) -> None:
+def destroy(account: Account, endpoint: str | None, yes: bool) -> None:
     """Remove what bills, then what only belonged to it; see the module's docstring.
 
     Raises:
         UserError: with what is left, and why.
     """
-    found = chosen(inventory.everything(settings), endpoint)
-    where = f"{endpoint or project.name()} in {settings.aws.region}"
+    found = chosen(inventory.everything(account), endpoint)
+    where = f"{endpoint or project.name()} in {account.region}"
     if not found:
         print(f"there is nothing of {where} to remove")
         return
-    aws.confirm("\n".join([f"removes of {where}, keeping data, images and results:", *inventory.table(found)]), yes)
+    confirm("\n".join([f"removes of {where}, keeping data, images and results:", *inventory.table(found)]), yes)
     names = {_key(item) for item in found} if endpoint else None
     scaling = [item for item in found if item.kind == "autoscaling"]
-    kept = _remove(settings, scaling)  # first, or it would start instances meanwhile
-    refused, left = _until_gone(settings, names, found)
+    kept = _remove(account, scaling)  # first, or it would start instances meanwhile
+    refused, left = _until_gone(account, names, found)
     if not left:  # the schedule that ends an endpoint outlives it, and so does its config, which says what it costs
         rest = [item for item in found if not item.bills and (item not in scaling or _key(item) in kept)]
-        refused = _remove(settings, rest)
+        refused = _remove(account, rest)
         left = [item for item in rest if _key(item) in refused]
     if left:
         reasons = [f"{item.kind} {item.name}{refused.get(_key(item), '')}" for item in left]
@@ -77,45 +76,43 @@ def _key(item: Item) -> tuple[str, str]:
 
 
 def _until_gone(
-    settings: Settings, names: set[tuple[str, str]] | None, found: list[Item]
+    account: Account, names: set[tuple[str, str]] | None, found: list[Item]
 ) -> tuple[dict[tuple[str, str], str], list[Item]]:
     """Ask for removal and look again until nothing bills, all is refused for good, or patience ends."""
     left = [item for item in found if item.bills]
     refused: dict[tuple[str, str], str] = {}
-    said, deadline = "", time.monotonic() + PATIENCE
-    with waiting("AWS to remove that") as say:
-        while left and time.monotonic() < deadline:
-            refused = _remove(settings, [item for item in left if not item.detail.endswith(LEAVING)], say)
-            left = [
-                item for item in inventory.everything(settings) if item.bills and (names is None or _key(item) in names)
-            ]
-            if left and all(DENIED in refused.get(_key(item), "") for item in left):
-                break
-            if left:
-                there = ", ".join(f"{item.kind} {item.name}" for item in left)
-                if there != said:
-                    say(f"waiting for {there}")
-                said = there
-                time.sleep(PAUSE)
+    deadline = time.monotonic() + PATIENCE
+
+    def look(say: Callable[[str], None]) -> tuple[bool | None, str]:
+        nonlocal refused, left
+        refused = _remove(account, [item for item in left if not item.detail.endswith(LEAVING)], say)
+        left = [item for item in inventory.everything(account) if item.bills and (names is None or _key(item) in names)]
+        if all(DENIED in refused.get(_key(item), "") for item in left):
+            return True, ""
+        over = time.monotonic() > deadline or None
+        return over, f"waiting for {', '.join(f'{item.kind} {item.name}' for item in left)}"
+
+    if left:
+        until("AWS to remove that", PAUSE, look)
     return refused, left
 
 
-def _remove(settings: Settings, items: list[Item], say: Callable[[str], None] = print) -> dict[tuple[str, str], str]:
+def _remove(account: Account, items: list[Item], say: Callable[[str], None] = print) -> dict[tuple[str, str], str]:
     """Ask for the removal of each; returns why AWS refused, where it did: what is there then shows the next look."""
     from botocore.exceptions import ClientError
 
     refused = {}
     for item in items:
         service, operation, parameters = item.removal
-        with aws.explained(f"removing {item.kind} {item.name}"):
+        with explained(f"removing {item.kind} {item.name}"):
             try:
-                getattr(aws.client(settings, service), operation)(**parameters)
+                getattr(account.client(service), operation)(**parameters)
                 say(f"removing {item.kind} {item.name}")
             except ClientError as error:
                 details = error.response["Error"]
-                if aws.missing(error) or details["Code"] == "ObjectNotFoundException":
+                if missing(error) or details["Code"] == "ObjectNotFoundException":
                     continue
-                denied = f", {DENIED}" if details["Code"] in aws.REASONS["denied"] else ""
+                denied = f", {DENIED}" if details["Code"] in REASONS["denied"] else ""
                 refused[_key(item)] = f" ({' '.join(details['Message'].split())}{denied})"
     return refused
 
@@ -126,7 +123,7 @@ def main() -> int:
     parser.add_argument("--endpoint", help="only this one, and what belongs to it (default: all of the project)")
     parser.add_argument("--yes", action="store_true", help="do not ask")
     options = parser.parse_args()
-    destroy(load(options.set), options.endpoint, options.yes)
+    destroy(Account(load(options.set)), options.endpoint, options.yes)
     return 0
 
 
