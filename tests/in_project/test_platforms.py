@@ -15,6 +15,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 import imaging
+import model
 from pipelines import ROOT, config, environment, project
 from pipelines.cloud import images as image_push
 from pipelines.cloud.account import Account
@@ -22,7 +23,7 @@ from pipelines.local import engine
 from pipelines.local import images as image
 from tests.cloud import STACK
 from tests.programs import put_first
-from training import checkpoint, data, loop, model, optim, speed
+from training import checkpoint, data, loop, optim, speed
 from training.config import Hyperparameters
 from training.distributed import World
 

@@ -16,11 +16,11 @@ from pathlib import Path
 
 import pytest
 
+import progress
 from pipelines import config
 from pipelines.cloud import storage
 from pipelines.cloud.account import Account
 from pipelines.local import view as local_view
-from processing import progress
 from processing.preprocess import pack
 from tests.cloud import STACK, Recorder, aws
 from tests.helpers import verb_environment

@@ -18,6 +18,7 @@ from xml.etree import ElementTree
 import boto3
 import pytest
 
+from pipelines import project
 from pipelines.cloud import destroy, inventory, plan
 from pipelines.cloud.account import Account
 from pipelines.local import engine
@@ -76,14 +77,14 @@ def test_tuning_requests(search: Recorder, name: str, overrides: list[str]) -> N
     assert len(request["HyperParameterTuningJobName"]) <= 32
 
 
-@pytest.mark.parametrize("project", ["cats", "a-classifier-of-many-big-cats", "a-classifier-of-ca-and-of-dogs"])
-def test_names_fit_into_the_limit(monkeypatch: pytest.MonkeyPatch, project: str) -> None:
-    monkeypatch.setattr(project, "name", lambda: project)
+@pytest.mark.parametrize("own", ["cats", "a-classifier-of-many-big-cats", "a-classifier-of-ca-and-of-dogs"])
+def test_names_fit_into_the_limit(monkeypatch: pytest.MonkeyPatch, own: str) -> None:
+    monkeypatch.setattr(project, "name", lambda: own)
     name = tune.new_name()
     assert len(name) <= 32
     assert re.fullmatch(r"[a-z](-?[a-z0-9])+-\d{12}", name)
     assert name.startswith(f"{project.tuning_prefix()}-")
-    assert project.startswith(project.tuning_prefix())
+    assert own.startswith(project.tuning_prefix())
 
 
 @pytest.mark.parametrize(
