@@ -1,9 +1,10 @@
-"""`pipeline`, `pipeline-local`, `pipeline-graph`: the definition, each request in it, its gate, whole runs of it."""
+"""`pipeline` and `pipeline-local`: the definition, each request in it, its gate, whole runs of it."""
 
 from __future__ import annotations
 
 import gc
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,7 @@ import yaml
 from botocore.exceptions import ClientError
 from botocore.validate import ParamValidator
 from tests.cloud import KEY, STACK, Recorder, aws, check_golden
+from tests.graph import mermaid
 from tests.helpers import Verb, verb_environment
 from tests.test_training_local import NO_ENGINE
 
@@ -29,7 +31,6 @@ from pipelines.cloud import account as cloud
 from pipelines.cloud import bootstrap_destroy, destroy, inventory, packages, prices
 from pipelines.endpoint import deploy
 from pipelines.pipeline import cloud as pipeline
-from pipelines.pipeline import graph as pipeline_graph
 from pipelines.pipeline.local import Execution
 from pipelines.registry import package as registry
 from pipelines.terminal import UserError
@@ -409,14 +410,13 @@ def test_status_shows_what_executes_and_destroy_stops_it(
     assert account.named("DeletePipeline")[0]["PipelineName"] == NAME
 
 
-def test_the_pictures_are_of_this_pipeline(tmp_path: Path) -> None:
+def test_the_graph_in_the_docs_is_of_this_pipeline(tmp_path: Path) -> None:
+    """One page shows it, for GitHub to draw."""
+    pages = [path.read_text(encoding="utf-8") for path in (ROOT / "docs").glob("*.md")]
+    (shown,) = [block for page in pages for block in re.findall(r"(?ms)^```mermaid\n(.*?)^```$", page)]
     document = compiled(tmp_path, stack=LOCAL)
-    drawn = {"svg": pipeline_graph.svg(document), "mmd": pipeline_graph.mermaid(document)}
-    for suffix, text in drawn.items():
-        shown = (ROOT / "docs" / f"pipeline.{suffix}").read_text(encoding="utf-8")
-        assert shown == text, "do `make pipeline-graph`"
-    for name in steps(document):
-        assert f">{name}</text>" in drawn["svg"]
+    assert shown == mermaid(document), f"a page in docs/ must show this graph:\n{mermaid(document)}"
+    assert {"Preprocess", "Train", "Evaluate", "Gate", "Register", "Refuse"} == set(steps(document))
 
 
 def only_run(project: Path) -> Path:

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 import boto3
 import pytest
@@ -406,9 +405,7 @@ def rows(folder: Path) -> list[list[str]]:
     return [line.lstrip("*").split() for line in (folder / "trials.txt").read_text().splitlines()[1:]]
 
 
-def test_a_search_on_this_machine_ends_with_a_table_and_a_plot_and_can_be_extended(
-    verb: Verb, project: Path, raw: Path
-) -> None:
+def test_a_search_on_this_machine_ends_with_a_table_and_can_be_extended(verb: Verb, project: Path, raw: Path) -> None:
     words = ["--data", str(raw), "--mode", "process", *LOCAL]
     done = verb("tune_local", *words, "--set", "tuning.max_jobs=2")
     assert done.returncode == 0, done.stderr
@@ -421,7 +418,6 @@ def test_a_search_on_this_machine_ends_with_a_table_and_a_plot_and_can_be_extend
     metrics = [json.loads(file.read_text())["val_accuracy"] for file in project.glob("artifacts/2*/metrics.json")]
     assert result["validation:accuracy"] == max(metrics)
     assert f"make evaluate RUN={result['best']}" in done.stdout
-    assert ElementTree.parse(folder / "plot.svg").getroot().tag.endswith("svg")
     again = verb("tune_local", "--run", folder.name, "--mode", "process", "--set", "tuning.max_jobs=3")
     assert again.returncode == 0, again.stderr
     assert searches(project) == [folder]
@@ -501,7 +497,7 @@ def test_one_search_is_run_by_one_process(tmp_path: Path) -> None:
         pass
 
 
-def test_tables_and_plots_of_any_search() -> None:
+def test_tables_of_any_search() -> None:
     """The best is the least where that is wanted, never one that was stopped; text, switches and equal values."""
     search = settings(
         "tuning.goal=Minimize", "tuning.objective=validation:loss",
@@ -520,7 +516,4 @@ def test_tables_and_plots_of_any_search() -> None:
     assert [line[0] for line in tuning.table(search, trials).splitlines()] == [" ", " ", "*", " ", " "]
     assert "--set training.horizontal_flip=False --set training.model=resnet18" in tuning.options(best)
     for some in (trials, trials[:1], trials[3:], []):
-        root = ElementTree.fromstring(tuning.plot(search, some))
-        circles = [circle for circle in root.iter() if circle.tag.endswith("circle")]
-        assert len(circles) == 5 * sum(one.objective is not None for one in some)
-        assert all(0 <= float(circle.attrib[axis]) <= 240 for circle in circles for axis in ("cx", "cy"))
+        assert len(tuning.table(search, some).splitlines()) == 1 + len(some)

@@ -2,8 +2,8 @@
 
     python -m pipelines pipeline --data photos --wait --set pipeline.min_accuracy=0.95
 
-It shows what it can cost, its graph, and how its definition differs from the deployed one, which it replaces. A local
-folder is uploaded first, once as long as its files stay the same. Steps whose inputs did not change are not run again.
+It shows what it can cost and how its definition differs from the deployed one, which it replaces. A local folder is
+uploaded first, once as long as its files stay the same. Steps whose inputs did not change are not run again.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from pipelines.cloud import packages, prices, processing, storage, train
 from pipelines.config import Settings, load
 from pipelines.local import data
 from pipelines.local import images as local_images
-from pipelines.pipeline.graph import mermaid
 from pipelines.registry import package
 from pipelines.terminal import UserError
 from pipelines.training_pipeline import Inputs, definition
@@ -57,7 +56,6 @@ def start(settings: Settings, source: str | None, yes: bool) -> str:
     inputs = Inputs(f"{uri}/", storage.pretrained(settings, stack), champion.accuracy if champion else 0.0)
     with tempfile.TemporaryDirectory() as staged:
         document = definition(settings, stack, inputs, Path(staged))
-        print(mermaid(document), end="", flush=True)
         storage.upload(settings, SOURCE, stack.bucket, f"source/{project.source_hash()}")
         for folder in Path(staged).iterdir():
             storage.upload(settings, folder, stack.bucket, f"source/{folder.name}")
