@@ -109,6 +109,8 @@ def test_text_is_clean_and_no_template_syntax_is_left(baked: Baked) -> None:
         assert not re.search(rb"[ \t]\n", data), f"{path} has trailing blanks"
         assert not data.startswith(b"\n"), f"{path} starts with a blank line"
         assert path.stat().st_mode & 0o777 == 0o644, f"{path} has unusual permissions"
+        if path.suffix == ".html":  # a template of the project's own
+            continue
         text = re.sub(r'"\{% .* %\}"', "", data.decode("utf-8")).replace("${{", "")  # Step Functions' and GitHub's own
         assert not re.search(r"\{\{|\{%|\{#|cookiecutter\.", text), f"{path} has template syntax"
 
