@@ -65,7 +65,9 @@ def main() -> None:
             git("init", "--quiet", "--initial-branch=main")
     print(NEXT)
     if ANSWERS["mlflow"] and not ANSWERS["__tracking"]:
-        print("MLflow is a part of scope full: nothing of it is here now, and `make update-template SCOPE=full` adds it")
+        print(
+            "MLflow is a part of scope full: nothing of it is here now, and `make update-template SCOPE=full` adds it"
+        )
 
 
 if __name__ == "__main__":
