@@ -1,6 +1,6 @@
 # The template's own verbs. The generated project has a Makefile of its own.
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-faults test-hosts lint bench record
+.PHONY: help demo test test-faults test-hosts try lint bench record picture
 
 PYTHON ?= python3
 READY := .venv/.ready
@@ -24,6 +24,9 @@ demo: $(READY) ## bake the template into build/ and there: data, train-local, ev
 	@echo "in $(PROJECT):"
 	@cd $(PROJECT) && .venv/bin/python -m pipelines.runs
 
+try: $(READY) ## lint, types and tests of one room in about a minute: ROOM=cloud (without Docker; `make test` runs everything)
+	@.venv/bin/python -m tests.room "$$ROOM"
+
 test: $(READY) ## tests of the template, and those of the project that it generates
 	@.venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not faults and not hosts" $(ARGS)
 
@@ -41,6 +44,9 @@ bench: $(READY) ## start-up, the loop and the server, and others of their kind: 
 
 record: $(READY) ## record README's commands in a terminal: keeps docs/recording.svg
 	@.venv/bin/uv run --quiet --no-project --python .venv/bin/python --with "pyte>=0.8,<0.9" benchmarks/record.py
+
+picture: $(READY) ## the top of the report that `make demo` wrote, for the READMEs; needs Chromium
+	@.venv/bin/python benchmarks/picture.py
 
 lint: $(READY) ## ruff and mypy on hooks, tests and benchmarks (the generated project is linted by the tests)
 	@.venv/bin/ruff check .
