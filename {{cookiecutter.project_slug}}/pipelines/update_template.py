@@ -68,7 +68,3 @@ def main() -> int:
     terminal.parser("Bring the template's improvements into this project.").parse_args()
     print(update())
     return 0
-
-
-if __name__ == "__main__":
-    terminal.run_verb(main)
