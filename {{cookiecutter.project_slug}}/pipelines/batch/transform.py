@@ -137,7 +137,7 @@ def join(settings: Settings, name: str) -> int:
     if where.get("S3DataType") != "ManifestFile" or not name.startswith(f"{project.name()}-"):
         raise UserError(f"{name} is no transform job that `make batch` started; to start one, name images: DATA=...")
     if facts["Status"] not in jobs.ENDED:
-        raise UserError(f"{name} is {facts['Status']}; wait for it with `make logs JOB={name}`")
+        raise UserError(f"{name} is {facts['Status']}; wait for it with `{terminal.command('logs', JOB=name)}`")
     first, *names = json.loads(storage.get(settings, where["S3Uri"]))
     place = facts["TransformOutput"]["S3OutputPath"]
     there = {file.removesuffix(".out") for file, _ in storage.listed(settings, place)}
@@ -146,11 +146,14 @@ def join(settings: Settings, name: str) -> int:
     _clean(settings, stack, name)
     if not any(prefix + file in there for file in names):
         jobs.succeeded("Transform", facts)
-        raise UserError(f"{name} wrote no answer to {place}; `make logs JOB={name}` may say why")
+        raise UserError(f"{name} wrote no answer to {place}; `{terminal.command('logs', JOB=name)}` may say why")
 
     def line(file: str) -> dict[str, Any]:
         if prefix + file not in there:
-            return {"file": file, "error": f"batch transform gave no answer; see `make logs JOB={name}`"}
+            return {
+                "file": file,
+                "error": f"batch transform gave no answer; see `{terminal.command('logs', JOB=name)}`",
+            }
         try:
             tick(1)
             answer = json.loads(storage.get(settings, f"{place}/{prefix}{file}.out"))
@@ -177,11 +180,11 @@ def join(settings: Settings, name: str) -> int:
 def main() -> int:
     """Command line; see the module's docstring."""
     parser = terminal.parser("Classify every image of a folder or an S3 prefix by batch transform.", settings=True)
-    parser.add_argument("--data", help="folder of images, here or s3://...")
+    parser.add_argument("--data", variable="DATA", help="folder of images, here or s3://...")
     artifact.add_options(parser, "with --data, a training job; without, the transform job to fetch")
-    parser.add_argument("--instances", type=int, help="default: endpoint.instances")
-    parser.add_argument("--wait", action="store_true", help="follow the log, then fetch the answers")
-    parser.add_argument("--yes", action="store_true", help="go on although it is over budget")
+    parser.add_argument("--instances", variable="INSTANCE_COUNT", type=int, help="default: endpoint.instances")
+    parser.add_argument("--wait", variable="WAIT", action="store_true", help="follow the log, then fetch the answers")
+    parser.add_argument("--yes", variable="YES", action="store_true", help="go on although it is over budget")
     options = parser.parse_args()
     settings = load(options.set, options={"endpoint.instances": options.instances})
     if not options.data:
@@ -191,11 +194,7 @@ def main() -> int:
     name = start(settings, options)
     print(f"started {name}. {jobs.after(settings, 'Transform', name)}", flush=True)
     if not options.wait:
-        print(f"then fetch the answers with `make batch JOB={name}`")
+        print(f"then fetch the answers with `{terminal.command('batch', JOB=name)}`")
         return 0
     jobs.follow(settings, "Transform", name)
     return join(settings, name)
-
-
-if __name__ == "__main__":
-    terminal.run_verb(main)

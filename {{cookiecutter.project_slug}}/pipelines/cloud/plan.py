@@ -91,7 +91,3 @@ def main() -> int:
     print("\n".join([*training(settings), *tuning(settings), *deployment(settings)]))
     print("storage, traffic and logs apart; what costs now: `make status`")
     return 0
-
-
-if __name__ == "__main__":
-    terminal.run_verb(main)

@@ -134,18 +134,15 @@ def outputs(name: str, uri: Any) -> list[Any]:
 def main() -> int:
     """Command line; see the module's docstring."""
     parser = terminal.parser("Pack images on SageMaker.", settings=True)
-    parser.add_argument("--data", help="folder of raw images, here or s3://... (default: data.source)")
-    parser.add_argument("--wait", action="store_true", help="follow the log; fails when the job does")
-    parser.add_argument("--yes", action="store_true", help="go on although it is over budget")
+    parser.add_argument("--data", variable="DATA", help="folder of raw images, here or s3://... (default: data.source)")
+    parser.add_argument("--wait", variable="WAIT", action="store_true", help="follow the log; fails when the job does")
+    parser.add_argument("--yes", variable="YES", action="store_true", help="go on although it is over budget")
     options = parser.parse_args()
     settings = load(options.set)
     name, packed = process(settings, options.data, options.yes)
     print(f"started {name}. {jobs.after(settings, 'Processing', name)}", flush=True)
     if options.wait:
         jobs.succeeded("Processing", jobs.follow(settings, "Processing", name))
-    print(f"{'then' if not options.wait else 'done;'} train on it with `make train DATA={packed}`")
+    train = terminal.command("train", DATA=packed)
+    print(f"{'then' if not options.wait else 'done;'} train on it with `{train}`")
     return 0
-
-
-if __name__ == "__main__":
-    terminal.run_verb(main)

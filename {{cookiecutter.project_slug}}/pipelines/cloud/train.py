@@ -194,9 +194,10 @@ def _resumed(settings: Settings, run: str) -> Request:
         )
     facts = jobs.describe(settings, "Training", job)
     if facts["Status"] == "Completed":
-        raise UserError(f"run {run} is finished; fetch it with `make pull JOB={job}`, or start a fresh one without RUN")
+        pull = terminal.command("pull", JOB=job)
+        raise UserError(f"run {run} is finished; fetch it with `{pull}`, or start a fresh one without RUN")
     if facts["Status"] not in jobs.ENDED:
-        raise UserError(f"run {run} is {facts['Status']} already; see `make logs JOB={job}`")
+        raise UserError(f"run {run} is {facts['Status']} already; see `{terminal.command('logs', JOB=job)}`")
     channels = {
         channel["ChannelName"]: channel["DataSource"]["S3DataSource"]["S3Uri"]
         for channel in facts["InputDataConfig"]
@@ -208,11 +209,15 @@ def _resumed(settings: Settings, run: str) -> Request:
 def main() -> int:
     """Command line; see the module's docstring."""
     parser = terminal.parser("Train on SageMaker.", settings=True)
-    parser.add_argument("--data", help="folder of raw images, or s3://... of a packed data set (default: data.source)")
-    parser.add_argument("--run", help="name of a run that was stopped or failed, to resume (default: a fresh run)")
-    parser.add_argument("--instances", type=int, help="default: compute.instances")
-    parser.add_argument("--wait", action="store_true", help="follow the log; fails when the job does")
-    parser.add_argument("--yes", action="store_true", help="go on although it is over budget")
+    parser.add_argument(
+        "--data", variable="DATA", help="folder of raw images, or s3://... of a packed data set (default: data.source)"
+    )
+    parser.add_argument(
+        "--run", variable="RUN", help="name of a run that was stopped or failed, to resume (default: a fresh run)"
+    )
+    parser.add_argument("--instances", variable="INSTANCE_COUNT", type=int, help="default: compute.instances")
+    parser.add_argument("--wait", variable="WAIT", action="store_true", help="follow the log; fails when the job does")
+    parser.add_argument("--yes", variable="YES", action="store_true", help="go on although it is over budget")
     options = parser.parse_args()
     if options.run and (options.data or any(override.startswith("training.") for override in options.set)):
         raise UserError(f"run {options.run} resumes with what it was started with; leave the other options out")
@@ -221,9 +226,5 @@ def main() -> int:
     print(f"started {job}. {jobs.after(settings, 'Training', job)}", flush=True)
     if options.wait:
         jobs.succeeded("Training", jobs.follow(settings, "Training", job))
-        print(f"done; fetch it with `make pull JOB={job}`")
+        print(f"done; fetch it with `{terminal.command('pull', JOB=job)}`")
     return 0
-
-
-if __name__ == "__main__":
-    terminal.run_verb(main)

@@ -59,18 +59,18 @@ def deploy(settings: Settings, options: Namespace) -> None:
         rollout.undo(settings, stack, plan, before)
         raise
     ends = f"deletes itself on {end[3:13]} at {end[14:19]} UTC" if end else "never deletes itself"
-    remove = f"`make destroy ENDPOINT={name}` removes it"
+    remove = f"`{terminal.command('destroy', ENDPOINT=name)}` removes it"
     try:
         difference = _see(settings, plan, model.samples, remove, options.rollback)
     except KeyboardInterrupt:
         again = "its golden samples were not asked and its scaling is not set: `make deploy` again does that"
         raise UserError(f"stopped waiting; {name} goes on and bills, and {ends}; {again}; {remove}", code=130) from None
     print(f"{name} is in service, its {len(model.samples)} golden samples agree within {difference:.4f}")
-    print(f"  {state.link(settings, name)}\n  make invoke IMAGE=path/to/an/image ENDPOINT={name}")
+    print(f"  {state.link(settings, name)}")
+    print(f"  {terminal.command('invoke', IMAGE='path/to/an/image', ENDPOINT=name)}")
     if plan.weight:
-        print(
-            f"  make shift-traffic VARIANT={SECOND} WEIGHT=50 ENDPOINT={name}; `make deploy` goes back to one variant"
-        )
+        shift = terminal.command("shift-traffic", VARIANT=SECOND, WEIGHT=50, ENDPOINT=name)
+        print(f"  {shift}; `make deploy` goes back to one variant")
     print(f"  it {ends}; {remove}", flush=True)
 
 
@@ -115,7 +115,11 @@ def _config(settings: Settings, name: str, facts: dict[str, Any], weight: int | 
             raise UserError(f"the name {name} is taken by an endpoint of something else; choose another: ENDPOINT=...")
         if facts["EndpointStatus"] != "InService":
             failed = facts["EndpointStatus"] in ("Failed", "OutOfService", "UpdateRollbackFailed")
-            step = f"remove it first: `make destroy ENDPOINT={name}`" if failed else "wait until that is over"
+            step = (
+                f"remove it first: `{terminal.command('destroy', ENDPOINT=name)}`"
+                if failed
+                else "wait until that is over"
+            )
             raise UserError(f"{name} is {facts['EndpointStatus']}, so it cannot be updated; {step}")
         config: dict[str, Any] = sagemaker.describe_endpoint_config(EndpointConfigName=facts["EndpointConfigName"])
     if ("AsyncInferenceConfig" in config) != (settings.endpoint.type == "async"):
@@ -200,15 +204,17 @@ def main() -> int:
     """Command line; see the module's docstring."""
     parser = terminal.parser("Put an artifact behind an endpoint on SageMaker.", settings=True)
     artifact.add_options(parser)
-    parser.add_argument("--endpoint", help="default: endpoint.name")
-    parser.add_argument("--type", choices=["realtime", "serverless", "async"], help="default: endpoint.type")
-    parser.add_argument("--weight", type=int, help="percent of the requests that a second variant gets")
+    parser.add_argument("--endpoint", variable="ENDPOINT", help="default: endpoint.name")
+    parser.add_argument(
+        "--type", variable="TYPE", choices=["realtime", "serverless", "async"], help="default: endpoint.type"
+    )
+    parser.add_argument(
+        "--weight", variable="WEIGHT", type=int, help="percent of the requests that a second variant gets"
+    )
     parser.add_argument("--rollback", action="store_true", help="undo an update that fails the golden samples")
-    parser.add_argument("--yes", action="store_true", help="do not ask, and go on although it is over budget")
+    parser.add_argument(
+        "--yes", variable="YES", action="store_true", help="do not ask, and go on although it is over budget"
+    )
     options = parser.parse_args()
     deploy(load(options.set, options={"endpoint.type": options.type}), options)
     return 0
-
-
-if __name__ == "__main__":
-    terminal.run_verb(main)

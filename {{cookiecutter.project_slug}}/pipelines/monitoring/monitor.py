@@ -62,9 +62,10 @@ def find(settings: Settings, name: str) -> Watched:
         modes = {option["CaptureMode"] for option in capture.get("CaptureOptions", [])}
         both = "InputAndOutput" in modes or {"Input", "Output"} <= modes
         if not (both and capture.get("EnableCapture") and capture["InitialSamplingPercentage"]):
+            again = terminal.command("deploy", ENDPOINT=name, ARGS="--set endpoint.capture_percent=100")
             raise UserError(
                 f"{name} does not capture its requests and answers, so there is nothing to compare; deploy it again "
-                f'with capture: make deploy ENDPOINT={name} ARGS="--set endpoint.capture_percent=100"'
+                f"with capture: {again}"
             )
         variant = max(config["ProductionVariants"], key=lambda item: item.get("InitialVariantWeight", 1.0))
         model = sagemaker.describe_model(ModelName=variant["ModelName"])
@@ -99,7 +100,8 @@ def monitor(settings: Settings, name: str, yes: bool) -> None:
         cloudwatch.put_dashboard(DashboardName=f"{name}-monitor", DashboardBody=body)
     print(f"{name} is compared {chosen.schedule} with the baseline of {watched.artifact}")
     print(f"  reports: s3://{stack.bucket}/monitoring/{name}/; alarms and dashboard: {name}-... in CloudWatch")
-    print(f"  after the next `make deploy` do this again; `make destroy ENDPOINT={name}` removes all of it", flush=True)
+    remove = terminal.command("destroy", ENDPOINT=name)
+    print(f"  after the next `make deploy` do this again; `{remove}` removes all of it", flush=True)
 
 
 def _agree(settings: Settings, watched: Watched, end: datetime | None, yes: bool) -> None:
@@ -236,10 +238,16 @@ def here(settings: Settings, data: str, run: str | None) -> None:
 def main() -> int:
     """Command line; see the module's docstring."""
     parser = terminal.parser("Compare what an endpoint is asked and says with its artifact's baseline.", settings=True)
-    parser.add_argument("--endpoint", help="its name (default: endpoint.name)")
-    parser.add_argument("--data", help="folder of captured requests on this machine, to compare without AWS")
-    parser.add_argument("--run", help="with --data: the run whose baseline counts (default: the newest)")
-    parser.add_argument("--yes", action="store_true", help="do not ask, and go on although it is over budget")
+    parser.add_argument("--endpoint", variable="ENDPOINT", help="its name (default: endpoint.name)")
+    parser.add_argument(
+        "--data", variable="DATA", help="folder of captured requests on this machine, to compare without AWS"
+    )
+    parser.add_argument(
+        "--run", variable="RUN", help="with --data: the run whose baseline counts (default: the newest)"
+    )
+    parser.add_argument(
+        "--yes", variable="YES", action="store_true", help="do not ask, and go on although it is over budget"
+    )
     options = parser.parse_args()
     settings = load(options.set)
     if options.data:
@@ -248,7 +256,3 @@ def main() -> int:
         raise UserError("RUN goes with DATA; an endpoint is compared with the artifact that it serves")
     monitor(settings, state.name(settings, options.endpoint), options.yes)
     return 0
-
-
-if __name__ == "__main__":
-    terminal.run_verb(main)

@@ -144,8 +144,9 @@ def _line(step: dict[str, Any]) -> str:
     """What a step does, and where its log is."""
     metadata = step.get("Metadata", {})
     jobs = [metadata[kind]["Arn"].rpartition("/")[2] for kind in ("ProcessingJob", "TrainingJob") if kind in metadata]
+    logs = [terminal.command("logs", JOB=job) for job in jobs]
     cached = " (result of an earlier execution)" if "CacheHitResult" in step else ""
-    return f"[{step['StepName']}] {step['StepStatus']}{cached}{''.join(f'; make logs JOB={job}' for job in jobs)}"
+    return f"[{step['StepName']}] {step['StepStatus']}{cached}{''.join(f'; {log}' for log in logs)}"
 
 
 def _reason(step: dict[str, Any]) -> str:
@@ -162,9 +163,9 @@ def hints(settings: Settings, arn: str) -> str:
 def main() -> int:
     """Command line; see the module's docstring."""
     parser = terminal.parser("Bring the project's SageMaker Pipeline up to date and run it.", settings=True)
-    parser.add_argument("--data", help="folder of raw images, here or s3://... (default: data.source)")
-    parser.add_argument("--wait", action="store_true", help="follow its steps; fails when one does")
-    parser.add_argument("--yes", action="store_true", help="go on although it is over budget")
+    parser.add_argument("--data", variable="DATA", help="folder of raw images, here or s3://... (default: data.source)")
+    parser.add_argument("--wait", variable="WAIT", action="store_true", help="follow its steps; fails when one does")
+    parser.add_argument("--yes", variable="YES", action="store_true", help="go on although it is over budget")
     options = parser.parse_args()
     settings = load(options.set)
     arn = start(settings, options.data, options.yes)
@@ -173,7 +174,3 @@ def main() -> int:
         follow(settings, arn)
         print("done; the model is registered")
     return 0
-
-
-if __name__ == "__main__":
-    terminal.run_verb(main)

@@ -180,8 +180,9 @@ def report(settings: Settings, facts: dict[str, Any]) -> None:
         raise UserError(f"{name} failed: {aws.failure(facts)}")
     best = results.best(searched, trials)
     if best:
-        print(f"best: {best.name}; fetch it with `make pull JOB={best.name}`, or train longer with its values:")
-        print(f"  make train {results.options(best)}")
+        pull = terminal.command("pull", JOB=best.name)
+        print(f"best: {best.name}; fetch it with `{pull}`, or train longer with its values:")
+        print(f"  {terminal.command('train', ARGS=results.options(best))}")
     if facts["Status"] in ("Stopped", "Stopping"):
         raise UserError(f"{name} was stopped before its end")
     if facts["Status"] == "Completed" and best is None:
@@ -198,10 +199,14 @@ def _read(value: str) -> Any:
 def main() -> int:
     """Command line; see the module's docstring."""
     parser = terminal.parser("Search hyperparameters with SageMaker's tuner.", settings=True)
-    parser.add_argument("--data", help="folder of raw images, or s3://... of a packed data set (default: data.source)")
-    parser.add_argument("--job", help="name of a tuning job to look at, instead of starting one")
-    parser.add_argument("--wait", action="store_true", help="follow it to its end; fails when the search does")
-    parser.add_argument("--yes", action="store_true", help="go on although it is over budget")
+    parser.add_argument(
+        "--data", variable="DATA", help="folder of raw images, or s3://... of a packed data set (default: data.source)"
+    )
+    parser.add_argument("--job", variable="JOB", help="name of a tuning job to look at, instead of starting one")
+    parser.add_argument(
+        "--wait", variable="WAIT", action="store_true", help="follow it to its end; fails when the search does"
+    )
+    parser.add_argument("--yes", variable="YES", action="store_true", help="go on although it is over budget")
     options = parser.parse_args()
     settings = load(options.set)
     name = options.job or tune(settings, options.data, options.yes)
@@ -210,7 +215,3 @@ def main() -> int:
     if options.job or options.wait:
         report(settings, follow(settings, name, once=not options.wait))
     return 0
-
-
-if __name__ == "__main__":
-    terminal.run_verb(main)
