@@ -22,7 +22,7 @@ from tests.test_costs import THEIRS, make_endpoint
 
 from pipelines import ROOT, config
 from pipelines.cloud import bootstrap, bootstrap_destroy, stack
-from pipelines.cloud.account import stack as outputs
+from pipelines.cloud.account import Account
 from pipelines.terminal import UserError
 
 __all__ = ["aws"]  # fixture
@@ -87,11 +87,11 @@ def document() -> dict[str, Any]:
 
 
 def make(*overrides: str, yes: bool = True) -> None:
-    bootstrap.bootstrap(config.load(overrides), yes)
+    bootstrap.bootstrap(Account(config.load(overrides)), yes)
 
 
 def destroy(everything: bool = False, confirmed: str = "", yes: bool = True) -> None:
-    bootstrap_destroy.destroy(config.load(), everything, confirmed, yes)
+    bootstrap_destroy.destroy(Account(config.load()), everything, confirmed, yes)
 
 
 def statements(node: Any, path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
@@ -242,7 +242,7 @@ def test_make_again_update_and_destroy(aws: Recorder, capsys: pytest.CaptureFixt
     assert f"stack {NAME} in us-east-1, account {ACCOUNT}, bucket {BUCKET}" in shown
     assert re.search(r"  Add +AWS::S3::Bucket +Bucket\n", shown)
     assert "by itself it costs nothing" in shown
-    found = outputs(config.load())
+    found = Account(config.load()).stack()
     assert found.bucket == BUCKET
     assert found.repository == f"{ACCOUNT}.dkr.ecr.us-east-1.amazonaws.com/{NAME}"
     assert all(value.startswith("arn:aws:iam::") for value in (found.role, found.scheduler_role))
@@ -275,7 +275,7 @@ def test_make_again_update_and_destroy(aws: Recorder, capsys: pytest.CaptureFixt
     assert s3.list_objects_v2(Bucket=BUCKET)["KeyCount"] == 1
     assert boto3.client("ecr").describe_repositories(repositoryNames=[NAME])
     with pytest.raises(UserError, match="there is no stack image-classifier in us-east-1; make it with"):
-        outputs(config.load())
+        Account(config.load()).stack()
     destroy()
     assert f"there is no stack {NAME}" in capsys.readouterr().out
 
@@ -291,7 +291,7 @@ def test_destroy_with_all(aws: Recorder, capsys: pytest.CaptureFixture[str], mon
     for confirmed in ("", "cats", "y"):
         with pytest.raises(UserError, match=f"nothing was deleted: .* say CONFIRM={NAME}"):
             destroy(everything=True, confirmed=confirmed)
-    assert outputs(config.load())
+    assert Account(config.load()).stack()
     monkeypatch.setattr("sys.stdin", Terminal("yes\n"))
     with pytest.raises(UserError, match="'yes' is not the project's name"):
         destroy(everything=True)
@@ -370,7 +370,7 @@ def test_everything_that_can_be_asked_for(aws: Recorder, capsys: pytest.CaptureF
         "StringLike": {f"{token}:sub": [f"{name}:{where}" for where in ("ref:refs/heads/release",
                                         "environment:production") for name in names]},
     }  # fmt: skip
-    execution = outputs(config.load()).role.split("/")[1]
+    execution = Account(config.load()).stack().role.split("/")[1]
     text = boto3.client("iam").get_role_policy(RoleName=execution, PolicyName="job")["PolicyDocument"]
     policy = yaml.safe_load(text)  # moto gives a dictionary's text, not JSON
     granted = {action for statement in policy["Statement"] for action in listed(statement["Action"])}
@@ -434,7 +434,7 @@ def test_no_is_an_answer(aws: Recorder, monkeypatch: pytest.MonkeyPatch) -> None
         make("compute.remote_debug=true", yes=False)
     with pytest.raises(UserError, match="nothing was done"):
         destroy(yes=False)
-    assert outputs(config.load())  # a plan taken back leaves the stack alone
+    assert Account(config.load()).stack()  # a plan taken back leaves the stack alone
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from tests.test_bootstrap import (
 
 from pipelines import ROOT, config
 from pipelines.cloud import stack, status
-from pipelines.cloud.account import stack as outputs
+from pipelines.cloud.account import Account
 from pipelines.terminal import UserError
 
 __all__ = ["_no_pauses_and_outputs", "aws"]
@@ -61,7 +61,7 @@ def resolved(value: Any, values: dict[str, str]) -> Any:
 
 
 def parameters(*overrides: str) -> dict[str, str]:
-    return stack.parameters(config.load(overrides), f"arn:aws:iam::{ACCOUNT}:user/me", {})
+    return stack.parameters(Account(config.load(overrides)), f"arn:aws:iam::{ACCOUNT}:user/me", {})
 
 
 def test_nothing_starts_by_itself_unless_asked_for(aws: Recorder, capsys: pytest.CaptureFixture[str]) -> None:
@@ -98,9 +98,10 @@ def test_all_triggers(aws: Recorder, capsys: pytest.CaptureFixture[str]) -> None
     assert {key: fnmatchcase(key, pattern["detail"]["object"]["key"][0]["wildcard"]) for key in keys} == keys
     target = events.list_targets_by_rule(Rule=uploaded["Name"])["Targets"][0]
     assert target["Arn"] == machine["stateMachineArn"]
-    assert outputs(config.load()).bucket == BUCKET
+    assert Account(config.load()).stack().bucket == BUCKET
     assert (
-        status.stored(config.load())[-1] == f"pipeline {NAME}: started by rate(7 days) and by new data under incoming"
+        status.stored(Account(config.load()))[-1]
+        == f"pipeline {NAME}: started by rate(7 days) and by new data under incoming"
     )
     assert len(aws.named("ExecuteChangeSet")) == 1
 

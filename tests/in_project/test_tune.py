@@ -21,6 +21,7 @@ from tests.helpers import Verb, verb_environment
 from tests.test_cloud_training import account, settings
 
 from pipelines.cloud import destroy, inventory, plan
+from pipelines.cloud.account import Account
 from pipelines.local import engine
 from pipelines.terminal import UserError
 from pipelines.tuning import cloud as tune
@@ -47,7 +48,7 @@ def search(account: Recorder, monkeypatch: pytest.MonkeyPatch) -> Iterator[Recor
 
 
 def started(*overrides: str, source: str | None = None, yes: bool = True) -> str:
-    return tune.tune(settings(*overrides), source, yes)
+    return tune.tune(Account(settings(*overrides)), source, yes)
 
 
 EVERYTHING = [
@@ -216,9 +217,9 @@ def test_a_search_none_of_whose_jobs_succeeded_is_an_error(search: Recorder, mon
 
 def test_ctrl_c_while_waiting_leaves_the_search_alone(search: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
     go_on(search, "InProgress")
-    monkeypatch.setattr("pipelines.tune.time.sleep", lambda _: os.kill(os.getpid(), signal.SIGINT))
+    monkeypatch.setattr("time.sleep", lambda _: os.kill(os.getpid(), signal.SIGINT))
     with pytest.raises(UserError, match=f"{NAME} runs on.*stop it with `aws sagemaker stop-hyper-") as error:
-        tune.follow(settings(), started(), once=False)
+        tune.follow(Account(settings()), started(), once=False)
     assert error.value.code == 130
     assert not search.named("StopHyperParameterTuningJob")
 
@@ -250,17 +251,17 @@ def test_status_shows_a_search_that_runs_and_destroy_stops_it(
         return {"HyperParameterTuningJobSummaries": [summary | state] if runs_on else []}
 
     search.answers |= {"ListHyperParameterTuningJobs": listed, "StopHyperParameterTuningJob": {}}
-    (item,) = inventory.everything(settings())
+    (item,) = inventory.everything(Account(settings()))
     assert (item.kind, item.name) == ("tuning job", NAME)
     assert "InProgress" in inventory.table([item])[0]
     monkeypatch.setattr(destroy, "PAUSE", 0.0)
-    destroy.destroy(settings(), None, yes=True)
+    destroy.destroy(Account(settings()), None, yes=True)
     assert search.named("StopHyperParameterTuningJob") == [{"HyperParameterTuningJobName": NAME}]
     assert "nothing is left" in capsys.readouterr().out
 
 
 def test_plan_has_a_line_for_tuning(search: Recorder) -> None:
-    (line,) = plan.tuning(settings())
+    (line,) = plan.tuning(Account(settings()))
     assert line.startswith("make tune: at most 8 such jobs without warm pools, at most 48.00 USD; OVER aws.budget_usd")
     assert search
 

@@ -94,7 +94,3 @@ def main() -> int:
     parser.add_argument("--scope", help=f"grow to it: {', '.join(SCOPES)}")
     print(update(parser.parse_args().scope))
     return 0
-
-
-if __name__ == "__main__":
-    terminal.run_verb(main)

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from inference.artifact import ArtifactError, unpack
-from pipelines import runs
-from pipelines.cloud import account as aws
+from pipelines import runs, terminal
 from pipelines.cloud import packages, storage
-from pipelines.config import Settings
+from pipelines.cloud.account import Account, explained
 from pipelines.terminal import UserError
 
 
@@ -35,12 +34,14 @@ class Source:
     package: str | None = None
 
 
-def add_options(parser: ArgumentParser, job: str = "a training job whose artifact is taken") -> None:
+def add_options(parser: terminal.Parser, job: str = "a training job whose artifact is taken") -> None:
     """The options that name an artifact."""
-    parser.add_argument("--run", help="name of a run (default: the newest)")
-    parser.add_argument("--job", help=job)
-    parser.add_argument("--package", help="an approved model package: champion, a version, or an ARN")
-    parser.add_argument("--artifact", type=Path, help="a model.tar.gz")
+    parser.add_argument("--run", variable="RUN", help="name of a run (default: the newest)")
+    parser.add_argument("--job", variable="JOB", help=job)
+    parser.add_argument(
+        "--package", variable="PACKAGE", help="an approved model package: champion, a version, or an ARN"
+    )
+    parser.add_argument("--artifact", variable="ARTIFACT", type=Path, help="a model.tar.gz")
 
 
 def only_one(options: Namespace) -> None:
@@ -50,7 +51,7 @@ def only_one(options: Namespace) -> None:
         raise UserError(f"{' and '.join(given)} name an artifact each; give one")
 
 
-def find(settings: Settings, options: Namespace, folder: Path) -> Source:
+def find(account: Account, options: Namespace, folder: Path) -> Source:
     """The artifact that the options name, checked; what lies in S3 only is downloaded into a folder.
 
     Raises:
@@ -59,15 +60,16 @@ def find(settings: Settings, options: Namespace, folder: Path) -> Source:
     only_one(options)
     uri = arn = None
     if options.job:
-        with aws.explained(f"looking up the training job {options.job}"):
-            facts = aws.client(settings, "sagemaker").describe_training_job(TrainingJobName=options.job)
+        with explained(f"looking up the training job {options.job}"):
+            facts = account.client("sagemaker").describe_training_job(TrainingJobName=options.job)
         if facts["TrainingJobStatus"] != "Completed":
             raise UserError(f"{options.job} is {facts['TrainingJobStatus']}; only a completed job has an artifact")
         label, uri = f"job {options.job}", facts["ModelArtifacts"]["S3ModelArtifacts"]
     elif options.package:
-        package = packages.find(settings, options.package)
+        package = packages.find(account, options.package)
         if package.status != "Approved":
-            raise UserError(f"{package} is {package.status}; approve it with `make approve PACKAGE={options.package}`")
+            approve = terminal.command("approve", PACKAGE=options.package)
+            raise UserError(f"{package} is {package.status}; approve it with `{approve}`")
         label, uri, arn = f"package {package}", package.uri, package.arn
     elif options.artifact:
         label, archive = str(options.artifact), options.artifact
@@ -76,7 +78,7 @@ def find(settings: Settings, options: Namespace, folder: Path) -> Source:
         label = f"run {archive.parent.name}"
     if uri:
         archive = folder / "model.tar.gz"
-        storage.download(settings, uri, archive)
+        storage.download(account, uri, archive)
     return Source(label, archive, checked(archive, folder / "unpacked"), uri, arn)
 
 

@@ -11,16 +11,18 @@ from collections.abc import Iterator
 
 from pipelines import project, terminal
 from pipelines.cloud import prices, train
+from pipelines.cloud.account import Account
 from pipelines.config import Settings, load
 from pipelines.endpoint import model
 from pipelines.terminal import UserError
 from pipelines.tuning import cloud as tuning_cloud
 
 
-def training(settings: Settings) -> Iterator[str]:
+def training(account: Account) -> Iterator[str]:
     """What a training job is and costs."""
+    settings = account.settings
     compute = settings.compute
-    price = prices.hourly(settings, "training", compute.instance_type)
+    price = prices.hourly(account, "training", compute.instance_type)
     hours = train.longest(settings)
     warm = f", with {compute.keep_alive_minutes} minutes of warm pool" if compute.keep_alive_minutes else ""
     cost = prices.cost(price, compute.instances * hours)
@@ -31,20 +33,21 @@ def training(settings: Settings) -> Iterator[str]:
     yield f"  at most {_dollars(cost)}{_each(price)}{_judged(settings, cost)}"
 
 
-def tuning(settings: Settings) -> Iterator[str]:
+def tuning(account: Account) -> Iterator[str]:
     """What a tuning job costs."""
-    cost = tuning_cloud.most(settings)
-    jobs = f"{settings.tuning.max_jobs} such jobs without warm pools"
-    yield f"make tune: at most {jobs}, at most {_dollars(cost)}{_judged(settings, cost)}"
+    cost = tuning_cloud.most(account)
+    jobs = f"{account.settings.tuning.max_jobs} such jobs without warm pools"
+    yield f"make tune: at most {jobs}, at most {_dollars(cost)}{_judged(account.settings, cost)}"
 
 
-def deployment(settings: Settings) -> Iterator[str]:
+def deployment(account: Account) -> Iterator[str]:
     """What an endpoint is and costs."""
+    settings = account.settings
     endpoint = settings.endpoint
     name = project.name() if endpoint.name == "auto" else endpoint.name
     yield f"make deploy: the {endpoint.type} endpoint {name} in {_where(settings)}"
     kind, count, machine = model.fleet(settings)
-    price = prices.hourly(settings, kind, machine)
+    price = prices.hourly(account, kind, machine)
     if endpoint.type == "serverless":
         yield f"  {endpoint.memory_mb} MB, bills while it answers; the most is {count} requests at once all the time"
     else:
@@ -88,10 +91,7 @@ def main() -> int:
     settings = load(
         terminal.parser("What train, tune and deploy would create and cost.", settings=True).parse_args().set
     )
-    print("\n".join([*training(settings), *tuning(settings), *deployment(settings)]))
+    account = Account(settings)
+    print("\n".join([*training(account), *tuning(account), *deployment(account)]))
     print("storage, traffic and logs apart; what costs now: `make status`")
     return 0
-
-
-if __name__ == "__main__":
-    terminal.run_verb(main)

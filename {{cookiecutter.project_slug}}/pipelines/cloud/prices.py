@@ -12,7 +12,7 @@ import time
 from typing import Any
 
 from pipelines import ROOT
-from pipelines.cloud import account as aws
+from pipelines.cloud.account import Account, confirm
 from pipelines.config import Settings
 from pipelines.terminal import UserError
 
@@ -27,22 +27,22 @@ USAGE = {  # of an instance type; a serverless "instance type" is its memory, as
 HOME = {"eu": "eu-central-1", "ap": "ap-south-1"}
 
 
-def hourly(settings: Settings, kind: str, instance_type: str) -> float | None:
+def hourly(account: Account, kind: str, instance_type: str) -> float | None:
     """USD for an hour of one instance, on demand.
 
     Args:
-        settings: for the region.
+        account: to work in.
         kind: of use, a key of `USAGE`.
         instance_type: such as ml.g5.xlarge.
 
     Returns:
         None when it cannot be known: no permission, no network, no such product, or another currency (China).
     """
-    name, known = f"{settings.aws.region} {kind} {instance_type}", _cached()
+    name, known = f"{account.region} {kind} {instance_type}", _cached()
     price: float | None
     price, when = known.get(name, (None, 0.0))
     if price is None or not 0 <= time.time() - when < DAY:
-        price = _ask(settings, kind, instance_type)
+        price = _ask(account, kind, instance_type)
         if price is not None:
             CACHE.parent.mkdir(parents=True, exist_ok=True)
             whole = CACHE.with_suffix(f".{os.getpid()}")
@@ -86,7 +86,7 @@ def agree(settings: Settings, plan: str, dollars_at_most: float | None, yes: boo
     except UserError:
         print(plan, flush=True)
         raise
-    aws.confirm(plan, yes)
+    confirm(plan, yes)
 
 
 def afford(settings: Settings, plan: str, dollars_at_most: float | None, yes: bool) -> None:
@@ -108,11 +108,11 @@ def _cached() -> dict[str, Any]:
     return known if isinstance(known, dict) else {}
 
 
-def _ask(settings: Settings, kind: str, instance_type: str) -> float | None:
+def _ask(account: Account, kind: str, instance_type: str) -> float | None:
     """The dearest offer on demand: the tier below it may be a free one that is used up."""
     from botocore.exceptions import BotoCoreError, ClientError
 
-    region, usage = settings.aws.region, f"{USAGE[kind]}:{instance_type}"
+    region, usage = account.region, f"{USAGE[kind]}:{instance_type}"
     if region.startswith("cn-"):
         return None
     filters = [
@@ -121,7 +121,7 @@ def _ask(settings: Settings, kind: str, instance_type: str) -> float | None:
     ]
     prices = []
     try:
-        pricing = aws.client(settings, "pricing", HOME.get(region[:2], "us-east-1"))
+        pricing = account.client("pricing", HOME.get(region[:2], "us-east-1"))
         for page in pricing.get_paginator("get_products").paginate(ServiceCode="AmazonSageMaker", Filters=filters):
             for product in map(json.loads, page["PriceList"]):
                 if re.fullmatch(rf"([A-Z0-9]+-)?{re.escape(usage)}", product["product"]["attributes"]["usagetype"]):

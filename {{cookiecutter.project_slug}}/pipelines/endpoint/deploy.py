@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from pipelines import runs, terminal
-from pipelines.cloud import account as aws
 from pipelines.cloud import artifact, images, prices, storage
+from pipelines.cloud.account import Account, explained, failure
 from pipelines.config import Settings, load
 from pipelines.endpoint import expiry, invoke, rollout, scaling, state
 from pipelines.endpoint import model as endpoint_model
@@ -29,97 +29,103 @@ from pipelines.terminal import UserError
 TOLERANCE = 0.02  # of a golden sample's probabilities, as in src/inference/inference.py
 
 
-def deploy(settings: Settings, options: Namespace) -> None:
+def deploy(account: Account, options: Namespace) -> None:
     """Create or update the endpoint, and see that it answers as the artifact did.
 
     Raises:
         UserError: when it does not run as it should; the message says what is left, and how to remove it.
     """
-    chosen, name, stack = settings.endpoint, state.name(settings, options.endpoint), aws.stack(settings)
+    chosen, name = account.settings.endpoint, state.name(account.settings, options.endpoint)
+    account.stack()  # first: without one, all that follows is for nothing
     with tempfile.TemporaryDirectory(prefix="deploy-") as folder:
-        model = artifact.find(settings, options, Path(folder))
-        facts = state.describe(settings, name)
-        old = _config(settings, name, facts, options.weight) if facts else {"ProductionVariants": []}
-        _check_limits(settings, old, options.weight)
-        image, config = images.uri(settings, stack, "serving"), f"{name}-{runs.new_name()}"
+        model = artifact.find(account, options, Path(folder))
+        facts = state.describe(account, name)
+        old = _config(account, name, facts, options.weight) if facts else {"ProductionVariants": []}
+        _check_limits(account.settings, old, options.weight)
+        image, config = images.uri(account, "serving"), f"{name}-{runs.new_name()}"
         plan = Plan(name, config, image, model.uri or "", model.package, old, options.weight)
-        _agree(settings, plan, model.label, options.yes)
+        _agree(account, plan, model.label, options.yes)
         if not plan.package:
-            images.ensure(settings, stack, "serving")
-        plan = replace(plan, uri=plan.uri or storage.artifact(settings, stack, model.archive))
-    before, end = expiry.end(settings, name), None
+            images.ensure(account, "serving")
+        plan = replace(plan, uri=plan.uri or storage.artifact(account, model.archive))
+    before, end = expiry.end(account, name), None
     if chosen.ttl_hours:
         end = expiry.end_after(chosen.ttl_hours)
     try:
-        expiry.set_end(settings, stack, name, end)
-        with aws.explained(f"{'updating' if facts else 'creating'} the endpoint {name}"):
-            rollout.create(settings, stack, plan)
-            rollout.start(settings, plan)
+        expiry.set_end(account, name, end)
+        with explained(f"{'updating' if facts else 'creating'} the endpoint {name}"):
+            rollout.create(account, plan)
+            rollout.start(account, plan)
     except BaseException:
-        rollout.undo(settings, stack, plan, before)
+        rollout.undo(account, plan, before)
         raise
     ends = f"deletes itself on {end[3:13]} at {end[14:19]} UTC" if end else "never deletes itself"
-    remove = f"`make destroy ENDPOINT={name}` removes it"
+    remove = f"`{terminal.command('destroy', ENDPOINT=name)}` removes it"
     try:
-        difference = _see(settings, plan, model.samples, remove, options.rollback)
+        difference = _see(account, plan, model.samples, remove, options.rollback)
     except KeyboardInterrupt:
         again = "its golden samples were not asked and its scaling is not set: `make deploy` again does that"
         raise UserError(f"stopped waiting; {name} goes on and bills, and {ends}; {again}; {remove}", code=130) from None
     print(f"{name} is in service, its {len(model.samples)} golden samples agree within {difference:.4f}")
-    print(f"  {state.link(settings, name)}\n  make invoke IMAGE=path/to/an/image ENDPOINT={name}")
+    print(f"  {state.link(account, name)}")
+    print(f"  {terminal.command('invoke', IMAGE='path/to/an/image', ENDPOINT=name)}")
     if plan.weight:
-        print(
-            f"  make shift-traffic VARIANT={SECOND} WEIGHT=50 ENDPOINT={name}; `make deploy` goes back to one variant"
-        )
+        shift = terminal.command("shift-traffic", VARIANT=SECOND, WEIGHT=50, ENDPOINT=name)
+        print(f"  {shift}; `make deploy` goes back to one variant")
     print(f"  it {ends}; {remove}", flush=True)
 
 
-def _see(settings: Settings, plan: Plan, samples: list[dict[str, Any]], remove: str, rollback: bool) -> float:
+def _see(account: Account, plan: Plan, samples: list[dict[str, Any]], remove: str, rollback: bool) -> float:
     """Wait until the endpoint runs, send the golden samples through it, and let it scale.
 
     Returns:
         The largest difference of a probability.
     """
-    facts = state.wait(settings, plan.name)
+    facts = state.wait(account, plan.name)
     if facts["EndpointStatus"] != "InService" or facts["EndpointConfigName"] != plan.config:
         healthy = facts["EndpointStatus"] == "InService"
         what = "went back to what it was" if healthy else f"is {facts['EndpointStatus']}"
-        raise UserError(f"{plan.name} {what}: {aws.failure(facts)}; {remove}")
+        raise UserError(f"{plan.name} {what}: {failure(facts)}; {remove}")
     back = remove
     if plan.old["ProductionVariants"]:
         back = (
             f"go back with `aws sagemaker update-endpoint --endpoint-name {plan.name} --endpoint-config-name "
-            f"{plan.old['EndpointConfigName']} --region {settings.aws.region}`, or {remove}"
+            f"{plan.old['EndpointConfigName']} --region {account.region}`, or {remove}"
         )
     try:
-        difference = _ask_golden(settings, facts, samples, SECOND if plan.weight else None, back)
+        difference = _ask_golden(account, facts, samples, SECOND if plan.weight else None, back)
     except UserError as error:
         if rollback and plan.old["ProductionVariants"]:
-            rollout.back(settings, plan)
+            rollout.back(account, plan)
             raise UserError(f"{str(error).removesuffix(f'; {back}')}; {plan.name} is back on what it was") from error
         raise
-    scaling.scale(settings, plan.name, [variant["VariantName"] for variant in facts["ProductionVariants"]])
+    scaling.scale(account, plan.name, [variant["VariantName"] for variant in facts["ProductionVariants"]])
     return difference
 
 
-def _config(settings: Settings, name: str, facts: dict[str, Any], weight: int | None) -> dict[str, Any]:
+def _config(account: Account, name: str, facts: dict[str, Any], weight: int | None) -> dict[str, Any]:
     """The configuration of an endpoint that can be updated.
 
     Raises:
         UserError: when it is another project's, changes right now, or would change its kind.
     """
-    sagemaker = aws.client(settings, "sagemaker")
-    with aws.explained(f"looking up the endpoint {name}"):
+    sagemaker = account.client("sagemaker")
+    with explained(f"looking up the endpoint {name}"):
         tags = sagemaker.list_tags(ResourceArn=facts["EndpointArn"])["Tags"]
-        if not [tag for tag in aws.tags(settings) if tag["Key"] == "project" and tag in tags]:
+        if not [tag for tag in account.tags() if tag["Key"] == "project" and tag in tags]:
             raise UserError(f"the name {name} is taken by an endpoint of something else; choose another: ENDPOINT=...")
         if facts["EndpointStatus"] != "InService":
             failed = facts["EndpointStatus"] in ("Failed", "OutOfService", "UpdateRollbackFailed")
-            step = f"remove it first: `make destroy ENDPOINT={name}`" if failed else "wait until that is over"
+            step = (
+                f"remove it first: `{terminal.command('destroy', ENDPOINT=name)}`"
+                if failed
+                else "wait until that is over"
+            )
             raise UserError(f"{name} is {facts['EndpointStatus']}, so it cannot be updated; {step}")
         config: dict[str, Any] = sagemaker.describe_endpoint_config(EndpointConfigName=facts["EndpointConfigName"])
-    if ("AsyncInferenceConfig" in config) != (settings.endpoint.type == "async"):
-        raise UserError(f"{name} would become {settings.endpoint.type}, and its clients could not ask it any more; "
+    kind = account.settings.endpoint.type
+    if ("AsyncInferenceConfig" in config) != (kind == "async"):
+        raise UserError(f"{name} would become {kind}, and its clients could not ask it any more; "
                         "deploy beside it: ENDPOINT=<another name>")  # fmt: skip
     if weight:
         counts = {item["VariantName"]: item.get("DesiredInstanceCount") for item in facts["ProductionVariants"]}
@@ -150,17 +156,18 @@ def _check_limits(settings: Settings, old: dict[str, Any], weight: int | None) -
                         "set endpoint.instances to at least 2")  # fmt: skip
 
 
-def _agree(settings: Settings, plan: Plan, label: str, yes: bool) -> None:
+def _agree(account: Account, plan: Plan, label: str, yes: bool) -> None:
     """Say what will be made, where, and what it can cost; go on only inside the budget, and when told to."""
+    settings = account.settings
     chosen, update = settings.endpoint, bool(plan.old["ProductionVariants"])
     kind, most, largest = endpoint_model.fleet(settings)
     fleet = [(most, largest)]
     fleet += [(max(old["InitialInstanceCount"], chosen.max_instances), old["InstanceType"]) for old in plan.beside]
-    each = [prices.cost(prices.hourly(settings, kind, machine), count) for count, machine in fleet]
+    each = [prices.cost(prices.hourly(account, kind, machine), count) for count, machine in fleet]
     hourly = None if None in each else sum(cost or 0.0 for cost in each)
     hours = (chosen.ttl_hours or prices.MONTH) + (rollout.UPDATE_HOURS if update else 0)
     lines = [
-        f"{'update' if update else 'create'} the {chosen.type} endpoint {plan.name} in {settings.aws.region}: {label}"
+        f"{'update' if update else 'create'} the {chosen.type} endpoint {plan.name} in {account.region}: {label}"
         f"{f' as {SECOND} for {plan.weight} % of the requests' if plan.weight else ''}",
         f"  on {' and '.join(f'at most {count} x {machine}' for count, machine in fleet)}, in "
         f"{'the image of the package' if plan.package else plan.image}",
@@ -175,14 +182,14 @@ def _agree(settings: Settings, plan: Plan, label: str, yes: bool) -> None:
 
 
 def _ask_golden(
-    settings: Settings, facts: dict[str, Any], samples: list[dict[str, Any]], variant: str | None, back: str
+    account: Account, facts: dict[str, Any], samples: list[dict[str, Any]], variant: str | None, back: str
 ) -> float:
     """Compare the endpoint's answers with the artifact's; gives the largest difference of a probability."""
     largest = 0.0
     for number, sample in enumerate(samples):
         try:
             body = base64.b64decode(sample["body"])
-            answer = invoke.ask(settings, facts, body, sample["content_type"], variant)
+            answer = invoke.ask(account, facts, body, sample["content_type"], variant)
         except UserError as error:
             raise UserError(f"golden sample {number} got no answer: {error}; {back}") from error
         pairs = zip(sample["probabilities"], answer["probabilities"][0], strict=True)
@@ -200,15 +207,17 @@ def main() -> int:
     """Command line; see the module's docstring."""
     parser = terminal.parser("Put an artifact behind an endpoint on SageMaker.", settings=True)
     artifact.add_options(parser)
-    parser.add_argument("--endpoint", help="default: endpoint.name")
-    parser.add_argument("--type", choices=["realtime", "serverless", "async"], help="default: endpoint.type")
-    parser.add_argument("--weight", type=int, help="percent of the requests that a second variant gets")
+    parser.add_argument("--endpoint", variable="ENDPOINT", help="default: endpoint.name")
+    parser.add_argument(
+        "--type", variable="TYPE", choices=["realtime", "serverless", "async"], help="default: endpoint.type"
+    )
+    parser.add_argument(
+        "--weight", variable="WEIGHT", type=int, help="percent of the requests that a second variant gets"
+    )
     parser.add_argument("--rollback", action="store_true", help="undo an update that fails the golden samples")
-    parser.add_argument("--yes", action="store_true", help="do not ask, and go on although it is over budget")
+    parser.add_argument(
+        "--yes", variable="YES", action="store_true", help="do not ask, and go on although it is over budget"
+    )
     options = parser.parse_args()
-    deploy(load(options.set, options={"endpoint.type": options.type}), options)
+    deploy(Account(load(options.set, options={"endpoint.type": options.type})), options)
     return 0
-
-
-if __name__ == "__main__":
-    terminal.run_verb(main)

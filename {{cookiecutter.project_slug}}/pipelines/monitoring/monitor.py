@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from pipelines import ROOT, SOURCE, project, runs, terminal
-from pipelines.cloud import account as aws
 from pipelines.cloud import images, prices, storage
+from pipelines.cloud.account import Account, explained, unless_missing, volume_key
 from pipelines.cloud.processing import CODE
 from pipelines.config import Settings, load
 from pipelines.endpoint import expiry, state
@@ -49,22 +49,23 @@ class Watched:
     artifact: str
 
 
-def find(settings: Settings, name: str) -> Watched:
+def find(account: Account, name: str) -> Watched:
     """The variant of a running endpoint that gets most requests.
 
     Raises:
         UserError: when requests and answers are not captured.
     """
-    facts, sagemaker = state.running(settings, name), aws.client(settings, "sagemaker")
-    with aws.explained(f"looking up what {name} serves"):
+    facts, sagemaker = state.running(account, name), account.client("sagemaker")
+    with explained(f"looking up what {name} serves"):
         config = sagemaker.describe_endpoint_config(EndpointConfigName=facts["EndpointConfigName"])
         capture = config.get("DataCaptureConfig", {})
         modes = {option["CaptureMode"] for option in capture.get("CaptureOptions", [])}
         both = "InputAndOutput" in modes or {"Input", "Output"} <= modes
         if not (both and capture.get("EnableCapture") and capture["InitialSamplingPercentage"]):
+            again = terminal.command("deploy", ENDPOINT=name, ARGS="--set endpoint.capture_percent=100")
             raise UserError(
                 f"{name} does not capture its requests and answers, so there is nothing to compare; deploy it again "
-                f'with capture: make deploy ENDPOINT={name} ARGS="--set endpoint.capture_percent=100"'
+                f"with capture: {again}"
             )
         variant = max(config["ProductionVariants"], key=lambda item: item.get("InitialVariantWeight", 1.0))
         model = sagemaker.describe_model(ModelName=variant["ModelName"])
@@ -76,37 +77,38 @@ def find(settings: Settings, name: str) -> Watched:
     return Watched(name, variant["VariantName"], captured, container["ModelDataUrl"])
 
 
-def monitor(settings: Settings, name: str, yes: bool) -> None:
+def monitor(account: Account, name: str, yes: bool) -> None:
     """Make or update schedule, alarms and dashboard.
 
     Raises:
         UserError: when the endpoint cannot be watched, or somebody says no.
     """
-    chosen, stack = settings.monitoring, aws.stack(settings)
-    watched, until = find(settings, name), expiry.end(settings, name)
+    settings, stack = account.settings, account.stack()
+    watched, until = find(account, name), expiry.end(account, name)
     end = datetime.fromisoformat(until[3:-1]).replace(tzinfo=UTC) if until else None
-    _agree(settings, watched, end, yes)
-    image = images.ensure(settings, stack, "training")
-    code = storage.upload(settings, SOURCE, stack.bucket, f"source/{project.source_hash()}")
-    storage.put(settings, f"{watched.captured}/.monitored", b"")
-    with aws.explained(f"monitoring {name}"):
-        request = job(settings, stack, watched, image, code, aws.kms_arn(settings))
-        _schedule(settings, stack, name, json.dumps(request), end)
-        cloudwatch = aws.client(settings, "cloudwatch")
+    _agree(account, watched, end, yes)
+    image = images.ensure(account, "training")
+    code = storage.upload(account, SOURCE, f"source/{project.source_hash()}")
+    storage.put(account, f"{watched.captured}/.monitored", b"")
+    with explained(f"monitoring {name}"):
+        request = job(account, watched, image, code, account.kms_arn())
+        _schedule(account, name, json.dumps(request), end)
+        cloudwatch = account.client("cloudwatch")
         for alarm in alarms(settings, watched):
-            cloudwatch.put_metric_alarm(**alarm, AlarmActions=[stack.topic], Tags=aws.tags(settings))
+            cloudwatch.put_metric_alarm(**alarm, AlarmActions=[stack.topic], Tags=account.tags())
         body = json.dumps({"widgets": widgets(settings, watched)})
         cloudwatch.put_dashboard(DashboardName=f"{name}-monitor", DashboardBody=body)
-    print(f"{name} is compared {chosen.schedule} with the baseline of {watched.artifact}")
+    print(f"{name} is compared {settings.monitoring.schedule} with the baseline of {watched.artifact}")
     print(f"  reports: s3://{stack.bucket}/monitoring/{name}/; alarms and dashboard: {name}-... in CloudWatch")
-    print(f"  after the next `make deploy` do this again; `make destroy ENDPOINT={name}` removes all of it", flush=True)
+    remove = terminal.command("destroy", ENDPOINT=name)
+    print(f"  after the next `make deploy` do this again; `{remove}` removes all of it", flush=True)
 
 
-def _agree(settings: Settings, watched: Watched, end: datetime | None, yes: bool) -> None:
+def _agree(account: Account, watched: Watched, end: datetime | None, yes: bool) -> None:
     """Say what will be made, where, and what it can cost; go on only inside the budget, and when told to."""
-    chosen, region = settings.monitoring, settings.aws.region
+    chosen, region = account.settings.monitoring, account.region
     hours = (end - datetime.now(UTC)).total_seconds() / 3600 if end else prices.MONTH
-    price, jobs = prices.hourly(settings, "processing", chosen.instance_type), int(hours / EVERY[chosen.schedule]) + 1
+    price, jobs = prices.hourly(account, "processing", chosen.instance_type), int(hours / EVERY[chosen.schedule]) + 1
     cost = None if price is None else price * HOURS * jobs + CLOUDWATCH * hours / prices.MONTH
     hourly = prices.cost(price, HOURS / EVERY[chosen.schedule])
     lines = [
@@ -118,19 +120,20 @@ def _agree(settings: Settings, watched: Watched, end: datetime | None, yes: bool
     if hours < EVERY[chosen.schedule]:
         lines.append("  WARNING: it may end before the first comparison; set monitoring.schedule to hourly, or deploy "
                      "again with a later end (endpoint.ttl_hours)")  # fmt: skip
-    prices.agree(settings, "\n".join(lines), cost, yes)
+    prices.agree(account.settings, "\n".join(lines), cost, yes)
 
 
-def job(settings: Settings, stack: aws.Stack, watched: Watched, image: str, code: str, key: str | None) -> Any:
+def job(account: Account, watched: Watched, image: str, code: str, key: str | None) -> Any:
     """The request of each comparison; EventBridge puts in what is in angle brackets."""
-    chosen, name = settings.monitoring, watched.endpoint
+    settings, stack, name = account.settings, account.stack(), watched.endpoint
+    chosen = settings.monitoring
     sources = {"code": (f"{code}/", CODE), "artifact": (watched.artifact, FOLDERS["artifact"]),
                "captured": (f"{watched.captured}/", FOLDERS["captured"])}  # fmt: skip
     machine = dict[str, Any](
         InstanceCount=1, InstanceType=chosen.instance_type, VolumeSizeInGB=settings.compute.volume_gb
     )
-    if volume_key := aws.volume_key(key, chosen.instance_type):
-        machine["VolumeKmsKeyId"] = volume_key
+    if disk_key := volume_key(key, chosen.instance_type):
+        machine["VolumeKmsKeyId"] = disk_key
     network: dict[str, Any] = {"EnableNetworkIsolation": settings.compute.isolation}
     if settings.aws.subnets:
         network["VpcConfig"] = {"Subnets": settings.aws.subnets, "SecurityGroupIds": settings.aws.security_groups}
@@ -158,16 +161,16 @@ def job(settings: Settings, stack: aws.Stack, watched: Watched, image: str, code
         "ProcessingResources": {"ClusterConfig": machine},
         "StoppingCondition": {"MaxRuntimeInSeconds": round(HOURS * 3600)},
         "NetworkConfig": network,
-        "Tags": aws.tags(settings),
+        "Tags": account.tags(),
     }  # fmt: skip
 
 
-def _schedule(settings: Settings, stack: aws.Stack, name: str, request: str, end: datetime | None) -> None:
-    scheduler = aws.client(settings, "scheduler")
+def _schedule(account: Account, name: str, request: str, end: datetime | None) -> None:
+    scheduler, stack = account.client("scheduler"), account.stack()
     wanted: dict[str, Any] = {
         "Name": f"{name}-monitor",
         "Description": f"compares what {name} is asked with its baseline",
-        "ScheduleExpression": CRON[settings.monitoring.schedule],
+        "ScheduleExpression": CRON[account.settings.monitoring.schedule],
         "ScheduleExpressionTimezone": "UTC",
         "FlexibleTimeWindow": {"Mode": "OFF"},
         "ActionAfterCompletion": "DELETE",
@@ -179,7 +182,7 @@ def _schedule(settings: Settings, stack: aws.Stack, name: str, request: str, end
         },
         **({"EndDate": end} if end else {}),
     }
-    if aws.unless_missing(scheduler.update_schedule, **wanted) is None:
+    if unless_missing(scheduler.update_schedule, **wanted) is None:
         scheduler.create_schedule(**wanted)
 
 
@@ -236,19 +239,21 @@ def here(settings: Settings, data: str, run: str | None) -> None:
 def main() -> int:
     """Command line; see the module's docstring."""
     parser = terminal.parser("Compare what an endpoint is asked and says with its artifact's baseline.", settings=True)
-    parser.add_argument("--endpoint", help="its name (default: endpoint.name)")
-    parser.add_argument("--data", help="folder of captured requests on this machine, to compare without AWS")
-    parser.add_argument("--run", help="with --data: the run whose baseline counts (default: the newest)")
-    parser.add_argument("--yes", action="store_true", help="do not ask, and go on although it is over budget")
+    parser.add_argument("--endpoint", variable="ENDPOINT", help="its name (default: endpoint.name)")
+    parser.add_argument(
+        "--data", variable="DATA", help="folder of captured requests on this machine, to compare without AWS"
+    )
+    parser.add_argument(
+        "--run", variable="RUN", help="with --data: the run whose baseline counts (default: the newest)"
+    )
+    parser.add_argument(
+        "--yes", variable="YES", action="store_true", help="do not ask, and go on although it is over budget"
+    )
     options = parser.parse_args()
     settings = load(options.set)
     if options.data:
         here(settings, options.data, options.run)
     if options.run:
         raise UserError("RUN goes with DATA; an endpoint is compared with the artifact that it serves")
-    monitor(settings, state.name(settings, options.endpoint), options.yes)
+    monitor(Account(settings), state.name(settings, options.endpoint), options.yes)
     return 0
-
-
-if __name__ == "__main__":
-    terminal.run_verb(main)
