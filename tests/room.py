@@ -44,9 +44,7 @@ def bake() -> Project:
         if path.name != ".venv":
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     answers = {"scope": "full", "mlflow": True}
-    cookiecutter(
-        str(TEMPLATE), no_input=True, extra_context=answers, output_dir=str(FOLDER), overwrite_if_exists=True
-    )
+    cookiecutter(str(TEMPLATE), no_input=True, extra_context=answers, output_dir=str(FOLDER), overwrite_if_exists=True)
     made = Project(project)
     if facts.read_bytes() == before and (project / ".venv" / ".ready").is_file():
         (project / ".venv" / ".ready").touch()

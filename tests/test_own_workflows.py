@@ -63,7 +63,8 @@ def test_actions_are_pinned_and_rights_are_the_least() -> None:
 
 
 def test_every_python_from_the_oldest_to_the_newest_is_tested() -> None:
-    (versions,) = (job["strategy"]["matrix"]["python"] for job in workflow("ci.yml")["jobs"].values() if "strategy" in job)
+    jobs = workflow("ci.yml")["jobs"].values()
+    (versions,) = (job["strategy"]["matrix"]["python"] for job in jobs if "strategy" in job)
     oldest = tomllib.loads((TEMPLATE / "pyproject.toml").read_text(encoding="utf-8"))["project"]["requires-python"]
     assert f'requires-python = "{oldest}"' in (TREE / "pyproject.toml").read_text(encoding="utf-8")
     wanted = [f"3.{minor}" for minor in range(int(oldest.removeprefix(">=3.")), int(NEWEST.removeprefix("3.")) + 1)]
@@ -72,7 +73,7 @@ def test_every_python_from_the_oldest_to_the_newest_is_tested() -> None:
 
 def test_a_release_has_its_own_section_of_the_changelog(tmp_path: Path) -> None:
     (step,) = (step for step in workflow("release.yml")["jobs"]["release"]["steps"] if step.get("name") == "notes")
-    text = "# Changelog\n\n## Unreleased\n\nlater\n\n## 2026.11.27\n\n### Added\n\n- a room\n\n## 2026.1.1\n\nthe first\n"
+    text = "# Log\n\n## Unreleased\n\nlater\n\n## 2026.11.27\n\n### Added\n\n- a room\n\n## 2026.1.1\n\nfirst\n"
     (tmp_path / "CHANGELOG.md").write_text(text, encoding="utf-8")
 
     def run(tag: str) -> int:
