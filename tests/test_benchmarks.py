@@ -129,7 +129,7 @@ def test_without_java_or_environments_the_comparison_is_refused_before_anything_
         serve.hosts()
     monkeypatch.delenv("TORCHSERVE_PYTHON", raising=False)
     with pytest.raises(SystemExit, match=r"TORCHSERVE_PYTHON names no interpreter .* `make bench-serve`"):
-        serve.comparison(1, 1.0, tmp_path)
+        serve.comparison("serve", 1, 1.0, tmp_path)
 
 
 def test_a_soak_fails_for_another_answer_or_growing_memory() -> None:
