@@ -32,13 +32,14 @@ POLL = 15.0  # seconds
 ENDED = ("Succeeded", "Failed", "Stopped")
 
 
-def start(settings: Settings, source: str | None, yes: bool) -> str:
+def start(settings: Settings, source: str | None, yes: bool, plan: bool = False) -> str:
     """Bring the pipeline up to date and start it.
 
     Args:
         settings: of the project.
         source: folder of raw images or an S3 prefix of one; None: the configured one.
         yes: go on although it is over budget.
+        plan: only say what would be created, and end.
 
     Returns:
         The execution's ARN.
@@ -46,9 +47,9 @@ def start(settings: Settings, source: str | None, yes: bool) -> str:
     Raises:
         UserError: when nothing was started.
     """
-    source, stack = source or settings.data.source, aws.stack(settings)
-    local = None if source.startswith("s3://") else data.raw(source)
-    prices.afford(settings, *_plan(settings, source), yes)
+    source, stack = source or settings.data.source, prices.look(lambda: aws.stack(settings), aws.NO_STACK, plan)
+    local = None if plan or source.startswith("s3://") else data.raw(source)
+    prices.afford(settings, *_plan(settings, source), yes, plan)
     targets: tuple[local_images.Target, ...] = ("training", "serving")
     for target in targets:
         cloud_images.ensure(settings, stack, target)
@@ -80,7 +81,7 @@ def _plan(settings: Settings, source: str) -> tuple[str, float | None]:
     hours = train.longest(settings)
     costs = prices.cost(packs, 2 * longest), prices.cost(trains, hours * compute.instances)
     return (
-        f"pipeline {project.name()} in {settings.aws.region}, on {source}: two processing jobs on 1 x "
+        f"pipeline {project.name()} in {prices.where(settings)}, on {source}: two processing jobs on 1 x "
         f"{compute.process_instance_type}, {longest:g} hours at most each, and a training job on "
         f"{train.machines(settings)}, {hours:g} hours at most",
         None if None in costs else sum(cost or 0.0 for cost in costs),
@@ -168,9 +169,10 @@ def main() -> int:
     parser.add_argument("--data", variable="DATA", help="folder of raw images, here or s3://... (default: data.source)")
     parser.add_argument("--wait", variable="WAIT", action="store_true", help="follow its steps; fails when one does")
     parser.add_argument("--yes", variable="YES", action="store_true", help="go on although it is over budget")
+    prices.add_plan(parser)
     options = parser.parse_args()
     settings = load(options.set)
-    arn = start(settings, options.data, options.yes)
+    arn = start(settings, options.data, options.yes, options.plan)
     print(f"started {arn.rpartition('/')[2]}; {hints(settings, arn)}", flush=True)
     if options.wait:
         follow(settings, arn)
