@@ -22,7 +22,7 @@ demo: $(READY) ## bake the template into build/ and there: data, train-local, ev
 	@$(IN_PROJECT) predict IMAGE=data/raw/digits/4/0780.png ARGS=
 	@$(IN_PROJECT) serve-local IMAGE=data/raw/digits/4/0780.png ARGS=
 	@echo "in $(PROJECT):"
-	@cd $(PROJECT) && .venv/bin/python -m pipelines.runs
+	@cd $(PROJECT) && .venv/bin/python -c "from pipelines import runs; print(runs.describe(runs.find(None)))"
 
 test: $(READY) ## tests of the template, and those of the project that it generates
 	@.venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not faults and not hosts" $(ARGS)

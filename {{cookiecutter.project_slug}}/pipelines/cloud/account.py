@@ -63,6 +63,10 @@ class Stack:
         return self.role.split(":")[1]
 
 
+# Stands for one that is not there yet, where only a price is asked for.
+NO_STACK = Stack("<bucket>", "", "<repository>", "", "", "")
+
+
 def client(settings: Settings, service: str, region: str | None = None) -> Any:
     """A boto3 client, in `aws.region` unless told otherwise, that gives up after a bounded number of attempts."""
     import boto3

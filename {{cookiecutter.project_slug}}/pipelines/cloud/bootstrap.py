@@ -80,11 +80,7 @@ def _notes(settings: Settings, values: dict[str, str]) -> list[str]:
 def main() -> int:
     """Command line; see the module's docstring."""
     parser = terminal.parser("Make what the project needs in AWS once, or bring it up to date.", settings=True)
-    parser.add_argument("--yes", action="store_true", help="do not ask")
+    parser.add_argument("--yes", variable="YES", action="store_true", help="do not ask")
     options = parser.parse_args()
     bootstrap(load(options.set), options.yes)
     return 0
-
-
-if __name__ == "__main__":
-    terminal.run_verb(main)

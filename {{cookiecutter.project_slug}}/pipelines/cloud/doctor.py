@@ -207,7 +207,3 @@ def main() -> int:
             failed = True
             print(f"fail  {error}", flush=True)
     return int(failed)
-
-
-if __name__ == "__main__":
-    terminal.run_verb(main)

@@ -68,7 +68,7 @@ def push(settings: Settings, stack: aws.Stack, target: images.Target) -> None:
     if made != ARCHITECTURE:
         raise UserError(
             f"{local} is built for {made or 'an unknown processor'}, SageMaker runs {ARCHITECTURE}; build it "
-            f'again with `make image ARGS="--platform linux/{ARCHITECTURE}"`'
+            f"again with `{terminal.command('image', ARGS=f'--platform linux/{ARCHITECTURE}')}`"
         )
     remote = uri(settings, stack, target)
     registry = remote.partition("/")[0]
@@ -111,7 +111,3 @@ def main() -> int:
         else:
             push(settings, stack, target)
     return 0
-
-
-if __name__ == "__main__":
-    terminal.run_verb(main)

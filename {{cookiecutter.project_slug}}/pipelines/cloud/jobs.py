@@ -163,7 +163,7 @@ def after(settings: Settings, kind: str, name: str) -> str:
     """How to look at a job that runs, and how to stop it."""
     word = words(kind, "-")
     region, verb = settings.aws.region, f"stop-{word}-job --{word}-job-name"
-    look = f"make {'tune' if kind == TUNING else 'logs'} JOB={name}"
+    look = terminal.command("tune" if kind == TUNING else "logs", JOB=name)
     return (
         f"Follow it with `{look}`, stop it with `aws sagemaker {verb} {name} --region {region}`, see it at "
         f"{aws.console(settings, f'{PAGES[kind]}/{name}')}"
@@ -178,7 +178,9 @@ def words(kind: str, between: str) -> str:
 def main() -> int:
     """Command line; see the module's docstring."""
     parser = terminal.parser("Print the log of a job, and follow it as long as it runs.", settings=True)
-    parser.add_argument("--job", help="name of a training, processing or transform job (default: the newest training)")
+    parser.add_argument(
+        "--job", variable="JOB", help="name of a training, processing or transform job (default: the newest training)"
+    )
     parser.add_argument("--once", action="store_true", help="do not follow it")
     options = parser.parse_args()
     settings = load(options.set)
@@ -187,7 +189,3 @@ def main() -> int:
     if facts["Status"] == "Failed":
         print(f"failed: {aws.failure(facts)}")
     return 0
-
-
-if __name__ == "__main__":
-    terminal.run_verb(main)

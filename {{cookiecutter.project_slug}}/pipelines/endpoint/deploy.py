@@ -35,15 +35,17 @@ def deploy(settings: Settings, options: Namespace) -> None:
     Raises:
         UserError: when it does not run as it should; the message says what is left, and how to remove it.
     """
-    chosen, name, stack = settings.endpoint, state.name(settings, options.endpoint), aws.stack(settings)
+    chosen, name, only_plan = settings.endpoint, state.name(settings, options.endpoint), options.plan
+    stack = prices.look(lambda: aws.stack(settings), aws.NO_STACK, only_plan)
     with tempfile.TemporaryDirectory(prefix="deploy-") as folder:
-        model = artifact.find(settings, options, Path(folder))
-        facts = state.describe(settings, name)
+        missing = artifact.Source("an artifact that is not there yet", Path(), [])
+        model = prices.look(lambda: artifact.find(settings, options, Path(folder)), missing, only_plan)
+        facts = prices.look(lambda: state.describe(settings, name), None, only_plan)
         old = _config(settings, name, facts, options.weight) if facts else {"ProductionVariants": []}
         _check_limits(settings, old, options.weight)
         image, config = images.uri(settings, stack, "serving"), f"{name}-{runs.new_name()}"
         plan = Plan(name, config, image, model.uri or "", model.package, old, options.weight)
-        _agree(settings, plan, model.label, options.yes)
+        _agree(settings, plan, model.label, options.yes, only_plan)
         if not plan.package:
             images.ensure(settings, stack, "serving")
         plan = replace(plan, uri=plan.uri or storage.artifact(settings, stack, model.archive))
@@ -59,18 +61,18 @@ def deploy(settings: Settings, options: Namespace) -> None:
         rollout.undo(settings, stack, plan, before)
         raise
     ends = f"deletes itself on {end[3:13]} at {end[14:19]} UTC" if end else "never deletes itself"
-    remove = f"`make destroy ENDPOINT={name}` removes it"
+    remove = f"`{terminal.command('destroy', ENDPOINT=name)}` removes it"
     try:
         difference = _see(settings, plan, model.samples, remove, options.rollback)
     except KeyboardInterrupt:
         again = "its golden samples were not asked and its scaling is not set: `make deploy` again does that"
         raise UserError(f"stopped waiting; {name} goes on and bills, and {ends}; {again}; {remove}", code=130) from None
     print(f"{name} is in service, its {len(model.samples)} golden samples agree within {difference:.4f}")
-    print(f"  {state.link(settings, name)}\n  make invoke IMAGE=path/to/an/image ENDPOINT={name}")
+    print(f"  {state.link(settings, name)}")
+    print(f"  {terminal.command('invoke', IMAGE='path/to/an/image', ENDPOINT=name)}")
     if plan.weight:
-        print(
-            f"  make shift-traffic VARIANT={SECOND} WEIGHT=50 ENDPOINT={name}; `make deploy` goes back to one variant"
-        )
+        shift = terminal.command("shift-traffic", VARIANT=SECOND, WEIGHT=50, ENDPOINT=name)
+        print(f"  {shift}; `make deploy` goes back to one variant")
     print(f"  it {ends}; {remove}", flush=True)
 
 
@@ -115,7 +117,11 @@ def _config(settings: Settings, name: str, facts: dict[str, Any], weight: int | 
             raise UserError(f"the name {name} is taken by an endpoint of something else; choose another: ENDPOINT=...")
         if facts["EndpointStatus"] != "InService":
             failed = facts["EndpointStatus"] in ("Failed", "OutOfService", "UpdateRollbackFailed")
-            step = f"remove it first: `make destroy ENDPOINT={name}`" if failed else "wait until that is over"
+            step = (
+                f"remove it first: `{terminal.command('destroy', ENDPOINT=name)}`"
+                if failed
+                else "wait until that is over"
+            )
             raise UserError(f"{name} is {facts['EndpointStatus']}, so it cannot be updated; {step}")
         config: dict[str, Any] = sagemaker.describe_endpoint_config(EndpointConfigName=facts["EndpointConfigName"])
     if ("AsyncInferenceConfig" in config) != (settings.endpoint.type == "async"):
@@ -150,7 +156,7 @@ def _check_limits(settings: Settings, old: dict[str, Any], weight: int | None) -
                         "set endpoint.instances to at least 2")  # fmt: skip
 
 
-def _agree(settings: Settings, plan: Plan, label: str, yes: bool) -> None:
+def _agree(settings: Settings, plan: Plan, label: str, yes: bool, only_plan: bool) -> None:
     """Say what will be made, where, and what it can cost; go on only inside the budget, and when told to."""
     chosen, update = settings.endpoint, bool(plan.old["ProductionVariants"])
     kind, most, largest = endpoint_model.fleet(settings)
@@ -160,18 +166,23 @@ def _agree(settings: Settings, plan: Plan, label: str, yes: bool) -> None:
     hourly = None if None in each else sum(cost or 0.0 for cost in each)
     hours = (chosen.ttl_hours or prices.MONTH) + (rollout.UPDATE_HOURS if update else 0)
     lines = [
-        f"{'update' if update else 'create'} the {chosen.type} endpoint {plan.name} in {settings.aws.region}: {label}"
+        f"{'update' if update else 'create'} the {chosen.type} endpoint {plan.name} in {prices.where(settings)}: {label}"
         f"{f' as {SECOND} for {plan.weight} % of the requests' if plan.weight else ''}",
         f"  on {' and '.join(f'at most {count} x {machine}' for count, machine in fleet)}, in "
         f"{'the image of the package' if plan.package else plan.image}",
         f"  {prices.usd(hourly)} an hour at most, {prices.usd(hourly, hours)} "
-        + (f"until it deletes itself after {chosen.ttl_hours:g} hours" if chosen.ttl_hours else "a month"),
+        + (
+            f"until it deletes itself after {chosen.ttl_hours:g} hours, {prices.usd(hourly, prices.MONTH)} a month if it "
+            "never ended"
+            if chosen.ttl_hours
+            else "a month"
+        ),
     ]
     if not chosen.ttl_hours:
         lines.append(
             f"  WARNING: endpoint.ttl_hours is 0: it never deletes itself and costs {prices.usd(hourly, 24)} a day"
         )
-    prices.agree(settings, "\n".join(lines), prices.cost(hourly, hours), yes)
+    prices.agree(settings, "\n".join(lines), prices.cost(hourly, hours), yes, only_plan)
 
 
 def _ask_golden(
@@ -200,15 +211,18 @@ def main() -> int:
     """Command line; see the module's docstring."""
     parser = terminal.parser("Put an artifact behind an endpoint on SageMaker.", settings=True)
     artifact.add_options(parser)
-    parser.add_argument("--endpoint", help="default: endpoint.name")
-    parser.add_argument("--type", choices=["realtime", "serverless", "async"], help="default: endpoint.type")
-    parser.add_argument("--weight", type=int, help="percent of the requests that a second variant gets")
+    parser.add_argument("--endpoint", variable="ENDPOINT", help="default: endpoint.name")
+    parser.add_argument(
+        "--type", variable="TYPE", choices=["realtime", "serverless", "async"], help="default: endpoint.type"
+    )
+    parser.add_argument(
+        "--weight", variable="WEIGHT", type=int, help="percent of the requests that a second variant gets"
+    )
     parser.add_argument("--rollback", action="store_true", help="undo an update that fails the golden samples")
-    parser.add_argument("--yes", action="store_true", help="do not ask, and go on although it is over budget")
+    parser.add_argument(
+        "--yes", variable="YES", action="store_true", help="do not ask, and go on although it is over budget"
+    )
+    prices.add_plan(parser)
     options = parser.parse_args()
     deploy(load(options.set, options={"endpoint.type": options.type}), options)
     return 0
-
-
-if __name__ == "__main__":
-    terminal.run_verb(main)

@@ -31,13 +31,14 @@ POLL = 15.0  # seconds
 ENDED = ("Succeeded", "Failed", "Stopped")
 
 
-def start(settings: Settings, source: str | None, yes: bool) -> str:
+def start(settings: Settings, source: str | None, yes: bool, plan: bool = False) -> str:
     """Bring the pipeline up to date and start it.
 
     Args:
         settings: of the project.
         source: folder of raw images or an S3 prefix of one; None: the configured one.
         yes: go on although it is over budget.
+        plan: only say what would be created, and end.
 
     Returns:
         The execution's ARN.
@@ -45,9 +46,9 @@ def start(settings: Settings, source: str | None, yes: bool) -> str:
     Raises:
         UserError: when nothing was started.
     """
-    source, stack = source or settings.data.source, aws.stack(settings)
-    local = None if source.startswith("s3://") else data.raw(source)
-    prices.afford(settings, *_plan(settings, source), yes)
+    source, stack = source or settings.data.source, prices.look(lambda: aws.stack(settings), aws.NO_STACK, plan)
+    local = None if plan or source.startswith("s3://") else data.raw(source)
+    prices.afford(settings, *_plan(settings, source), yes, plan)
     targets: tuple[local_images.Target, ...] = ("training", "serving")
     for target in targets:
         cloud_images.ensure(settings, stack, target)
@@ -78,7 +79,7 @@ def _plan(settings: Settings, source: str) -> tuple[str, float | None]:
     hours = train.longest(settings)
     costs = prices.cost(packs, 2 * longest), prices.cost(trains, hours * compute.instances)
     return (
-        f"pipeline {project.name()} in {settings.aws.region}, on {source}: two processing jobs on 1 x "
+        f"pipeline {project.name()} in {prices.where(settings)}, on {source}: two processing jobs on 1 x "
         f"{compute.process_instance_type}, {longest:g} hours at most each, and a training job on "
         f"{train.machines(settings)}, {hours:g} hours at most",
         None if None in costs else sum(cost or 0.0 for cost in costs),
@@ -144,8 +145,9 @@ def _line(step: dict[str, Any]) -> str:
     """What a step does, and where its log is."""
     metadata = step.get("Metadata", {})
     jobs = [metadata[kind]["Arn"].rpartition("/")[2] for kind in ("ProcessingJob", "TrainingJob") if kind in metadata]
+    logs = [terminal.command("logs", JOB=job) for job in jobs]
     cached = " (result of an earlier execution)" if "CacheHitResult" in step else ""
-    return f"[{step['StepName']}] {step['StepStatus']}{cached}{''.join(f'; make logs JOB={job}' for job in jobs)}"
+    return f"[{step['StepName']}] {step['StepStatus']}{cached}{''.join(f'; {log}' for log in logs)}"
 
 
 def _reason(step: dict[str, Any]) -> str:
@@ -162,18 +164,15 @@ def hints(settings: Settings, arn: str) -> str:
 def main() -> int:
     """Command line; see the module's docstring."""
     parser = terminal.parser("Bring the project's SageMaker Pipeline up to date and run it.", settings=True)
-    parser.add_argument("--data", help="folder of raw images, here or s3://... (default: data.source)")
-    parser.add_argument("--wait", action="store_true", help="follow its steps; fails when one does")
-    parser.add_argument("--yes", action="store_true", help="go on although it is over budget")
+    parser.add_argument("--data", variable="DATA", help="folder of raw images, here or s3://... (default: data.source)")
+    parser.add_argument("--wait", variable="WAIT", action="store_true", help="follow its steps; fails when one does")
+    parser.add_argument("--yes", variable="YES", action="store_true", help="go on although it is over budget")
+    prices.add_plan(parser)
     options = parser.parse_args()
     settings = load(options.set)
-    arn = start(settings, options.data, options.yes)
+    arn = start(settings, options.data, options.yes, options.plan)
     print(f"started {arn.rpartition('/')[2]}; {hints(settings, arn)}", flush=True)
     if options.wait:
         follow(settings, arn)
         print("done; the model is registered")
     return 0
-
-
-if __name__ == "__main__":
-    terminal.run_verb(main)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -55,8 +56,8 @@ def table(tuning: Tuning, trials: Sequence[Trial], columns: int = 0) -> str:
 
 
 def options(trial: Trial) -> str:
-    """A trial's values as another verb takes them."""
-    return f'ARGS="{" ".join(f"--set training.{name}={value}" for name, value in trial.values.items())}"'
+    """A trial's values as another verb takes them in ARGS."""
+    return shlex.join(word for name, value in trial.values.items() for word in ("--set", f"training.{name}={value}"))
 
 
 def short(value: Any) -> str:
