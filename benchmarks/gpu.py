@@ -1,18 +1,41 @@
 #!/usr/bin/env python3
 """One pass over the GPU path of a generated project: first whether it works, then how fast it is and why.
 
-    python3 gpu_check.py /path/to/generated/project [--budget 470] [--only NAME,NAME] [--out FOLDER]
+    python3 benchmarks/gpu.py /path/to/generated/project [--budget 470] [--only NAME,NAME] [--out FOLDER]
 
-Needs torch, torchvision, safetensors, numpy, pillow; no network, one GPU. Without a GPU the same checks run tiny on the
-CPU (to show that the script itself works). Prints one JSON line a check as it goes, then a table; also written to
-FOLDER/gpu_check.jsonl (default: $OUT, else the working directory). Exit code: number of failed checks.
+Needs torch, torchvision, safetensors, numpy, pillow; no uv, no network, one GPU. Without a GPU the same checks run tiny
+on the CPU, which shows that the script itself works. Prints one JSON line a check as it goes, then a table; the lines
+are also in FOLDER/gpu_check.jsonl (default: $OUT, else the working directory). Exit code: number of failed checks.
 """
 
 from __future__ import annotations
 
-import argparse, asyncio, collections, contextlib, copy, faulthandler, gc, hashlib, importlib.util, io, json, logging, math, os, re
-import shutil, signal, statistics, subprocess, sys, tarfile, tempfile, threading, time, traceback, warnings
+import argparse
+import asyncio
+import collections
+import contextlib
+import faulthandler
+import gc
+import hashlib
+import importlib.util
+import json
+import logging
+import math
+import os
+import re
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tarfile
+import tempfile
+import threading
+import time
+import traceback
+import warnings
 from pathlib import Path
+from typing import Any
 
 BEGAN = time.monotonic()
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -27,19 +50,17 @@ sys.path[:0] = [str(SRC), str(PROJECT)]
 faulthandler.enable()
 faulthandler.dump_traceback_later(options.budget + 60, exit=True)  # a hang in a kernel: say where, and end
 
+import imaging
 import numpy as np
 import torch
+from model import best_device, build_model
 from torch import nn
-from torch.nn import functional as F
-
+from torch.nn import functional
 from training import augment, feed, interruption, loop, watch
 from training.config import Hyperparameters, resolve
 from training.data import Split
 from training.distributed import World
-from training.model import best_device, build_model
 from training.optim import WeightAverage, build_optimizer
-
-import imaging
 
 logging.getLogger("training").setLevel(logging.WARNING)
 GPU = torch.cuda.is_available()
@@ -77,7 +98,7 @@ def emit(result: dict) -> None:
 
 
 def left() -> float:
-    return options.budget - (time.monotonic() - BEGAN)
+    return float(options.budget - (time.monotonic() - BEGAN))
 
 
 def sync() -> None:
@@ -95,6 +116,7 @@ def size_of(gpu_value, cpu_value):
 def make_split(n: int, size: int, classes: int = 10, shards: int = 1, seed: int = 0, learnable: bool = True) -> Split:
     random = np.random.default_rng(seed)
     labels = (np.arange(n) % classes).astype(np.int64)
+    pixels: Any
     if learnable:  # digits-like: a coarse picture a class, under noise and shifts
         shapes = np.random.default_rng(7).integers(0, 2, (classes, 4, 4, 3)) * 150
         coarse = shapes[labels] + random.integers(0, 80, (n, 4, 4, 3))
@@ -131,7 +153,7 @@ def feeding(mode: str | None):
     """Force the feed's mode."""
     kept = feed.Feed._suitable
     if mode:
-        feed.Feed._suitable = lambda self: mode
+        feed.Feed._suitable = lambda _: mode
     try:
         yield
     finally:
@@ -192,7 +214,7 @@ class One(int):
 
 @check(5)
 def environment():
-    facts = {
+    facts: dict[str, Any] = {
         "python": sys.version.split()[0],
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
@@ -217,7 +239,7 @@ def environment():
             "has_fast_bf16": loop.has_fast_bf16(DEVICE),
         }
     try:
-        from pipelines import engine
+        from pipelines.local import engine
 
         facts["engine.gpus()"] = engine.gpus()
     except ImportError as error:  # of yaml
@@ -240,7 +262,7 @@ def ceilings():
         return (time.perf_counter() - started) / repeats
 
     a = torch.randn(8192, 8192, device=DEVICE, dtype=torch.bfloat16)
-    facts = {"bf16_tflops": round(2 * 8192**3 / rate(lambda: a @ a, 10) / 1e12)}
+    facts: dict[str, Any] = {"bf16_tflops": round(2 * 8192**3 / rate(lambda: a @ a, 10) / 1e12)}
     big = torch.empty(2 << 30, dtype=torch.uint8, device=DEVICE)
     other = torch.empty_like(big)
     facts["d2d_read_plus_write_TB_s"] = round(2 * big.numel() / rate(lambda: other.copy_(big), 10) / 1e12, 2)
@@ -264,9 +286,9 @@ def augmentation_matches_cpu():
     size, n = 32, 64
     data = make_split(n, size, seed=3)
     settings = Hyperparameters(horizontal_flip=True, crop_scale=0.4, erase=0.5, translate=0.2)
-    chosen, rows = augment.draw(n, size, settings, 0), np.arange(n)
+    chosen = augment.draw(n, size, settings, 0)
     host, images = torch.from_numpy(data.images[0]), torch.from_numpy(data.images[0]).to(DEVICE)
-    facts = {}
+    facts: dict[str, Any] = {}
     pairs = {
         "shift": (augment.shift_by_copy(host, chosen.shifts), augment.shift_by_gather(images, chosen.shifts)),
         "crop": (augment.crop_by_resize(host, chosen.crops), augment.crop_by_gather(images, chosen.crops)),
@@ -326,7 +348,7 @@ def feed_modes_equal():
     return {"largest_difference": apart(state(a), state(b))}
 
 
-FEATURES = {
+FEATURES: dict[str, dict[str, Any]] = {
     "every_augmentation": {
         "horizontal_flip": True,
         "crop_scale": 0.5,
@@ -362,7 +384,7 @@ def features():
 @check(15)
 def guard_non_finite():
     """A loss that is NaN at step 5 of 20: reported as step 5, weights finite."""
-    real, calls = F.cross_entropy, [0]
+    real, calls = functional.cross_entropy, [0]
     models = []
     kept = loop.WeightAverage
 
@@ -370,7 +392,11 @@ def guard_non_finite():
         calls[0] += 1
         return real(*args, **given) * (float("nan") if calls[0] == 5 else 1.0)
 
-    loop.WeightAverage = lambda model, decay: models.append(model) or kept(model, decay)
+    def noted(model, decay):
+        models.append(model)
+        return kept(model, decay)
+
+    loop.WeightAverage = noted
     loop.functional.cross_entropy = spoiled
     try:
         train("cnn", SMALL, SMALL_VAL, MODES[0])
@@ -386,13 +412,13 @@ def guard_non_finite():
 
 @check(25)
 def resume_in_process():
-    """Drift between equal runs, and between a run and one stopped in its second epoch and resumed (not deterministic mode)."""
+    """Drift between equal runs, and between a run and one that was stopped and resumed (not deterministic mode)."""
     kept, asked, calls = watch.MEETING_SECONDS, interruption.asked, [0]
     watch.MEETING_SECONDS = 0.0  # meet after every step
-    facts = {}
+    facts: dict[str, Any] = {}
     try:
         for precision in ("fp32", "bf16"):
-            given = {"mode": MODES[0], "precision": precision, "epochs": 3}
+            given: dict[str, Any] = {"mode": MODES[0], "precision": precision, "epochs": 3}
             a, b = state(train("cnn", SMALL, SMALL_VAL, **given)[0]), state(train("cnn", SMALL, SMALL_VAL, **given)[0])
             folder = Path(tempfile.mkdtemp(dir=TMP))
             calls[0] = 0
@@ -430,7 +456,7 @@ def ddp_nccl_one_rank():
     from training import distributed
 
     world = distributed.start(120.0)
-    facts = {"backend": dist.get_backend(), "device": str(world.device)}
+    facts: dict[str, Any] = {"backend": dist.get_backend(), "device": str(world.device)}
     world = World(rank=0, size=One(1), device=world.device)
     try:
         plain = train("cnn", SMALL, SMALL_VAL, MODES[0], precision="fp32")[1]
@@ -495,7 +521,7 @@ class Job:
         self.reader.start()
 
     def _read(self):
-        for line in self.process.stdout:
+        for line in self.process.stdout or []:
             self.lines.append(line.rstrip())
 
     def wait_for(self, pattern: str, seconds: float) -> bool:
@@ -511,7 +537,7 @@ class Job:
             code = self.process.wait(seconds)
         except subprocess.TimeoutExpired:
             self.process.kill()
-            raise AssertionError(f"still running after {seconds} s: {self.lines[-5:]}")
+            raise AssertionError(f"still running after {seconds} s: {self.lines[-5:]}") from None
         self.reader.join(5)
         return code
 
@@ -532,7 +558,7 @@ JOBS: dict[str, Job] = {}
 
 @check(60)
 def jobs_deterministic_and_resumed():
-    """train.py twice with `deterministic`, and once stopped by SIGTERM (through launch.py) and resumed: the same bytes?"""
+    """train.py twice with `deterministic`, and once stopped by SIGTERM (through launch.py) and resumed: same bytes?"""
     if not (TMP / "packed").exists():
         pack_to(TMP / "packed/train", make_split(size_of(2560, 320), size_of(32, 16), shards=2))
         pack_to(
@@ -548,7 +574,7 @@ def jobs_deterministic_and_resumed():
     asked = time.monotonic()
     stopped.process.terminate()
     code = stopped.wait(size_of(60, 200))
-    facts = {
+    facts: dict[str, Any] = {
         "sigterm_code": code,
         "sigterm_to_exit_s": round(time.monotonic() - asked, 2),
         "checkpoints": sorted(p.name for p in (stopped.root / "checkpoints").iterdir()),
@@ -574,13 +600,13 @@ def jobs_deterministic_and_resumed():
 
 @check(45)
 def job_torchrun_sigterm():
-    """launch.py through torchrun (one rank, NCCL) with restarts: SIGTERM ends in 143; too many ranks are refused how?"""
+    """launch.py through torchrun (one rank) with restarts: SIGTERM ends in 143; how too many ranks are refused."""
     given = ARGUMENTS | {"deterministic": False, "max_restarts": 1, "epochs": 4000}
     job = Job("torchrun", given, "launch.py", SM_NUM_GPUS="1")
     assert job.wait_for(r"^epoch=1 ", size_of(90, 300)), job.lines[-8:]
     asked = time.monotonic()
     job.process.terminate()
-    facts = {"code": job.wait(100), "seconds": round(time.monotonic() - asked, 2)}
+    facts: dict[str, Any] = {"code": job.wait(100), "seconds": round(time.monotonic() - asked, 2)}
     if GPU:  # SM_NUM_GPUS above what CUDA_VISIBLE_DEVICES shows, as LOCAL_MODE=process gives it
         many = Job("many", ARGUMENTS | {"epochs": 1}, "launch.py", SM_NUM_GPUS=str(torch.cuda.device_count() + 1))
         try:
@@ -604,7 +630,7 @@ def job_torchrun_sigterm():
 
 @check(45)
 def artifact_gpu_against_cpu():
-    """One artifact, made on this device: golden samples hold on the GPU and on the CPU, in fp32 and bf16, and answers agree."""
+    """One artifact, made on this device: golden samples hold on GPU and CPU, in fp32 and bf16, and answers agree."""
     folder = JOBS["a"].root / "model"
     archive = TMP / "model.tar.gz"
     with tarfile.open(archive, "w:gz") as tar:
@@ -655,19 +681,20 @@ class Context:
 
 
 def photo() -> bytes:
-    from benchmarks.process import photo as made
+    from material import photo as made
 
     return made()
 
 
 @check(50)
 def serving():
-    """The batcher (what the server is, without HTTP): latency alone and images/s with 64 callers; resnet50 at 224 on a GPU."""
+    """The batcher, the server without HTTP: latency alone, images/s with 64 callers; resnet50 at 224 on a GPU."""
     from inference import batcher as b
-    from training.export import write_artifact
+    from inference.export import write_artifact
 
     name, side = size_of(("resnet50", 224), ("cnn", 32))
-    facts, body = {}, photo()
+    facts: dict[str, Any] = {}
+    body = photo()
     folder = TMP / "served"
     torch.manual_seed(0)
     validation = make_split(64, side, seed=2)
@@ -728,7 +755,7 @@ def serving():
 
 @check(25)
 def server_over_http():
-    """serve.py on the artifact of job a: ready, one answer, SIGTERM ends in 0. Needs starlette and uvicorn (carry wheels)."""
+    """serve.py on the artifact of job a: ready, one answer, SIGTERM ends in 0. Needs starlette and uvicorn."""
     if importlib.util.find_spec("uvicorn") is None or importlib.util.find_spec("starlette") is None:
         return {"left_out": "no starlette or uvicorn here"}
     import urllib.request
@@ -756,7 +783,7 @@ def server_over_http():
                 if urllib.request.urlopen(f"http://127.0.0.1:{port}/ping", timeout=2).status == 200:
                     break
             time.sleep(0.1)
-        facts = {"ready_s": round(time.monotonic() - started, 1)}
+        facts: dict[str, Any] = {"ready_s": round(time.monotonic() - started, 1)}
         request = urllib.request.Request(
             f"http://127.0.0.1:{port}/invocations", photo(), {"Content-Type": "image/jpeg"}
         )
@@ -775,11 +802,11 @@ def server_over_http():
 def host_syncs_per_step():
     """Synchronising calls, by place, in a run of 2 epochs of 100 steps (resident and stream)."""
     data, validation = make_split(6400, 32), make_split(512, 32, seed=1)
-    facts = {}
+    facts: dict[str, Any] = {}
     for mode in MODES:
-        places = collections.Counter()
+        places: collections.Counter[str] = collections.Counter()
 
-        def show(message, category, filename, lineno, file=None, line=None):
+        def show(message, *_, places=places, **__):
             if "synchronizing CUDA operation" in str(message):
                 own = [f for f in traceback.extract_stack() if str(SRC) in f.filename]
                 places[f"{Path(own[-1].filename).name}:{own[-1].lineno}" if own else "elsewhere"] += 1
@@ -800,7 +827,7 @@ class Bare:
     """The training step on one batch that lies ready, with parts that can be left out."""
 
     def __init__(
-        self, name_or_model, size, batch, precision="bf16", compile=False, channels_last=True, optimizer="sgd"
+        self, name_or_model, size, batch, precision="bf16", compiled=False, channels_last=True, optimizer="sgd"
     ):
         torch.manual_seed(0)
         model = (
@@ -822,13 +849,13 @@ class Bare:
         self.labels = torch.randint(0, 10, (batch,), device=DEVICE)
         self.batch = batch
         self.call = self.model
-        if compile:
-            self.model.compile() if compile is True else self.model.compile(mode=compile)
+        if compiled:
+            self.model.compile() if compiled is True else self.model.compile(mode=compiled)
 
     def step(self, guard=True, optimizer=True, ema=True, backward=True):
         with self.cast:
             logits = self.call(self.images)
-        loss = F.cross_entropy(logits.float(), self.labels, reduction="sum", label_smoothing=0.1)
+        loss = functional.cross_entropy(logits.float(), self.labels, reduction="sum", label_smoothing=0.1)
         if not backward:
             return
         (self.guard.scale(loss, 1 / self.batch) if guard else loss / self.batch).backward()
@@ -863,7 +890,7 @@ def free():
 
 def race(name, size, batch, steps, mode, rounds=3, **given):
     """Images a second of the real loop and of the bare step of the product's benchmark, in one process, in turns."""
-    from benchmarks.train import Limit
+    from step import Limit
 
     free()
     classes = 1000 if size > 100 else 10
@@ -880,7 +907,9 @@ def race(name, size, batch, steps, mode, rounds=3, **given):
     )
     torch.manual_seed(0)
     model = build_model(name, classes, size).to(DEVICE)
-    limit, bare, stamps = [], [], []
+    limit: list[Any] = []
+    bare: list[float] = []
+    stamps: list[float] = []
 
     def between(_):
         stamps.append(time.perf_counter())
@@ -893,7 +922,7 @@ def race(name, size, batch, steps, mode, rounds=3, **given):
     with feeding(mode):
         _, history = loop.fit(model, data, validation, settings, WORLD, None, between)
     real = [batch / e["images_per_second"] for e in history[1:]]
-    facts = {
+    facts: dict[str, Any] = {
         "images_per_second": round(batch / statistics.median(real)),
         "limit": round(batch / statistics.median(bare)),
         "fed_over_limit": round(statistics.median(bare) / statistics.median(real), 3),
@@ -908,7 +937,7 @@ def race(name, size, batch, steps, mode, rounds=3, **given):
 
 
 def in_turn(cases: dict) -> dict:
-    facts = {}
+    facts: dict[str, Any] = {}
     for key, call in cases.items():
         if left() < 25:
             facts[key] = "left out: no time"
@@ -923,7 +952,7 @@ def in_turn(cases: dict) -> dict:
 
 @check(40)
 def loop_cnn32():
-    """The loop at 32 pixels: fed ÷ limit in both modes, batch 64 (the CIFAR recipe's), 128 and 1024, with and without augmentation."""
+    """The loop at 32 pixels: fed ÷ limit in both modes, batch 64, 128 and 1024, with and without augmentation."""
     s = size_of(300, 3)
     b = size_of(1024, 16)
     return in_turn(
@@ -955,8 +984,8 @@ def loop_resnet50():
 
 @check(40)
 def step_parts():
-    """What each part of the step costs: left out one by one; memory order; cuDNN's search; a CUDA graph of the model."""
-    facts = {}
+    """What each part of the step costs, left out one by one; memory order; cuDNN's search; a CUDA graph."""
+    facts: dict[str, Any] = {}
     name, side, batch = size_of(("resnet50", 224, 256), ("resnet18", 32, 4))
     n = size_of(20, 1)
     for label, (model, px, size, steps) in {
@@ -981,7 +1010,10 @@ def step_parts():
                     bare.step()
                 sync()
                 wall = 1e6 * (time.perf_counter() - started)
-            device_time = lambda e: getattr(e, "self_device_time_total", 0) or getattr(e, "self_cuda_time_total", 0)
+
+            def device_time(event):
+                return getattr(event, "self_device_time_total", 0) or getattr(event, "self_cuda_time_total", 0)
+
             rows = sorted(profiled.key_averages(), key=device_time, reverse=True)
             kernels = [
                 r
@@ -1012,20 +1044,21 @@ def step_parts():
 @check(20)
 def feed_alone():
     """The feed without a model: images a second, with augmentation and without."""
-    facts = {}
+    facts: dict[str, Any] = {}
     for side, batch, count in (
         (32, size_of(1024, 16), size_of(50, 3)),
         (size_of(224, 32), size_of(256, 8), size_of(20, 2)),
     ):
         data = make_split(batch * count, side, learnable=False)
         rows = list(np.random.default_rng(0).permutation(len(data)).reshape(count, batch))
+        augmentations: dict[str, dict[str, Any]] = {
+            "plain": {"translate": 0.0},
+            "shift_flip": {"horizontal_flip": True},
+            "crop_flip_colour_erase": FEATURES["every_augmentation"],
+        }
         for mode in MODES:
             made = feed.Feed(data, DEVICE, mode)
-            for label, given in {
-                "plain": {"translate": 0.0},
-                "shift_flip": {"horizontal_flip": True},
-                "crop_flip_colour_erase": FEATURES["every_augmentation"],
-            }.items():
+            for label, given in augmentations.items():
                 chosen = augment.draw(len(data), side, Hyperparameters(**given), 0)
                 for _ in made.batches(rows[:2], chosen):
                     pass
@@ -1046,7 +1079,7 @@ def feed_alone():
 @check(20)
 def evaluation():
     """evaluate() against one that stays on the device and computes in bf16."""
-    facts = {}
+    facts: dict[str, Any] = {}
     for name, side, n in (("cnn", 32, size_of(10_000, 256)), size_of(("resnet50", 224, 2048), ("resnet18", 32, 64))):
         data = make_split(n, side, learnable=False)
         model = build_model(name, 10, side).to(DEVICE).to(memory_format=torch.channels_last)
@@ -1063,7 +1096,7 @@ def evaluation():
                 with torch.no_grad(), loop.autocast(precision, DEVICE):
                     for first in range(0, n, 512):
                         logits = model(imaging.normalise(images[first : first + 512], [0.4] * 3, [0.25] * 3)).float()
-                        total[0] += F.cross_entropy(logits, labels[first : first + 512], reduction="sum")
+                        total[0] += functional.cross_entropy(logits, labels[first : first + 512], reduction="sum")
                         total[1] += (logits.argmax(1) == labels[first : first + 512]).sum()
                 return total.tolist()
 
@@ -1072,7 +1105,7 @@ def evaluation():
             got = other()
             facts[f"{name}.{side}.resident_{precision}_images_per_second"] = round(n / (time.perf_counter() - started))
             facts[f"{name}.{side}.resident_{precision}_loss_difference"] = round(abs(got[0] / n - found.loss), 6)
-        del images, labels, model
+        images = labels = model = None
         free()
     return facts
 
@@ -1100,7 +1133,7 @@ def checkpoint_stall():
     return {"stall_s": stalls, "megabytes": round(size), "restore_s": round(time.perf_counter() - started, 2)}
 
 
-class ResNet9(nn.Module):
+class ResNet9(nn.Module):  # type: ignore[misc]  # torch is not here, where this is checked
     """David Page's network for CIFAR-10 (DAWNBench), 6.6 M parameters: what a recipe for 94 % would train."""
 
     def __init__(self, width=64):
@@ -1136,7 +1169,7 @@ class ResNet9(nn.Module):
 @check(25)
 def cifar_shaped_clock():
     """Seconds an epoch of 50,000 images at 32 pixels would take: the product's cnn and a ResNet-9, bare step, eager."""
-    facts = {}
+    facts: dict[str, Any] = {}
     for label, model, batch in (
         ("cnn_b64", "cnn", 64),
         ("cnn_b1024", "cnn", 1024),
@@ -1177,9 +1210,9 @@ def compiled_resnet50():
 @check(70)
 def compiled_resnet9():
     """What the 94 % recipe would run at: a compiled ResNet-9 at batch 1024; and, on a GPU, in CUDA graphs."""
-    facts = {}
+    facts: dict[str, Any] = {}
     for mode in (True, *(["reduce-overhead"] if GPU else [])):
-        bare = Bare(ResNet9(), 32, size_of(1024, 8), compile=mode)
+        bare = Bare(ResNet9(), 32, size_of(1024, 8), compiled=mode)
         started = time.perf_counter()
         bare.step()
         sync()
@@ -1192,7 +1225,7 @@ def compiled_resnet9():
 
 @check(60)
 def compile_auto_choice():
-    """What speed.choose decides for resnet18 at 224, batch 256, and how long it takes to decide (a run of 2,000 steps)."""
+    """What speed.choose decides for resnet18 at 224, batch 256, and how long it takes (a run of 2,000 steps)."""
     from training import speed
 
     side, batch = size_of((224, 256), (32, 8))
@@ -1202,7 +1235,7 @@ def compile_auto_choice():
     cast = loop.autocast("auto", DEVICE)
     started = time.perf_counter()
     chosen = speed.choose(model, images, settings, 2000 if GPU else 1, WORLD, lambda: cast)
-    facts = {"chosen": chosen, "seconds": round(time.perf_counter() - started, 1)}
+    facts: dict[str, Any] = {"chosen": chosen, "seconds": round(time.perf_counter() - started, 1)}
     eager = speed._step_seconds(model, images[:32], True, False, DEVICE, lambda: cast)
     facts |= {
         "ms_at_32": round(1000 * eager, 2),
@@ -1246,7 +1279,7 @@ def main() -> int:
         emit(result | {"seconds": round(time.monotonic() - started, 1)})
     print(f"\n{'check':36} {'ok':5} {'seconds':>8}  what it says")
     for result in RESULTS:
-        facts = {k: v for k, v in result.items() if k not in ("check", "ok", "seconds")}
+        facts: dict[str, Any] = {k: v for k, v in result.items() if k not in ("check", "ok", "seconds")}
         mark = {True: "yes", False: "NO", None: "-"}[result["ok"]]
         print(f"{result['check']:36} {mark:5} {result.get('seconds', 0):>8}  {json.dumps(facts, default=str)[:250]}")
     print(f"{time.monotonic() - BEGAN:.0f} s in all", flush=True)

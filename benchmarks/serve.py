@@ -83,7 +83,7 @@ def rounds_of(name: str, rounds: int, seconds: float, folder: Path) -> Measured:
     return measured
 
 
-def comparison(runs: int, seconds: float, folder: Path) -> str:
+def comparison(case: str, runs: int, seconds: float, folder: Path) -> str:
     """A Markdown table, a column a server; the servers take turns in every round."""
     if missing := [variable for variable in OTHERS if not os.environ.get(variable)]:
         sys.exit(f"error: {missing[0]} names no interpreter of that server's environment; start this as "
@@ -103,7 +103,7 @@ def comparison(runs: int, seconds: float, folder: Path) -> str:
         "Ray Serve, our bridge": functools.partial(ray_host, python["ray"], **threads),
     }
     results: dict[str, list[dict[str, float]]] = {name: [] for name in servers}
-    model = make_artifact(folder / "others", *CASES["serve"])
+    model = make_artifact(folder / "others", *CASES[case])
     for _ in range(runs):
         for name, server in servers.items():
             print(f"against others: {name}", flush=True)
@@ -191,7 +191,7 @@ def measure(options: argparse.Namespace, book: Book) -> int:
             measured |= rounds_of(name, rounds, seconds, folder)
         book.publish(TITLE, facts | {"rounds": rounds}, measured, "serve.")
         if options.runs:
-            text = comparison(options.runs, seconds, folder)
+            text = comparison("serve.small" if options.quick else "serve", options.runs, seconds, folder)
             book.keep(OTHERS_TITLE, text)
             print(text, flush=True)
     wrong = [] if options.quick else above_limits(measured)

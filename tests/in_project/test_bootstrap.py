@@ -197,7 +197,7 @@ def test_the_verbs_policy_allows_every_call_that_the_verbs_make() -> None:
 
 def test_the_verbs_policy_allows_nothing_that_no_verb_does() -> None:
     policy = document()["Resources"]["VerbsPolicy"]
-    source = "".join(file.read_text(encoding="utf-8") for file in (ROOT / "pipelines").glob("*.py"))
+    source = "".join(file.read_text(encoding="utf-8") for file in (ROOT / "pipelines").rglob("*.py"))
     golden = "".join(file.read_text(encoding="utf-8") for file in GOLDEN.glob("*.json"))
     implied = {  # by tags, roles, uploads, `docker push`
         "AddTags", "TagResource", "PassRole", "CreateServiceLinkedRole", "AbortMultipartUpload", "GetBucketLocation",
@@ -234,6 +234,23 @@ def policy_size() -> int:
         for policy in iam.list_policies(Scope="Local")["Policies"]
     ]
     return max(len(re.sub(r"\s", "", json.dumps(version["Document"]))) for version in versions)
+
+
+def test_one_account_sees_a_stack_that_is_made_changed_and_removed(
+    aws: Recorder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    account = Account(config.load())
+    with pytest.raises(UserError, match="make it with `make bootstrap`"):
+        account.stack()  # that there is none is not kept
+    bootstrap.bootstrap(account, yes=True)
+    assert account.stack().bucket == BUCKET
+    bootstrap.bootstrap(account, yes=True)
+    assert "is up to date" in capsys.readouterr().out
+    bootstrap_destroy.destroy(account, everything=False, confirmed="", yes=True)
+    bootstrap_destroy.destroy(account, everything=False, confirmed="", yes=True)
+    assert f"there is no stack {NAME}" in capsys.readouterr().out
+    bootstrap.bootstrap(account, yes=True)
+    assert len(aws.named("ExecuteChangeSet")) == 2
 
 
 def test_make_again_update_and_destroy(aws: Recorder, capsys: pytest.CaptureFixture[str]) -> None:

@@ -146,7 +146,7 @@ def test_an_empty_section_and_a_missing_file_can_be_overridden_or_are_named(tmp_
 
 def test_a_verb_says_it_and_exits(verb: Verb, project: Path) -> None:
     for words in (["--set", "training.epochs=soon"], ["--data", "a" * 5000], ["--instances", "0"], ["--data", ""]):
-        failed = verb("train_local", *words)
+        failed = verb("train-local", *words)
         assert failed.returncode == 1
         assert failed.stderr.startswith("error: ")
         assert len(failed.stderr.splitlines()) == 1

@@ -49,7 +49,7 @@ def test_what_a_container_lacks_is_one_sentence(
         (programs / "sh").symlink_to("/bin/sh")
     if missing == "image":
         arguments += ["--set", "images.training=nowhere.invalid/none:1"]
-    failed = verb("train_local", *arguments, **environment)
+    failed = verb("train-local", *arguments, **environment)
     assert failed.returncode == 1
     assert sentence in failed.stderr.splitlines()[-1]
     assert "LOCAL_MODE=process" in failed.stderr
@@ -58,7 +58,7 @@ def test_what_a_container_lacks_is_one_sentence(
 
 def test_an_image_that_cannot_be_built_falls_back_to_a_process(verb: Verb, project: Path, nothing_left: str) -> None:
     (project / "docker" / "Dockerfile").write_text("FROM scratch\nRUN nothing\n")
-    trained = verb("train_local", *SHORT)
+    trained = verb("train-local", *SHORT)
     assert trained.returncode == 0, trained.stderr
     assert "training as a process on this machine: the image could not be built" in trained.stdout
     assert read(published(project) / "run.json")["mode"] == "process"

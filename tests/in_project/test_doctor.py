@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from botocore.exceptions import ClientError
-from tests.cloud import Recorder, aws, check_golden, refused
+from tests.cloud import Recorder, aws, check_golden, described, refused
 
 from pipelines import project
 from pipelines import terminal as console
@@ -55,14 +55,6 @@ def simulated(*denied: str) -> Any:
     return answer
 
 
-def described(parameters: list[dict[str, str]]) -> dict[str, Any]:
-    """What CloudFormation says of the stack."""
-    names = {"Bucket": STACK.bucket, "ExecutionRole": STACK.role, "Repository": STACK.repository, "Topic": STACK.topic,
-             "SchedulerRole": STACK.scheduler_role, "PipelineRole": STACK.pipeline_role}  # fmt: skip
-    outputs = [{"OutputKey": key, "OutputValue": value} for key, value in names.items()]
-    return {"Stacks": [{"StackStatus": "UPDATE_COMPLETE", "Parameters": parameters, "Outputs": outputs}]}
-
-
 def quota(name: str, value: float, code: str = "L-1") -> dict[str, Any]:
     return {"QuotaName": name, "Value": value, "QuotaCode": code}
 
@@ -77,7 +69,7 @@ def healthy(aws: Recorder) -> Recorder:
     usage = ("ml.g5.xlarge for spot training job usage", "ml.m5.large for endpoint usage")
     aws.answers |= {
         "GetCallerIdentity": caller(),
-        "DescribeStacks": described(parameters),
+        "DescribeStacks": described(STACK, parameters),
         "GetTemplate": {"TemplateBody": json.loads(stack.template(SETTINGS, ACCOUNT))},
         "GetRole": lambda p: {
             "Role": {"Arn": f"arn:aws:iam::{ACCOUNT}:role/path/{p['RoleName']}", "AssumeRolePolicyDocument": trust}
@@ -118,7 +110,7 @@ TRUST = {"Role": {"Arn": STACK.role, "AssumeRolePolicyDocument": {"Statement": [
 WRONG: list[tuple[str, Any, str, str, str]] = [
     ("GetCallerIdentity", lambda _: caller(seconds=-600), "fail", "clock is -", "NTP"),
     ("GetCallerIdentity", lambda _: caller(f"arn:aws:iam::{ACCOUNT}:root"), "warn", "account itself", "role"),
-    ("DescribeStacks", described([]), "warn", "differs in Project", "bootstrap"),
+    ("DescribeStacks", described(STACK), "warn", "differs in Project", "bootstrap"),
     ("GetTemplate", {"TemplateBody": "{}"}, "warn", "differs in infrastructure/stack.yaml", "make bootstrap"),
     ("GetTemplate", refusal("AccessDenied"), "warn", "stack: not checked", "may not do that"),
     ("GetRole", TRUST, "fail", "does not trust SageMaker", "make bootstrap"),

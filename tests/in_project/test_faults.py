@@ -381,7 +381,7 @@ def test_a_spot_interruption_of_a_container_is_honoured(project: Path, nothing_l
     """`docker stop`, as SageMaker does: a checkpoint, exit code 143, no artifact; and the run can go on."""
     words = ["--mode", "container", "--instances", str(hosts), "--set", "training.epochs=400", "--verbose"]
     started = subprocess.Popen(
-        [sys.executable, "-m", "pipelines.train_local", *words], cwd=project, env=verb_environment(),
+        [sys.executable, "-m", "pipelines", "train-local", *words], cwd=project, env=verb_environment(),
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     assert started.stdout is not None

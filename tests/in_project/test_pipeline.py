@@ -442,7 +442,7 @@ def registered(verb: Verb, project: Path, mode: str, target: str | None, monkeyp
     artifact = project / "artifacts" / "registry" / NAME / "1" / "model.tar.gz"
     assert artifact.read_bytes() == (folder / "model.tar.gz").read_bytes()
     photo = next((project / "data" / "raw" / "digits").rglob("*.png"))
-    asked = verb("serve_local", "--mode", mode, "--image", str(photo), "--port", "18231")
+    asked = verb("serve-local", "--mode", mode, "--image", str(photo), "--port", "18231")
     assert asked.returncode == 0, asked.stderr
     assert "probability" in asked.stdout
     again = verb("evaluate", "--run", folder.name)
@@ -463,7 +463,7 @@ def registered(verb: Verb, project: Path, mode: str, target: str | None, monkeyp
 def test_the_whole_pipeline_as_processes(
     account: Recorder, verb: Verb, project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ran = verb("pipeline_local", *SHORT, **NO_ENGINE)
+    ran = verb("pipeline-local", *SHORT, **NO_ENGINE)
     assert ran.returncode == 0, ran.stderr
     assert "training as a process on this machine: no Docker engine answers" in ran.stdout
     registered(verb, project, "process", None, monkeypatch)
@@ -474,7 +474,7 @@ def test_the_whole_pipeline_as_processes(
 def test_the_whole_pipeline_in_containers(
     account: Recorder, verb: Verb, project: Path, nothing_left: str, serving_image: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ran = verb("pipeline_local", "--mode", "container", *SHORT)
+    ran = verb("pipeline-local", "--mode", "container", *SHORT)
     assert ran.returncode == 0, ran.stderr
     assert f"in image {nothing_left}" in ran.stdout
     registered(verb, project, "container", serving_image, monkeypatch)
@@ -484,7 +484,7 @@ def test_the_whole_pipeline_in_containers(
 
 
 def test_a_gate_that_is_not_passed_fails_the_command(verb: Verb, project: Path) -> None:
-    ran = verb("pipeline_local", "--mode", "process", *SHORT, "--set", "pipeline.min_accuracy=1.01")
+    ran = verb("pipeline-local", "--mode", "process", *SHORT, "--set", "pipeline.min_accuracy=1.01")
     assert ran.returncode == 1
     sentence, place = ran.stderr.strip().splitlines()[-2:]
     assert sentence.startswith("error: accuracy 0.9")
@@ -499,11 +499,11 @@ def test_a_gate_that_is_not_passed_fails_the_command(verb: Verb, project: Path) 
 def test_a_step_that_fails_fails_the_command(verb: Verb, project: Path, tmp_path: Path) -> None:
     (tmp_path / "photos" / "a").mkdir(parents=True)
     (tmp_path / "photos" / "a" / "1.png").write_bytes(b"no image")
-    ran = verb("pipeline_local", "--mode", "process", "--data", str(tmp_path / "photos"))
+    ran = verb("pipeline-local", "--mode", "process", "--data", str(tmp_path / "photos"))
     assert ran.returncode == 1
     assert "error: step Preprocess ended with exit code 2; its messages are above" in ran.stderr
     assert "step Train" not in ran.stdout
-    ran = verb("pipeline_local", "--mode", "process", *SHORT, "--set", "training.frozen_stages=99")
+    ran = verb("pipeline-local", "--mode", "process", *SHORT, "--set", "training.frozen_stages=99")
     assert ran.returncode == 1
     assert "error: training failed" in ran.stderr
     assert not (project / "artifacts").exists()

@@ -323,7 +323,7 @@ def test_verbs(verb: Verb, project: Path, raw: Path) -> None:
     alone = verb("compare")
     assert (alone.returncode, "there is no finished run yet" in alone.stderr) == (1, True)
     words = ("--mode", "process", "--data", str(source), *SHORT)
-    trained = verb("train_local", *words, **NO_ENGINE)
+    trained = verb("train-local", *words, **NO_ENGINE)
     assert trained.returncode == 0, trained.stderr
     folder = (project / "artifacts" / "latest").resolve()
     assert f"report: artifacts/{folder.name}/report.html" in trained.stdout.splitlines()
@@ -336,7 +336,7 @@ def test_verbs(verb: Verb, project: Path, raw: Path) -> None:
     assert f"<dd>{found['metrics']['accuracy']['value']:.4f}<small>" in document
     Page(document)
     assert [each["source"].split("/")[0] for each in found["mistakes"]] == [each["true"] for each in found["mistakes"]]
-    assert verb("train_local", *words, **NO_ENGINE).returncode == 0
+    assert verb("train-local", *words, **NO_ENGINE).returncode == 0
     compared = verb("compare", "--a", folder.name)
     assert compared.returncode == 0, compared.stderr
     assert "differences: none" in compared.stdout

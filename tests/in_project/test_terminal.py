@@ -57,7 +57,7 @@ def on_a_terminal(project: Path, module: str, *arguments: str, **environment: st
     variables = {**verb_environment(), "TERM": "xterm-256color", "NO_COLOR": "1", "PYTHONUTF8": "1", **environment}
     for name in ("COLUMNS", "LINES"):
         variables.pop(name, None)
-    command = [sys.executable, "-m", f"pipelines.{module}", *arguments]
+    command = [sys.executable, "-m", "pipelines", name, *arguments]
     with subprocess.Popen(command, cwd=project, env=variables, stdin=side, stdout=side, stderr=side) as process:
         os.close(side)
         written = b""

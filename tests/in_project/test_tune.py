@@ -408,7 +408,7 @@ def rows(folder: Path) -> list[list[str]]:
 
 def test_a_search_on_this_machine_ends_with_a_table_and_can_be_extended(verb: Verb, project: Path, raw: Path) -> None:
     words = ["--data", str(raw), "--mode", "process", *LOCAL]
-    done = verb("tune_local", *words, "--set", "tuning.max_jobs=2")
+    done = verb("tune-local", *words, "--set", "tuning.max_jobs=2")
     assert done.returncode == 0, done.stderr
     (folder,) = searches(project)
     assert len(rows(folder)) == 2
@@ -419,7 +419,7 @@ def test_a_search_on_this_machine_ends_with_a_table_and_can_be_extended(verb: Ve
     metrics = [json.loads(file.read_text())["val_accuracy"] for file in project.glob("artifacts/2*/metrics.json")]
     assert result["validation:accuracy"] == max(metrics)
     assert f"make evaluate RUN={result['best']}" in done.stdout
-    again = verb("tune_local", "--run", folder.name, "--mode", "process", "--set", "tuning.max_jobs=3")
+    again = verb("tune-local", "--run", folder.name, "--mode", "process", "--set", "tuning.max_jobs=3")
     assert again.returncode == 0, again.stderr
     assert searches(project) == [folder]
     assert "trial 3 of 3: " in again.stdout
@@ -431,7 +431,7 @@ def test_a_search_on_this_machine_ends_with_a_table_and_can_be_extended(verb: Ve
         (["--run", "other"], f"there is no search 'other'; there is {folder.name}"),
         (["--set", "tuning.ranges={epoch: {min: 1, max: 2}}"], "epoch is no hyperparameter"),
     ):
-        refusal = verb("tune_local", *extra)
+        refusal = verb("tune-local", *extra)
         assert refusal.returncode == 1
         assert sentence in refusal.stderr.splitlines()[-1]
         assert "Traceback" not in refusal.stderr
@@ -444,7 +444,7 @@ def test_a_search_that_was_stopped_goes_on_with_the_trial_that_was_half_done(
     """Killed: with the newest unfinished search. Stopped: with the one that the message names, from its checkpoint."""
     settings = ["--set", "training.epochs=60", "--set", "tuning.max_jobs=2", "--set", "tuning.strategy=Random"]
     words = ["--data", str(raw), "--mode", "process", *settings]
-    command = [sys.executable, "-m", "pipelines.tune_local", *words]
+    command = [sys.executable, "-m", "pipelines", "tune-local", *words]
     with subprocess.Popen(
         command, cwd=project, env=verb_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as first:
@@ -466,7 +466,7 @@ def test_a_search_that_was_stopped_goes_on_with_the_trial_that_was_half_done(
         assert first.returncode == 130
         assert error.splitlines()[-1].endswith(f"the search goes on with `make tune-local RUN={folder.name}`")
         words = ["--run", folder.name, "--mode", "process"]
-    done = verb("tune_local", *words)
+    done = verb("tune-local", *words)
     assert done.returncode == 0, done.stderr
     assert ("going on with the search" in done.stdout) == (number == signal.SIGKILL)
     assert searches(project) == [folder]
@@ -481,12 +481,12 @@ def test_a_search_that_was_stopped_goes_on_with_the_trial_that_was_half_done(
 
 def test_a_trial_that_fails_is_noted_and_the_search_goes_on(verb: Verb, project: Path, raw: Path) -> None:
     words = ["--data", str(raw), "--mode", "process", *LOCAL, "--set", "tuning.max_jobs=3"]
-    done = verb("tune_local", *words, "--set", "tuning.ranges={model: [cnn, nonesuch]}")
+    done = verb("tune-local", *words, "--set", "tuning.ranges={model: [cnn, nonesuch]}")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("the trial failed: training failed: ") >= 1
     (folder,) = searches(project)
     assert sorted({tuple(row[-3:-1]) for row in rows(folder)}) == [("cnn", "Completed"), ("nonesuch", "Failed")]
-    failed = verb("tune_local", *words, "--set", "tuning.ranges={model: [none1, none2]}", "--set", "tuning.max_jobs=2")
+    failed = verb("tune-local", *words, "--set", "tuning.ranges={model: [none1, none2]}", "--set", "tuning.max_jobs=2")
     assert failed.returncode == 1
     assert failed.stderr.splitlines()[-1] == "error: none of the 2 trials succeeded; each said why above"
     other = searches(project)[1]

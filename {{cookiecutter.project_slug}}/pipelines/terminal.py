@@ -29,6 +29,10 @@ class UserError(Exception):
         self.code = code
 
 
+class Finished(Exception):
+    """A verb has said what it was asked for, and ends before it does anything."""
+
+
 def run_verb(main: Callable[[], int]) -> NoReturn:
     """Run a verb and exit with its code; a `UserError` is printed as one sentence."""
     try:
@@ -36,6 +40,8 @@ def run_verb(main: Callable[[], int]) -> NoReturn:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.code)
+    except Finished:
+        sys.exit(0)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
             raise

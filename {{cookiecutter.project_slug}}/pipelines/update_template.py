@@ -91,6 +91,6 @@ def update(scope: str | None) -> str:
 def main() -> int:
     """Command line; see the module's docstring."""
     parser = terminal.parser("Bring the template's improvements into this project.")
-    parser.add_argument("--scope", help=f"grow to it: {', '.join(SCOPES)}")
+    parser.add_argument("--scope", variable="SCOPE", help=f"grow to it: {', '.join(SCOPES)}")
     print(update(parser.parse_args().scope))
     return 0

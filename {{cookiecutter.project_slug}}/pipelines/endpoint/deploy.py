@@ -35,16 +35,18 @@ def deploy(account: Account, options: Namespace) -> None:
     Raises:
         UserError: when it does not run as it should; the message says what is left, and how to remove it.
     """
-    chosen, name = account.settings.endpoint, state.name(account.settings, options.endpoint)
-    account.stack()  # first: without one, all that follows is for nothing
+    settings, only_plan = account.settings, options.plan
+    chosen, name = settings.endpoint, state.name(settings, options.endpoint)
+    prices.stack(account, only_plan)
     with tempfile.TemporaryDirectory(prefix="deploy-") as folder:
-        model = artifact.find(account, options, Path(folder))
-        facts = state.describe(account, name)
+        missing = artifact.Source("an artifact that is not there yet", Path(), [])
+        model = prices.look(lambda: artifact.find(account, options, Path(folder)), missing, only_plan)
+        facts = prices.look(lambda: state.describe(account, name), None, only_plan)
         old = _config(account, name, facts, options.weight) if facts else {"ProductionVariants": []}
-        _check_limits(account.settings, old, options.weight)
+        _check_limits(settings, old, options.weight)
         image, config = images.uri(account, "serving"), f"{name}-{runs.new_name()}"
         plan = Plan(name, config, image, model.uri or "", model.package, old, options.weight)
-        _agree(account, plan, model.label, options.yes)
+        _agree(account, plan, model.label, options.yes, only_plan)
         if not plan.package:
             images.ensure(account, "serving")
         plan = replace(plan, uri=plan.uri or storage.artifact(account, model.archive))
@@ -156,7 +158,7 @@ def _check_limits(settings: Settings, old: dict[str, Any], weight: int | None) -
                         "set endpoint.instances to at least 2")  # fmt: skip
 
 
-def _agree(account: Account, plan: Plan, label: str, yes: bool) -> None:
+def _agree(account: Account, plan: Plan, label: str, yes: bool, only_plan: bool) -> None:
     """Say what will be made, where, and what it can cost; go on only inside the budget, and when told to."""
     settings = account.settings
     chosen, update = settings.endpoint, bool(plan.old["ProductionVariants"])
@@ -167,18 +169,23 @@ def _agree(account: Account, plan: Plan, label: str, yes: bool) -> None:
     hourly = None if None in each else sum(cost or 0.0 for cost in each)
     hours = (chosen.ttl_hours or prices.MONTH) + (rollout.UPDATE_HOURS if update else 0)
     lines = [
-        f"{'update' if update else 'create'} the {chosen.type} endpoint {plan.name} in {account.region}: {label}"
+        f"{'update' if update else 'create'} the {chosen.type} endpoint {plan.name} in {prices.where(account.settings)}: {label}"
         f"{f' as {SECOND} for {plan.weight} % of the requests' if plan.weight else ''}",
         f"  on {' and '.join(f'at most {count} x {machine}' for count, machine in fleet)}, in "
         f"{'the image of the package' if plan.package else plan.image}",
         f"  {prices.usd(hourly)} an hour at most, {prices.usd(hourly, hours)} "
-        + (f"until it deletes itself after {chosen.ttl_hours:g} hours" if chosen.ttl_hours else "a month"),
+        + (
+            f"until it deletes itself after {chosen.ttl_hours:g} hours, {prices.usd(hourly, prices.MONTH)} a month if it "
+            "never ended"
+            if chosen.ttl_hours
+            else "a month"
+        ),
     ]
     if not chosen.ttl_hours:
         lines.append(
             f"  WARNING: endpoint.ttl_hours is 0: it never deletes itself and costs {prices.usd(hourly, 24)} a day"
         )
-    prices.agree(settings, "\n".join(lines), prices.cost(hourly, hours), yes)
+    prices.agree(settings, "\n".join(lines), prices.cost(hourly, hours), yes, only_plan)
 
 
 def _ask_golden(
@@ -218,6 +225,7 @@ def main() -> int:
     parser.add_argument(
         "--yes", variable="YES", action="store_true", help="do not ask, and go on although it is over budget"
     )
+    prices.add_plan(parser)
     options = parser.parse_args()
     deploy(Account(load(options.set, options={"endpoint.type": options.type})), options)
     return 0

@@ -30,13 +30,14 @@ POLL = 15.0  # seconds
 ENDED = ("Succeeded", "Failed", "Stopped")
 
 
-def start(account: Account, source: str | None, yes: bool) -> str:
+def start(account: Account, source: str | None, yes: bool, plan: bool = False) -> str:
     """Bring the pipeline up to date and start it.
 
     Args:
         account: to work in.
         source: folder of raw images or an S3 prefix of one; None: the configured one.
         yes: go on although it is over budget.
+        plan: only say what would be created, and end.
 
     Returns:
         The execution's ARN.
@@ -45,9 +46,9 @@ def start(account: Account, source: str | None, yes: bool) -> str:
         UserError: when nothing was started.
     """
     source = source or account.settings.data.source
-    account.stack()  # first: without one, all that follows is for nothing
-    local = None if source.startswith("s3://") else data.raw(source)
-    prices.afford(account.settings, *_plan(account, source), yes)
+    prices.stack(account, plan)
+    local = None if plan or source.startswith("s3://") else data.raw(source)
+    prices.afford(account.settings, *_plan(account, source), yes, plan)
     targets: tuple[local_images.Target, ...] = ("training", "serving")
     for target in targets:
         cloud_images.ensure(account, target)
@@ -79,7 +80,7 @@ def _plan(account: Account, source: str) -> tuple[str, float | None]:
     hours = train.longest(settings)
     costs = prices.cost(packs, 2 * longest), prices.cost(trains, hours * compute.instances)
     return (
-        f"pipeline {project.name()} in {account.region}, on {source}: two processing jobs on 1 x "
+        f"pipeline {project.name()} in {prices.where(account.settings)}, on {source}: two processing jobs on 1 x "
         f"{compute.process_instance_type}, {longest:g} hours at most each, and a training job on "
         f"{train.machines(settings)}, {hours:g} hours at most",
         None if None in costs else sum(cost or 0.0 for cost in costs),
@@ -164,9 +165,10 @@ def main() -> int:
     parser.add_argument("--data", variable="DATA", help="folder of raw images, here or s3://... (default: data.source)")
     parser.add_argument("--wait", variable="WAIT", action="store_true", help="follow its steps; fails when one does")
     parser.add_argument("--yes", variable="YES", action="store_true", help="go on although it is over budget")
+    prices.add_plan(parser)
     options = parser.parse_args()
     account = Account(load(options.set))
-    arn = start(account, options.data, options.yes)
+    arn = start(account, options.data, options.yes, options.plan)
     print(f"started {arn.rpartition('/')[2]}; {hints(account.settings, arn)}", flush=True)
     if options.wait:
         follow(account, arn)
