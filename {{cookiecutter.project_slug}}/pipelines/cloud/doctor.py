@@ -140,7 +140,7 @@ def up_to_date(settings: Settings, caller: dict[str, str]) -> Iterator[Line]:
     same = (json.loads(body) if isinstance(body, str) else body) == json.loads(
         stack.template(settings, caller["Account"])
     )
-    differing = [] if same else ["infrastructure/stack.yaml"]
+    differing = [] if same else ["what infrastructure/ says"]
     differing += [key for key, value in wanted.items() if now.get(key) != value]
     status = found.get("StackStatus", "")
     if differing or not status.endswith("_COMPLETE"):
