@@ -111,7 +111,7 @@ WRONG: list[tuple[str, Any, str, str, str]] = [
     ("GetCallerIdentity", lambda _: caller(seconds=-600), "fail", "clock is -", "NTP"),
     ("GetCallerIdentity", lambda _: caller(f"arn:aws:iam::{ACCOUNT}:root"), "warn", "account itself", "role"),
     ("DescribeStacks", described(STACK), "warn", "differs in Project", "bootstrap"),
-    ("GetTemplate", {"TemplateBody": "{}"}, "warn", "differs in infrastructure/stack.yaml", "make bootstrap"),
+    ("GetTemplate", {"TemplateBody": "{}"}, "warn", "differs in what infrastructure/ says", "make bootstrap"),
     ("GetTemplate", refusal("AccessDenied"), "warn", "stack: not checked", "may not do that"),
     ("GetRole", TRUST, "fail", "does not trust SageMaker", "make bootstrap"),
     ("SimulatePrincipalPolicy", simulated("s3:ListBucket"), "fail", "role may not s3:ListBucket", "bootstrap"),
