@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 from botocore.exceptions import ClientError
-from tests.cloud import Recorder, aws, check_golden, described, refused
 
 from pipelines import project
 from pipelines import terminal as console
@@ -18,6 +17,7 @@ from pipelines.cloud.account import Account, Stack
 from pipelines.cloud.doctor import Line
 from pipelines.config import Settings, load
 from pipelines.local import engine, images
+from tests.cloud import Recorder, aws, check_golden, described, refused
 
 __all__ = ["aws"]  # a fixture
 NAME, ACCOUNT = project.name(), "123456789012"
@@ -111,7 +111,7 @@ WRONG: list[tuple[str, Any, str, str, str]] = [
     ("GetCallerIdentity", lambda _: caller(seconds=-600), "fail", "clock is -", "NTP"),
     ("GetCallerIdentity", lambda _: caller(f"arn:aws:iam::{ACCOUNT}:root"), "warn", "account itself", "role"),
     ("DescribeStacks", described(STACK), "warn", "differs in Project", "bootstrap"),
-    ("GetTemplate", {"TemplateBody": "{}"}, "warn", "differs in infrastructure/stack.yaml", "make bootstrap"),
+    ("GetTemplate", {"TemplateBody": "{}"}, "warn", "differs in what infrastructure/ says", "make bootstrap"),
     ("GetTemplate", refusal("AccessDenied"), "warn", "stack: not checked", "may not do that"),
     ("GetRole", TRUST, "fail", "does not trust SageMaker", "make bootstrap"),
     ("SimulatePrincipalPolicy", simulated("s3:ListBucket"), "fail", "role may not s3:ListBucket", "bootstrap"),

@@ -113,7 +113,7 @@ def up_to_date(account: Account, caller: dict[str, str]) -> Iterator[Line]:
     same = (json.loads(body) if isinstance(body, str) else body) == json.loads(
         stack.template(account.settings, caller["Account"])
     )
-    differing = [] if same else ["infrastructure/stack.yaml"]
+    differing = [] if same else ["what infrastructure/ says"]
     differing += [key for key, value in wanted.items() if made.parameters.get(key) != value]
     if differing or not made.status.endswith("_COMPLETE"):
         yield Line("warn", f"the stack {name} is {made.status} and differs in {', '.join(differing) or 'nothing'}",
