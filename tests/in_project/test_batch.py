@@ -19,12 +19,12 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from tests.helpers import CLASSES, Verb, draw, verb_environment
-from tests.test_inference import archive, artifact, classifier
 
 from inference import batch, inference
 from inference.export import checksums
 from pipelines import SOURCE, runs
+from tests.helpers import CLASSES, Verb, draw, verb_environment
+from tests.test_inference import archive, artifact, classifier
 
 __all__ = ["archive", "artifact", "classifier"]  # fixtures
 IMAGES = 200  # three whole batches and a part of one
@@ -325,7 +325,7 @@ def test_what_belongs_to_something_else_is_not_kept(
 def test_the_verb_finishes_its_batch_when_it_is_told_to_stop(
     verb: Verb, project: Path, slow: Path, photos: Path, whole: bytes, number: signal.Signals
 ) -> None:
-    missing = verb("batch_local")
+    missing = verb("batch-local")
     assert (missing.returncode, missing.stderr) == (
         2,
         "error: DATA is missing; name a folder of images, such as make batch-local DATA=folder/of/images\n",
@@ -336,7 +336,7 @@ def test_the_verb_finishes_its_batch_when_it_is_told_to_stop(
     (project / "artifacts" / "latest").symlink_to(name)
     output = project / "artifacts" / name / "batch" / "my photos.jsonl"
     process = subprocess.Popen(
-        [sys.executable, "-m", "pipelines.batch_local", "--data", str(photos)], cwd=project, text=True,
+        [sys.executable, "-m", "pipelines", "batch-local", "--data", str(photos)], cwd=project, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=verb_environment() | {"SLOW": "1"}, start_new_session=True,
     )  # fmt: skip
     wait_for_lines(partial(output), process)
@@ -346,7 +346,7 @@ def test_the_verb_finishes_its_batch_when_it_is_told_to_stop(
     done = len(read(partial(output)))
     assert done in (64, 128)
     assert f"stopped by {number.name} after {done} of {IMAGES} images; give the same command to go on\n" in errors
-    again = verb("batch_local", "--data", str(photos), "--run", name)
+    again = verb("batch-local", "--data", str(photos), "--run", name)
     assert (again.returncode, again.stderr) == (0, "")
     assert f"going on after {done} of" in again.stdout
     assert f" -> artifacts/{name}/batch/my photos.jsonl" in again.stdout

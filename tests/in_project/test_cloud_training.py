@@ -244,7 +244,7 @@ def test_what_aws_refuses_is_one_sentence(account: Recorder, operation: str, ans
 
 def test_a_verb_without_credentials_says_so(project: Path) -> None:
     environment = verb_environment() | {"AWS_EC2_METADATA_DISABLED": "true", "HOME": str(project)}
-    command = [sys.executable, "-m", "pipelines.train"]
+    command = [sys.executable, "-m", "pipelines", "train"]
     done = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr.startswith("error: ")

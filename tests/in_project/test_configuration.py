@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import yaml
-from tests.helpers import Verb
 
 from pipelines import ROOT
 from pipelines.config import Settings, _keys, load
@@ -21,6 +20,7 @@ from pipelines.local import container
 from pipelines.local.job import Job
 from pipelines.local.view import TrainingView
 from pipelines.terminal import UserError
+from tests.helpers import Verb
 
 ODD = [
     None, True, False, 0, -1, 1, 10**30, 1.5, math.nan, math.inf, "", "  ", "x", "ä🐈\n", "$(touch x)", "auto", "1e-3",
@@ -146,7 +146,7 @@ def test_an_empty_section_and_a_missing_file_can_be_overridden_or_are_named(tmp_
 
 def test_a_verb_says_it_and_exits(verb: Verb, project: Path) -> None:
     for words in (["--set", "training.epochs=soon"], ["--data", "a" * 5000], ["--instances", "0"], ["--data", ""]):
-        failed = verb("train_local", *words)
+        failed = verb("train-local", *words)
         assert failed.returncode == 1
         assert failed.stderr.startswith("error: ")
         assert len(failed.stderr.splitlines()) == 1

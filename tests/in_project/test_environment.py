@@ -12,10 +12,10 @@ import time
 from pathlib import Path
 
 import pytest
-from tests.helpers import Verb, verb_environment
 
 from pipelines import ROOT, config
 from pipelines.local import engine, images
+from tests.helpers import Verb, verb_environment
 
 SHORT = ("--set", "training.epochs=2")
 QUICK = ["images.packages=[--help]"]  # an image that takes a second and no network
@@ -90,13 +90,13 @@ def test_a_busy_port_is_passed_over(verb: Verb, project: Path) -> None:
         busy.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         busy.bind(("127.0.0.1", 7777))
         busy.listen()
-        trained = verb("train_local", "--mode", "process", "--instances", "2", *SHORT)
+        trained = verb("train-local", "--mode", "process", "--instances", "2", *SHORT)
     assert trained.returncode == 0, trained.stderr
     assert json.loads((project / "artifacts" / "latest" / "metrics.json").read_text())["world_size"] == 2
 
 
 def start(project: Path, *arguments: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "pipelines.train_local", *arguments]
+    command = [sys.executable, "-m", "pipelines", "train-local", *arguments]
     environment = {**verb_environment(), "OMP_NUM_THREADS": "1"}  # two runs share the processor
     return subprocess.Popen(
         command, cwd=project, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -124,8 +124,8 @@ def test_a_run_on_two_hosts_does_not_mix_with_another(verb: Verb, project: Path,
     for line in other.stdout:
         if line.startswith("epoch=1 "):
             break
-    refused = verb("train_local", "--mode", "container", "--instances", "2", *SHORT)
-    fallen_back = verb("train_local", "--instances", "2", *SHORT)
+    refused = verb("train-local", "--mode", "container", "--instances", "2", *SHORT)
+    fallen_back = verb("train-local", "--instances", "2", *SHORT)
     other.terminate()
     other.communicate(timeout=60)
     assert refused.returncode == 1
@@ -146,7 +146,7 @@ def test_a_nearly_full_disk(project: Path, mode: str, request: pytest.FixtureReq
         pytest.skip("this user cannot mount a file system")
     try:
         shutil.copytree(project, place / "project")
-        command = [sys.executable, "-m", "pipelines.train_local", "--mode", mode, *SHORT]
+        command = [sys.executable, "-m", "pipelines", "train-local", "--mode", mode, *SHORT]
         words = {"cwd": place / "project", "env": verb_environment(), "capture_output": True, "text": True}
         trained = subprocess.run(command, timeout=300, **words)  # type: ignore[call-overload]
         assert trained.returncode == 0, trained.stdout + trained.stderr

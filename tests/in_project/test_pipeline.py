@@ -1,9 +1,10 @@
-"""`pipeline`, `pipeline-local`, `pipeline-graph`: the definition, each request in it, its gate, whole runs of it."""
+"""`pipeline`, `pipeline-local`: the definition, each request in it, its gate, whole runs of it."""
 
 from __future__ import annotations
 
 import gc
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -22,16 +23,16 @@ from botocore.exceptions import ClientError
 from botocore.validate import ParamValidator
 
 from pipelines import ROOT, config, project, training_pipeline
-from pipelines.cloud import bootstrap_destroy, destroy, inventory, packages, prices
+from pipelines.cloud import destroy, inventory, packages, prices
 from pipelines.cloud.account import Account, Stack
 from pipelines.endpoint import deploy
 from pipelines.pipeline import cloud as pipeline
-from pipelines.pipeline import graph as pipeline_graph
 from pipelines.pipeline.local import Execution
 from pipelines.registry import package as registry
 from pipelines.terminal import UserError
 from pipelines.training_pipeline import LOCAL, Inputs
 from tests.cloud import KEY, STACK, Recorder, aws, check_golden
+from tests.graph import mermaid
 from tests.helpers import Verb, verb_environment
 from tests.test_training_local import NO_ENGINE
 
@@ -151,9 +152,18 @@ def test_the_pipeline_s_role_may_start_its_steps_and_gives_them_the_other_role()
     assert allowed["GiveToSageMaker"]["Resource"] == {"Fn::GetAtt": ["ExecutionRole", "Arn"]}
 
 
+PRINTED = """
+import json, pathlib, tempfile
+from pipelines.config import load
+from pipelines.training_pipeline import LOCAL, Inputs, definition
+with tempfile.TemporaryDirectory() as staged:
+    print(json.dumps(definition(load(), LOCAL, Inputs("s3://local/raw/"), pathlib.Path(staged))))
+"""
+
+
 def test_the_same_sources_give_the_same_bytes_wherever_they_lie(project: Path, tmp_path: Path) -> None:
     def printed(folder: Path) -> str:
-        command = [sys.executable, "-m", "pipelines.training_pipeline"]
+        command = [sys.executable, "-c", PRINTED]
         done = subprocess.run(command, cwd=folder, env=verb_environment(), capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
         return done.stdout
@@ -400,23 +410,22 @@ def test_status_shows_what_executes_and_destroy_stops_it(
     assert f"{NAME}/abc123" in shown
     account.clear()
     with pytest.raises(UserError, match=rf"still there: pipeline run {NAME}/"):
-        bootstrap_destroy.destroy(Account(settings()), everything=True, confirmed=NAME, yes=True)
+        destroy.destroy_stack(Account(settings()), everything=True, confirmed=NAME, yes=True)
     destroy.destroy(Account(settings()), None, yes=True)
     assert "nothing is left that costs by the hour" in capsys.readouterr().out
     check_golden("pipeline_stop", [call for call in account if "Pipeline" in call[0]])
     assert not account.named("DeletePipeline")
-    bootstrap_destroy.destroy(Account(settings()), everything=True, confirmed=NAME, yes=True)
+    destroy.destroy_stack(Account(settings()), everything=True, confirmed=NAME, yes=True)
     assert account.named("DeletePipeline")[0]["PipelineName"] == NAME
 
 
-def test_the_pictures_are_of_this_pipeline(tmp_path: Path) -> None:
+def test_the_graph_in_the_docs_is_of_this_pipeline(tmp_path: Path) -> None:
+    """One page shows it, for GitHub to draw."""
+    pages = [path.read_text(encoding="utf-8") for path in (ROOT / "docs").glob("*.md")]
+    (shown,) = [block for page in pages for block in re.findall(r"(?ms)^```mermaid\n(.*?)^```$", page)]
     document = compiled(tmp_path, stack=LOCAL)
-    drawn = {"svg": pipeline_graph.svg(document), "mmd": pipeline_graph.mermaid(document)}
-    for suffix, text in drawn.items():
-        shown = (ROOT / "docs" / f"pipeline.{suffix}").read_text(encoding="utf-8")
-        assert shown == text, "do `make pipeline-graph`"
-    for name in steps(document):
-        assert f">{name}</text>" in drawn["svg"]
+    assert shown == mermaid(document), f"a page in docs/ must show this graph:\n{mermaid(document)}"
+    assert {"Preprocess", "Train", "Evaluate", "Gate", "Register", "Refuse"} == set(steps(document))
 
 
 def only_run(project: Path) -> Path:
@@ -442,7 +451,7 @@ def registered(verb: Verb, project: Path, mode: str, target: str | None, monkeyp
     artifact = project / "artifacts" / "registry" / NAME / "1" / "model.tar.gz"
     assert artifact.read_bytes() == (folder / "model.tar.gz").read_bytes()
     photo = next((project / "data" / "raw" / "digits").rglob("*.png"))
-    asked = verb("serve_local", "--mode", mode, "--image", str(photo), "--port", "18231")
+    asked = verb("serve-local", "--mode", mode, "--image", str(photo), "--port", "18231")
     assert asked.returncode == 0, asked.stderr
     assert "probability" in asked.stdout
     again = verb("evaluate", "--run", folder.name)
@@ -463,7 +472,7 @@ def registered(verb: Verb, project: Path, mode: str, target: str | None, monkeyp
 def test_the_whole_pipeline_as_processes(
     account: Recorder, verb: Verb, project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ran = verb("pipeline_local", *SHORT, **NO_ENGINE)
+    ran = verb("pipeline-local", *SHORT, **NO_ENGINE)
     assert ran.returncode == 0, ran.stderr
     assert "training as a process on this machine: no Docker engine answers" in ran.stdout
     registered(verb, project, "process", None, monkeypatch)
@@ -474,7 +483,7 @@ def test_the_whole_pipeline_as_processes(
 def test_the_whole_pipeline_in_containers(
     account: Recorder, verb: Verb, project: Path, nothing_left: str, serving_image: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ran = verb("pipeline_local", "--mode", "container", *SHORT)
+    ran = verb("pipeline-local", "--mode", "container", *SHORT)
     assert ran.returncode == 0, ran.stderr
     assert f"in image {nothing_left}" in ran.stdout
     registered(verb, project, "container", serving_image, monkeypatch)
@@ -484,7 +493,7 @@ def test_the_whole_pipeline_in_containers(
 
 
 def test_a_gate_that_is_not_passed_fails_the_command(verb: Verb, project: Path) -> None:
-    ran = verb("pipeline_local", "--mode", "process", *SHORT, "--set", "pipeline.min_accuracy=1.01")
+    ran = verb("pipeline-local", "--mode", "process", *SHORT, "--set", "pipeline.min_accuracy=1.01")
     assert ran.returncode == 1
     sentence, place = ran.stderr.strip().splitlines()[-2:]
     assert sentence.startswith("error: accuracy 0.9")
@@ -499,11 +508,11 @@ def test_a_gate_that_is_not_passed_fails_the_command(verb: Verb, project: Path) 
 def test_a_step_that_fails_fails_the_command(verb: Verb, project: Path, tmp_path: Path) -> None:
     (tmp_path / "photos" / "a").mkdir(parents=True)
     (tmp_path / "photos" / "a" / "1.png").write_bytes(b"no image")
-    ran = verb("pipeline_local", "--mode", "process", "--data", str(tmp_path / "photos"))
+    ran = verb("pipeline-local", "--mode", "process", "--data", str(tmp_path / "photos"))
     assert ran.returncode == 1
     assert "error: step Preprocess ended with exit code 2; its messages are above" in ran.stderr
     assert "step Train" not in ran.stdout
-    ran = verb("pipeline_local", "--mode", "process", *SHORT, "--set", "training.frozen_stages=99")
+    ran = verb("pipeline-local", "--mode", "process", *SHORT, "--set", "training.frozen_stages=99")
     assert ran.returncode == 1
     assert "error: training failed" in ran.stderr
     assert not (project / "artifacts").exists()

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.helpers import Verb
 
 from model import ModelError, build_model
 from pipelines import ROOT, config, runs
@@ -21,6 +20,7 @@ from pipelines.local import data, process
 from pipelines.local import train as train_local
 from pipelines.local.job import Interrupted, Job
 from pipelines.terminal import UserError
+from tests.helpers import Verb
 from training import checkpoint, speed
 from training.config import Hyperparameters
 from training.distributed import World
@@ -130,7 +130,7 @@ def test_a_run_starts_from_a_file(verb: Verb, project: Path) -> None:
     save_file(source.state_dict(), project.parent / "my weights.safetensors")
     words = ["--mode", "process", "--set", "training.epochs=1", "--set", "training.learning_rate=1e-12"]
     words += ["--set", "training.ema_decay=0", "--set", f"data.pretrained={project.parent / 'my weights.safetensors'}"]
-    done = verb("train_local", *words)
+    done = verb("train-local", *words)
     assert done.returncode == 0, done.stderr
     assert "a new head for 10 classes" in done.stdout
     folder = project / "artifacts" / "latest"
@@ -140,7 +140,7 @@ def test_a_run_starts_from_a_file(verb: Verb, project: Path) -> None:
         archive.extract("model.safetensors", project.parent, filter="data")
     weights = load_file(project.parent / "model.safetensors")
     assert torch.allclose(weights["0.weight"], source.state_dict()["0.weight"], atol=1e-6)
-    failed = verb("train_local", "--mode", "process", "--set", "data.pretrained=nowhere.pth")
+    failed = verb("train-local", "--mode", "process", "--set", "data.pretrained=nowhere.pth")
     assert failed.stderr == "error: data.pretrained is 'nowhere.pth', which is no file; name one, or none\n"
 
 

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.helpers import Verb, containers_and_networks, free_port, verb_environment
-from tests.test_inference import archive, artifact, photo
 
 from pipelines import project
 from pipelines.local import serve as serve_local
+from tests.helpers import Verb, containers_and_networks, free_port, verb_environment
+from tests.test_inference import archive, artifact, photo
 
 __all__ = ["archive", "artifact"]  # fixtures
 RUN = "20260101-000000-abcd"
@@ -36,7 +36,7 @@ def served(project: Path, archive: Path) -> Path:
 
 
 def process_mode(verb: Verb, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return verb("serve_local", "--mode", "process", "--port", str(free_port()), *arguments, **environment)
+    return verb("serve-local", "--mode", "process", "--port", str(free_port()), *arguments, **environment)
 
 
 def test_it_asks_once_and_stops(served: Path, verb: Verb) -> None:
@@ -62,7 +62,7 @@ def test_a_port_that_is_taken(served: Path, verb: Verb) -> None:
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
-        done = verb("serve_local", "--mode", "process", "--port", str(other.getsockname()[1]))
+        done = verb("serve-local", "--mode", "process", "--port", str(other.getsockname()[1]))
     assert done.returncode == 1
     assert "cannot be had" in done.stderr
     assert served
@@ -86,7 +86,7 @@ def test_a_stop_leaves_nothing(served: Path, request: pytest.FixtureRequest, mod
         request.getfixturevalue("serving_image")
         before = containers_and_networks()
     port = free_port()
-    command = [sys.executable, "-m", "pipelines.serve_local", "--mode", mode, "--port", str(port)]
+    command = [sys.executable, "-m", "pipelines", "serve-local", "--mode", mode, "--port", str(port)]
     environment = verb_environment() | {"INFERENCE_MAX_DEPTH": "3"}
     verb = subprocess.Popen(command, cwd=served, env=environment, stdout=subprocess.PIPE, text=True)
     output = verb.stdout

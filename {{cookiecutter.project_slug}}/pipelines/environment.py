@@ -3,6 +3,7 @@
     python3 pipelines/environment.py                    # what `make setup` runs: all groups of pyproject.toml
     python3 pipelines/environment.py --group laptop     # only that one; other options are handed to `uv pip install`
     python3 pipelines/environment.py --audit            # what `make audit` runs: known vulnerabilities of what it holds
+    python3 pipelines/environment.py --clean            # what `make clean` runs: caches and leftovers go
 
 It runs on the system's Python, so it uses the standard library only. A committed `uv.lock` is respected; without one
 the newest versions inside the ranges of pyproject.toml are installed. `--resolution lowest-direct --upgrade` installs
@@ -18,6 +19,7 @@ from pathlib import Path
 
 GROUPS = ("container", "serving", "laptop", "dev")
 MINIMUM = (3, 11)
+CACHES = (".cache", ".mypy_cache", ".pytest_cache", ".ruff_cache")
 AUDITOR = "pip-audit>=2.9,<3"  # in an environment of its own, that uv makes and keeps
 
 
@@ -69,6 +71,10 @@ def audit(uv: str, environment: Path, settings: "dict[str, str]", options: "list
 
 def main(arguments: "list[str]") -> int:
     """Create or update the environment of the project in the current folder; see the module's docstring."""
+    if "--clean" in arguments:
+        for folder in CACHES:
+            shutil.rmtree(folder, ignore_errors=True)
+        return 0
     environment = Path(".venv").absolute()
     uv = find_uv(environment)
     inherited = {key: value for key, value in os.environ.items() if key not in ("VIRTUAL_ENV", "PYTHONPATH")}

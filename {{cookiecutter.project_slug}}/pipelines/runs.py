@@ -1,7 +1,4 @@
-"""Runs: their names, their folder in `artifacts/`, and what a person wants to know of one.
-
-python -m pipelines.runs            # the newest run: metrics, files, what to do next
-"""
+"""Runs: their names, their folder in `artifacts/`, and what a person wants to know of one."""
 
 from __future__ import annotations
 
@@ -11,7 +8,6 @@ import json
 import os
 import re
 import secrets
-import shlex
 import shutil
 import tarfile
 import textwrap
@@ -134,7 +130,8 @@ def describe(folder: Path) -> str:
         ("validation accuracy", f"{metrics['val_accuracy']:.4f}"),
         ("validation loss", f"{metrics['val_loss']:.4f}"),
         ("training", f"{metrics['epochs']} epochs, {metrics['train_images_per_second']:,.0f} images/s, "
-                     f"{metrics['world_size']} rank(s)"),
+                     f"{metrics['world_size']} process{'es' * (metrics['world_size'] > 1)}"
+                     + (f", {facts['device']}" if "device" in facts else "")),
         ("seconds", f"{facts['seconds']:.1f} in all" + ("" if first is None else f", {first:.1f} to the first step")),
     ]  # fmt: skip
     evaluation = folder / "evaluation.json"
@@ -151,12 +148,12 @@ def describe(folder: Path) -> str:
 
 def after(folder: Path) -> str:
     """What to do next with a finished run: at most three commands."""
-    run = "" if (ARTIFACTS / LATEST).resolve() == folder.resolve() else f" RUN={folder.name}"
+    run = {} if (ARTIFACTS / LATEST).resolve() == folder.resolve() else {"RUN": folder.name}
     commands = [
-        *([] if (folder / "evaluation.json").exists() else [f"make evaluate{run}"]),
-        f"make predict IMAGE={shlex.quote(example_image(folder))}{run}",
-        f"make serve-local{run}",
-        "make train-local DATA=folder/of/images",
+        *([] if (folder / "evaluation.json").exists() else [terminal.command("evaluate", **run)]),
+        terminal.command("predict", IMAGE=example_image(folder), **run),
+        terminal.command("serve-local", **run),
+        terminal.command("train-local", DATA="folder/of/images"),
     ]
     return "\n".join(["next:", *(f"  {command}" for command in commands[:3])])
 
@@ -171,15 +168,3 @@ def example_image(folder: Path) -> str:
         return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
     except (OSError, ValueError, KeyError, IndexError):
         return "path/to/an/image"
-
-
-def main() -> int:
-    """Command line; see the module's docstring."""
-    parser = terminal.parser("Show a finished run.")
-    parser.add_argument("--run", help="name of a run (default: the newest)")
-    print(describe(find(parser.parse_args().run)))
-    return 0
-
-
-if __name__ == "__main__":
-    terminal.run_verb(main)

@@ -1,15 +1,20 @@
-"""What the verbs share at the terminal: errors as one sentence, logging, and a live view of a training log."""
+"""What the verbs share at the terminal: errors as one sentence, options that are make variables, commands to paste."""
 
 from __future__ import annotations
 
 import argparse
 import errno
 import logging
+import re
+import shlex
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
+
+ON, OFF = ("1", "yes", "true", "on"), ("", "0", "no", "false", "off")
+given: dict[str, str] = {}  # the environment of this call of make, which holds its variables; empty without make
 
 
 class UserError(Exception):
@@ -24,6 +29,10 @@ class UserError(Exception):
         self.code = code
 
 
+class Finished(Exception):
+    """A verb has said what it was asked for, and ends before it does anything."""
+
+
 def run_verb(main: Callable[[], int]) -> NoReturn:
     """Run a verb and exit with its code; a `UserError` is printed as one sentence."""
     try:
@@ -31,6 +40,8 @@ def run_verb(main: Callable[[], int]) -> NoReturn:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.code)
+    except Finished:
+        sys.exit(0)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
             raise
@@ -41,12 +52,61 @@ def run_verb(main: Callable[[], int]) -> NoReturn:
         sys.exit(130)
 
 
-def parser(description: str, settings: bool = False) -> argparse.ArgumentParser:
+class Parser(argparse.ArgumentParser):
+    """Options that name their make variable: `add_argument("--data", variable="DATA")` takes `make data DATA=...`."""
+
+    def __init__(self, **options: Any) -> None:
+        self.variables: dict[str, argparse.Action] = {}
+        super().__init__(**options, allow_abbrev=False)
+
+    def add_argument(self, *names: str, variable: str = "", **options: Any) -> argparse.Action:
+        """As argparse's, with the make variable, which the help shows; under make its value is the option's."""
+        action = super().add_argument(*names, **options)
+        if variable:
+            self.variables[variable] = action
+            action.help = f"{action.help} [{variable}={'1' if action.nargs == 0 else ''}]"
+        return action
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse's, with the values of make's variables before the words of the command line."""
+        return super().parse_known_args([*self._from_make(), *sys.argv[1:]] if args is None else args, namespace)
+
+    def _from_make(self) -> Iterator[str]:
+        """An option and its value are one word, so that a value may begin with a dash."""
+        for variable, action in self.variables.items():
+            option, value = action.option_strings[0], given.get(variable, "")
+            if action.nargs == 0 and value.lower() not in (*ON, *OFF):
+                raise UserError(
+                    f"{variable} is {value!r}, which is neither yes nor no; say {variable}=1, or nothing", 2
+                )
+            if value and (action.nargs != 0 or value.lower() in ON):
+                yield option if action.nargs == 0 else f"{option}={value}"
+
+    def error(self, message: str) -> NoReturn:
+        """One sentence, which names the variable too."""
+        for variable, action in self.variables.items():
+            message = re.sub(
+                rf"{action.option_strings[0]}(?![\w-])", f"{action.option_strings[0]} ({variable}=)", message
+            )
+        raise UserError(f"{message}; `{self.prog} --help` shows the options", 2)
+
+
+def parser(description: str, settings: bool = False) -> Parser:
     """A parser for a verb, with the option `--set` when the verb reads the settings."""
-    made = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    made = Parser(prog=sys.argv[0], description=description)
     if settings:
         made.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override a setting")
     return made
+
+
+def command(verb: str, **variables: object) -> str:
+    """A command to paste, in which every value is quoted: make takes it as it is, but for blanks at its beginning."""
+    before: list[str] = []
+    after: list[str] = []
+    for name, value in variables.items():
+        text = str(value)
+        (before if text[:1].isspace() else after).append(f"{name}={shlex.quote(text)}")
+    return " ".join([*before, "make", verb, *after])
 
 
 def width() -> int:

@@ -1,6 +1,4 @@
-"""The SageMaker Pipeline, built from `configs/`: preprocess, train, evaluate, gate, register. Prints its definition.
-
-    python -m pipelines.training_pipeline --set compute.instances=2
+"""The SageMaker Pipeline, built from `configs/`: preprocess, train, evaluate, gate, register.
 
 `make pipeline` runs it on SageMaker, `make pipeline-local` on this machine. Building it sends nothing to AWS, and the
 same sources and settings give the same bytes wherever they lie: only so do SageMaker's caches hit.
@@ -13,7 +11,6 @@ import json
 import os
 import re
 import shutil
-import tempfile
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,7 +23,6 @@ from pipelines.cloud import images, train
 from pipelines.cloud import processing as cloud_processing
 from pipelines.cloud.account import Account, Stack
 from pipelines.cloud.processing import CODE, INPUT, OUTPUT
-from pipelines.config import load
 from pipelines.registry import package
 
 MODEL, TEST = (f"/opt/ml/processing/input/{part}" for part in ("model", "test"))
@@ -250,15 +246,3 @@ def _register(request: dict[str, Any]) -> Any:
             raise NotImplementedError
 
     return Register("Register", step_type=StepTypeEnum.REGISTER_MODEL)
-
-
-def main() -> int:
-    """Command line; see the module's docstring."""
-    settings = load(terminal.parser("Print the definition of the project's pipeline.", settings=True).parse_args().set)
-    with tempfile.TemporaryDirectory() as staged:
-        print(json.dumps(definition(Account(settings, LOCAL), Inputs("s3://local/raw/"), Path(staged)), indent=2))
-    return 0
-
-
-if __name__ == "__main__":
-    terminal.run_verb(main)

@@ -47,10 +47,10 @@ def project(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def verb(project: Path) -> Verb:
-    """Run a verb in the copy: `verb("train_local", "--mode", "process", DOCKER_HOST=...)`."""
+    """Run a verb in the copy: `verb("train-local", "--mode", "process", DOCKER_HOST=...)`."""
 
-    def run(module: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", f"pipelines.{module}", *arguments]
+    def run(name: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "pipelines", name, *arguments]
         done = subprocess.run(
             command, cwd=project, env=verb_environment() | environment, capture_output=True, text=True, timeout=600
         )

@@ -59,7 +59,7 @@ def owners(folder: Path) -> set[int]:
 
 @pytest.mark.parametrize("instances", [1, 2])
 def test_process_mode_trains_evaluates_and_predicts(verb: Verb, project: Path, instances: int) -> None:
-    trained = verb("train_local", "--instances", str(instances), *SHORT, **NO_ENGINE)
+    trained = verb("train-local", "--instances", str(instances), *SHORT, **NO_ENGINE)
     assert trained.returncode == 0, trained.stderr
     assert "training as a process on this machine: no Docker engine answers" in trained.stdout
     folder = published(project)
@@ -79,7 +79,7 @@ def test_process_mode_trains_evaluates_and_predicts(verb: Verb, project: Path, i
 
 
 def test_container_mode_trains(verb: Verb, project: Path, nothing_left: str) -> None:
-    trained = verb("train_local", "--mode", "container", *SHORT)
+    trained = verb("train-local", "--mode", "container", *SHORT)
     assert trained.returncode == 0, trained.stderr + trained.stdout
     facts = read(published(project) / "run.json")
     assert (facts["mode"], facts["image"], facts["instances"]) == ("container", nothing_left, 1)
@@ -91,9 +91,9 @@ def test_container_mode_trains(verb: Verb, project: Path, nothing_left: str) -> 
 
 
 def test_two_containers_train_one_model(verb: Verb, project: Path, nothing_left: str) -> None:
-    trained = verb("train_local", "--mode", "container", "--instances", "2", *SHORT)
+    trained = verb("train-local", "--mode", "container", "--instances", "2", *SHORT)
     assert trained.returncode == 0, trained.stderr + trained.stdout
     folder = published(project)
     assert read(folder / "metrics.json")["world_size"] == 2
-    assert "on 2 rank(s), cpu" in (folder / "train.log").read_text()
+    assert "on 2 processes, CPU" in (folder / "train.log").read_text()
     assert read(folder / "run.json")["image"] == nothing_left

@@ -19,8 +19,8 @@ from training.config import shown
 def main() -> int:
     """Command line; see the module's docstring."""
     parser = terminal.parser("Classify every image of a folder into a file of JSON lines.")
-    parser.add_argument("--run", help="name of a run (default: the newest)")
-    parser.add_argument("--data", help="folder of images, with folders in it or not")
+    parser.add_argument("--run", variable="RUN", help="name of a run (default: the newest)")
+    parser.add_argument("--data", variable="DATA", help="folder of images, with folders in it or not")
     parser.add_argument("--output", help="file that is written (default: artifacts/<run>/batch/<folder>.jsonl)")
     options = parser.parse_args()
     if not options.data:
@@ -34,7 +34,3 @@ def main() -> int:
     words = [sys.executable, str(SOURCE / "inference" / "batch.py"), "--artifact", str(run / "model.tar.gz")]
     words += ["--output", output, "--", str(folder)]
     os.execv(sys.executable, words)  # noqa: S606  it takes this process's place: signals reach it, its exit code counts
-
-
-if __name__ == "__main__":
-    terminal.run_verb(main)

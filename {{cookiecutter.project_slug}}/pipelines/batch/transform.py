@@ -44,33 +44,26 @@ def start(account: Account, options: Namespace) -> str:
     Raises:
         UserError: when no job was started; nothing that costs is left then.
     """
-    from processing.scan import SUFFIXES
-
     settings = account.settings
     chosen, hours = settings.endpoint, settings.compute.max_hours
     if rollout.GPU.match(chosen.instance_type) and settings.images.serving == "project":
         raise UserError(f"endpoint.instance_type is {chosen.instance_type}, and batch transform's GPU machines have a "
                         "driver (535) that is too old for this torch; choose a type without a GPU")  # fmt: skip
-    stack, name = account.stack(), f"{project.name()}-{runs.new_name()}"
-    local = None if options.data.startswith("s3://") else data.raw(options.data)
-    files = storage.below(local) if local else storage.listed(account, options.data)
-    sizes = {file: size for file, size in files if file.lower().endswith(SUFFIXES) and "/." not in f"/{file}"}
-    if not sizes:
-        raise UserError(f"{options.data} holds no image; DATA names a folder, or s3://bucket/prefix, that does")
-    largest = max(sizes, key=lambda file: sizes[file])
-    payload = max(USUAL, math.ceil(sizes[largest] / MEGABYTE))
-    if payload > MOST:
-        raise UserError(f"{largest} has {sizes[largest]:,} bytes, and batch transform takes {MOST} MB; take it out")
+    name, only_plan = f"{project.name()}-{runs.new_name()}", options.plan
+    stack = prices.stack(account, only_plan)
+    local = None if only_plan or options.data.startswith("s3://") else data.raw(options.data)
+    sizes = {} if only_plan else _images(account, options.data, local)
     with tempfile.TemporaryDirectory(prefix="batch-") as folder:
-        model = artifact.find(account, options, Path(folder))
+        missing = artifact.Source("an artifact that is not there yet", Path(), [])
+        model = prices.look(lambda: artifact.find(account, options, Path(folder)), missing, only_plan)
         image = cloud_images.uri(account, "serving")
         plan = (
-            f"{name}: a transform job in {account.region} on {chosen.instances} x {chosen.instance_type}, "
+            f"{name}: a transform job in {prices.where(settings)} on {chosen.instances} x {chosen.instance_type}, "
             f"{hours:g} hours at most, in {'the image of the package' if model.package else image}, classifies "
-            f"{len(sizes)} images of {options.data} with {model.label}"
+            f"{f'{len(sizes)} images of {options.data}' if sizes else options.data or 'images'} with {model.label}"
         )
         price = prices.hourly(account, "transform", chosen.instance_type)
-        prices.afford(settings, plan, prices.cost(price, hours * chosen.instances), options.yes)
+        prices.afford(settings, plan, prices.cost(price, hours * chosen.instances), options.yes, only_plan, price)
         if not model.package:
             cloud_images.ensure(account, "serving")
         uri = model.uri or storage.artifact(account, model.archive)
@@ -82,7 +75,7 @@ def start(account: Account, options: Namespace) -> str:
         with explained("starting the transform job"):
             storage.put(account, f"{place}/images.manifest", json.dumps(manifest).encode())
             endpoint_model.create(account, name, image, uri, model.package)
-            _create(account, name, place, payload)
+            _create(account, name, place, max(USUAL, math.ceil(max(sizes.values()) / MEGABYTE)))
     except BaseException:
         with contextlib.suppress(UserError):  # the first reason counts; `make destroy` removes what may be left
             if jobs.describe(account, "Transform", name):
@@ -91,6 +84,24 @@ def start(account: Account, options: Namespace) -> str:
                 _clean(account, name)
         raise
     return name
+
+
+def _images(account: Account, source: str, local: Path | None) -> dict[str, int]:
+    """The images of a folder or prefix with their bytes.
+
+    Raises:
+        UserError: when there is none, or one is too large.
+    """
+    from processing.scan import SUFFIXES
+
+    files = storage.below(local) if local else storage.listed(account, source)
+    sizes = {file: size for file, size in files if file.lower().endswith(SUFFIXES) and "/." not in f"/{file}"}
+    if not sizes:
+        raise UserError(f"{source} holds no image; DATA names a folder, or s3://bucket/prefix, that does")
+    largest = max(sizes, key=lambda file: sizes[file])
+    if sizes[largest] > MOST * MEGABYTE:
+        raise UserError(f"{largest} has {sizes[largest]:,} bytes, and batch transform takes {MOST} MB; take it out")
+    return sizes
 
 
 def _create(account: Account, name: str, place: str, payload: int) -> None:
@@ -138,7 +149,7 @@ def join(account: Account, name: str) -> int:
     if where.get("S3DataType") != "ManifestFile" or not name.startswith(f"{project.name()}-"):
         raise UserError(f"{name} is no transform job that `make batch` started; to start one, name images: DATA=...")
     if facts["Status"] not in jobs.ENDED:
-        raise UserError(f"{name} is {facts['Status']}; wait for it with `make logs JOB={name}`")
+        raise UserError(f"{name} is {facts['Status']}; wait for it with `{terminal.command('logs', JOB=name)}`")
     first, *names = json.loads(storage.get(account, where["S3Uri"]))
     place = facts["TransformOutput"]["S3OutputPath"]
     there = {file.removesuffix(".out") for file, _ in storage.listed(account, place)}
@@ -147,11 +158,14 @@ def join(account: Account, name: str) -> int:
     _clean(account, name)
     if not any(prefix + file in there for file in names):
         jobs.succeeded("Transform", facts)
-        raise UserError(f"{name} wrote no answer to {place}; `make logs JOB={name}` may say why")
+        raise UserError(f"{name} wrote no answer to {place}; `{terminal.command('logs', JOB=name)}` may say why")
 
     def line(file: str) -> dict[str, Any]:
         if prefix + file not in there:
-            return {"file": file, "error": f"batch transform gave no answer; see `make logs JOB={name}`"}
+            return {
+                "file": file,
+                "error": f"batch transform gave no answer; see `{terminal.command('logs', JOB=name)}`",
+            }
         try:
             tick(1)
             answer = json.loads(storage.get(account, f"{place}/{prefix}{file}.out"))
@@ -178,25 +192,22 @@ def join(account: Account, name: str) -> int:
 def main() -> int:
     """Command line; see the module's docstring."""
     parser = terminal.parser("Classify every image of a folder or an S3 prefix by batch transform.", settings=True)
-    parser.add_argument("--data", help="folder of images, here or s3://...")
+    parser.add_argument("--data", variable="DATA", help="folder of images, here or s3://...")
     artifact.add_options(parser, "with --data, a training job; without, the transform job to fetch")
-    parser.add_argument("--instances", type=int, help="default: endpoint.instances")
-    parser.add_argument("--wait", action="store_true", help="follow the log, then fetch the answers")
-    parser.add_argument("--yes", action="store_true", help="go on although it is over budget")
+    parser.add_argument("--instances", variable="INSTANCE_COUNT", type=int, help="default: endpoint.instances")
+    parser.add_argument("--wait", variable="WAIT", action="store_true", help="follow the log, then fetch the answers")
+    parser.add_argument("--yes", variable="YES", action="store_true", help="go on although it is over budget")
+    prices.add_plan(parser)
     options = parser.parse_args()
     account = Account(load(options.set, options={"endpoint.instances": options.instances}))
-    if not options.data:
+    if not options.data and not options.plan:
         if not options.job:
             raise UserError("DATA is missing; name images, such as make batch DATA=folder/of/images", 2)
         return join(account, options.job)
     name = start(account, options)
     print(f"started {name}. {jobs.after(account, 'Transform', name)}", flush=True)
     if not options.wait:
-        print(f"then fetch the answers with `make batch JOB={name}`")
+        print(f"then fetch the answers with `{terminal.command('batch', JOB=name)}`")
         return 0
     jobs.follow(account, "Transform", name)
     return join(account, name)
-
-
-if __name__ == "__main__":
-    terminal.run_verb(main)

@@ -72,6 +72,10 @@ class Stack:
         return self.role.split(":")[1]
 
 
+# Stands for one that is not there yet, where only a price is asked for.
+NO_STACK = Stack("<bucket>", "", "<repository>", "", "", "")
+
+
 class Account:
     """The account that a verb works in: its clients, each made once, and the project's stack, looked up once.
 
@@ -129,6 +133,11 @@ class Account:
         made = {part: outputs[key] for part, key in names.items()}
         self._stack = Stack(**made, parameters=given, status=facts["StackStatus"])
         return self._stack
+
+    def assume(self, stack: Stack) -> Stack:
+        """Take this for the project's stack from now on."""
+        self._stack = stack
+        return stack
 
     def tags(self) -> list[dict[str, str]]:
         """On everything that the verbs create; `project` is how `status` and `destroy` find it again."""

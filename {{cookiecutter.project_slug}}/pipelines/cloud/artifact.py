@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from inference.artifact import ArtifactError, unpack
-from pipelines import runs
+from pipelines import runs, terminal
 from pipelines.cloud import packages, storage
 from pipelines.cloud.account import Account, explained
 from pipelines.terminal import UserError
@@ -34,12 +34,14 @@ class Source:
     package: str | None = None
 
 
-def add_options(parser: ArgumentParser, job: str = "a training job whose artifact is taken") -> None:
+def add_options(parser: terminal.Parser, job: str = "a training job whose artifact is taken") -> None:
     """The options that name an artifact."""
-    parser.add_argument("--run", help="name of a run (default: the newest)")
-    parser.add_argument("--job", help=job)
-    parser.add_argument("--package", help="an approved model package: champion, a version, or an ARN")
-    parser.add_argument("--artifact", type=Path, help="a model.tar.gz")
+    parser.add_argument("--run", variable="RUN", help="name of a run (default: the newest)")
+    parser.add_argument("--job", variable="JOB", help=job)
+    parser.add_argument(
+        "--package", variable="PACKAGE", help="an approved model package: champion, a version, or an ARN"
+    )
+    parser.add_argument("--artifact", variable="ARTIFACT", type=Path, help="a model.tar.gz")
 
 
 def only_one(options: Namespace) -> None:
@@ -66,7 +68,8 @@ def find(account: Account, options: Namespace, folder: Path) -> Source:
     elif options.package:
         package = packages.find(account, options.package)
         if package.status != "Approved":
-            raise UserError(f"{package} is {package.status}; approve it with `make approve PACKAGE={options.package}`")
+            approve = terminal.command("approve", PACKAGE=options.package)
+            raise UserError(f"{package} is {package.status}; approve it with `{approve}`")
         label, uri, arn = f"package {package}", package.uri, package.arn
     elif options.artifact:
         label, archive = str(options.artifact), options.artifact

@@ -2,7 +2,7 @@
 
     python -m pipelines bootstrap --yes --set aws.email=me@example.com
 
-One CloudFormation stack, `infrastructure/stack.yaml`. The plan that is shown before it asks is CloudFormation's own.
+One CloudFormation stack, of the files in `infrastructure/`. The plan that it shows before it asks is CloudFormation's.
 """
 
 from __future__ import annotations
@@ -65,10 +65,10 @@ def bootstrap(account: Account, yes: bool) -> None:
 
 def _notes(settings: Settings, values: dict[str, str]) -> list[str]:
     notes = []
-    if values["GitHubRepository"]:
+    if values.get("GitHubRepository"):
         notes.append(f"workflows of {values['GitHubRepository']}, branch {values['GitHubBranch']}, may run the verbs")
     for name, what in {"PipelineSchedule": "", "Watch": "new data under "}.items():
-        if values[name]:
+        if values.get(name):
             notes.append(f"{what}{values[name]} starts the pipeline, at the price that `make pipeline` says")
     if settings.pipeline.deploy_on_approval:
         notes.append("an approved model package is deployed without a question, at the price that `make deploy` says")
@@ -80,11 +80,7 @@ def _notes(settings: Settings, values: dict[str, str]) -> list[str]:
 def main() -> int:
     """Command line; see the module's docstring."""
     parser = terminal.parser("Make what the project needs in AWS once, or bring it up to date.", settings=True)
-    parser.add_argument("--yes", action="store_true", help="do not ask")
+    parser.add_argument("--yes", variable="YES", action="store_true", help="do not ask")
     options = parser.parse_args()
     bootstrap(Account(load(options.set)), options.yes)
     return 0
-
-
-if __name__ == "__main__":
-    terminal.run_verb(main)

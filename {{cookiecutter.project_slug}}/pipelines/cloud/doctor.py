@@ -9,33 +9,22 @@ from __future__ import annotations
 
 import json
 import platform
-import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from datetime import UTC, date, datetime
+from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any, Literal, NamedTuple
 
 from pipelines import ROOT, project, terminal
 from pipelines.cloud import permissions, stack
 from pipelines.cloud.account import STEPS, Account, explained, pages
-from pipelines.config import Settings, load
+from pipelines.config import load
 from pipelines.local import engine
 from pipelines.local import images as local_images
 from pipelines.terminal import UserError
 
 GB = 1e9
 SKEW = 240  # seconds; AWS refuses requests from 300 on
-NOTICE = 90  # days
-SUPPORT = [  # an image's name, its last day of patches; as published by 2026-11-21
-    (r"python:3\.10", date(2026, 10, 31)), (r"python:3\.11", date(2027, 10, 31)), (r"python:3\.12", date(2028, 10, 31)),
-    (r"python:3\.13", date(2029, 10, 31)), (r"python:3\.14", date(2030, 10, 31)),
-    (r"bullseye|debian:11", date(2026, 8, 31)), (r"bookworm|debian:12", date(2028, 6, 30)),
-    (r"trixie|debian:13", date(2030, 6, 30)),
-    (r"pytorch-inference:2\.6", date(2026, 6, 30)), (r"pytorch-training:2\.7", date(2026, 4, 23)),
-    (r"pytorch-training:2\.8", date(2026, 8, 6)), (r"pytorch-training:2\.9", date(2026, 10, 15)),
-    (r"pytorch-training:2\.10", date(2027, 1, 21)),
-]  # fmt: skip
 
 
 class Line(NamedTuple):
@@ -46,7 +35,7 @@ class Line(NamedTuple):
     fix: str = ""
 
 
-def here(settings: Settings) -> Iterator[Line]:
+def here() -> Iterator[Line]:
     """What needs no AWS account."""
     yield Line("ok", f"Python {platform.python_version()}")
     uv = shutil.which("uv") or shutil.which(str(ROOT / ".venv" / "bin" / "uv"))
@@ -59,21 +48,6 @@ def here(settings: Settings) -> Iterator[Line]:
     free = shutil.disk_usage(ROOT).free / GB
     level: Literal["ok", "warn", "fail"] = "ok" if free > 20 else "warn" if free > 2 else "fail"
     yield Line(level, f"{free:.0f} GB of disk are free", "" if level == "ok" else "images take 10 GB; make room")
-    images = dict.fromkeys((settings.images.base, settings.images.training, settings.images.serving))
-    for image in (name for name in images if name != "project"):
-        yield supported(image, datetime.now(UTC).date())
-
-
-def supported(image: str, today: date) -> Line:
-    """Until when an image is patched."""
-    ends = [end for pattern, end in SUPPORT if re.search(rf"({pattern})(?!\d)", image)]
-    if not ends:
-        return Line("warn", f"the end of support of {image} is not known here", "add it to SUPPORT in this module")
-    end, fix = min(ends), "choose a newer one: images.* in configs/infrastructure.yaml"
-    if end < today:
-        return Line("fail", f"{image} gets no patches since {end}", fix)
-    return Line("warn" if (end - today).days <= NOTICE else "ok", f"{image} is patched until {end}",
-                fix if (end - today).days <= NOTICE else "")  # fmt: skip
 
 
 def there(account: Account) -> Iterator[Line]:
@@ -139,7 +113,7 @@ def up_to_date(account: Account, caller: dict[str, str]) -> Iterator[Line]:
     same = (json.loads(body) if isinstance(body, str) else body) == json.loads(
         stack.template(account.settings, caller["Account"])
     )
-    differing = [] if same else ["infrastructure/stack.yaml"]
+    differing = [] if same else ["what infrastructure/ says"]
     differing += [key for key, value in wanted.items() if made.parameters.get(key) != value]
     if differing or not made.status.endswith("_COMPLETE"):
         yield Line("warn", f"the stack {name} is {made.status} and differs in {', '.join(differing) or 'nothing'}",
@@ -223,16 +197,12 @@ def main() -> int:
     """Command line; see the module's docstring."""
     settings = load(terminal.parser("What is missing, with its fix.", settings=True).parse_args().set)
     failed = False
-    for part in (here(settings), there(Account(settings))):
+    for lines in (here(), there(Account(settings))):
         try:
-            for line in part:
+            for line in lines:
                 failed |= line.level == "fail"
                 print(f"{line.level:4}  {line.text}" + (f"\n      fix: {line.fix}" if line.fix else ""), flush=True)
         except UserError as error:
             failed = True
             print(f"fail  {error}", flush=True)
     return int(failed)
-
-
-if __name__ == "__main__":
-    terminal.run_verb(main)

@@ -68,7 +68,7 @@ def push(account: Account, target: images.Target) -> None:
     if made != ARCHITECTURE:
         raise UserError(
             f"{local} is built for {made or 'an unknown processor'}, SageMaker runs {ARCHITECTURE}; build it "
-            f'again with `make image ARGS="--platform linux/{ARCHITECTURE}"`'
+            f"again with `{terminal.command('image', ARGS=f'--platform linux/{ARCHITECTURE}')}`"
         )
     remote = uri(account, target)
     registry = remote.partition("/")[0]
@@ -111,7 +111,3 @@ def main() -> int:
         else:
             push(account, target)
     return 0
-
-
-if __name__ == "__main__":
-    terminal.run_verb(main)

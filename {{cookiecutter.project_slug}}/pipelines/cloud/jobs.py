@@ -154,7 +154,7 @@ def after(account: Account, kind: str, name: str) -> str:
     """How to look at a job that runs, and how to stop it."""
     word = words(kind, "-")
     region, verb = account.region, f"stop-{word}-job --{word}-job-name"
-    look = f"make {'tune' if kind == TUNING else 'logs'} JOB={name}"
+    look = terminal.command("tune" if kind == TUNING else "logs", JOB=name)
     return (
         f"Follow it with `{look}`, stop it with `aws sagemaker {verb} {name} --region {region}`, see it at "
         f"{account.console(f'{PAGES[kind]}/{name}')}"
@@ -169,7 +169,9 @@ def words(kind: str, between: str) -> str:
 def main() -> int:
     """Command line; see the module's docstring."""
     parser = terminal.parser("Print the log of a job, and follow it as long as it runs.", settings=True)
-    parser.add_argument("--job", help="name of a training, processing or transform job (default: the newest training)")
+    parser.add_argument(
+        "--job", variable="JOB", help="name of a training, processing or transform job (default: the newest training)"
+    )
     parser.add_argument("--once", action="store_true", help="do not follow it")
     options = parser.parse_args()
     account = Account(load(options.set))
@@ -178,7 +180,3 @@ def main() -> int:
     if facts["Status"] == "Failed":
         print(f"failed: {failure(facts)}")
     return 0
-
-
-if __name__ == "__main__":
-    terminal.run_verb(main)

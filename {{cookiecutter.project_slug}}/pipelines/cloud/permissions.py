@@ -1,4 +1,4 @@
-"""Whether IAM allows what `infrastructure/stack.yaml` says that jobs and verbs need."""
+"""Whether IAM allows what the stack in `infrastructure/` says that jobs and verbs need."""
 
 from __future__ import annotations
 
@@ -7,11 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import yaml
-
 from pipelines import project
 from pipelines.cloud.account import Account, pages
-from pipelines.cloud.stack import TEMPLATE
+from pipelines.cloud.stack import joined
 
 KINDS = re.compile(
     r"TrainingJob|ProcessingJob|TransformJob|HyperParameterTuningJob|EndpointConfig|Endpoint|Model(?:PackageGroup|Package)?"
@@ -62,7 +60,7 @@ def needs(account: Account, number: str, owner: str) -> Iterator[Need]:
         text = re.sub(r"\$\{(.+?)\}", lambda name: values[name[1]], text)
         return str(text) if text == "*" else str(text.replace("*", "x"))
 
-    document = yaml.safe_load(TEMPLATE.read_text(encoding="utf-8"))["Resources"][owner]["Properties"]
+    document = joined()["Resources"][owner]["Properties"]
     policies = document.get("Policies", [document])
     for statement in (entry for policy in policies for entry in policy["PolicyDocument"]["Statement"]):
         if "Action" not in statement:

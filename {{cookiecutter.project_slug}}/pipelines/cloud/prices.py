@@ -9,12 +9,13 @@ import json
 import os
 import re
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from pipelines import ROOT
-from pipelines.cloud.account import Account, confirm
+from pipelines.cloud.account import NO_STACK, Account, Stack, confirm
 from pipelines.config import Settings
-from pipelines.terminal import UserError
+from pipelines.terminal import Finished, Parser, UserError
 
 CACHE = ROOT / ".cache" / "prices.json"
 DAY = 86400  # seconds
@@ -25,6 +26,7 @@ USAGE = {  # of an instance type; a serverless "instance type" is its memory, as
 }  # fmt: skip
 # Where the Price List is asked, else us-east-1: an account's rules may allow no other continent.
 HOME = {"eu": "eu-central-1", "ap": "ap-south-1"}
+T = TypeVar("T")
 
 
 def hourly(account: Account, kind: str, instance_type: str) -> float | None:
@@ -75,29 +77,85 @@ def usd(hourly: float | None, hours: float = 1) -> str:
     return "an unknown price" if hourly is None else f"{hourly * hours:.2f} USD"
 
 
-def agree(settings: Settings, plan: str, dollars_at_most: float | None, yes: bool) -> None:
+def where(settings: Settings) -> str:
+    """The region, for people, and whether it is inside a network of one's own."""
+    return f"{settings.aws.region}{', inside the VPC of aws.subnets' if settings.aws.subnets else ''}"
+
+
+def add_plan(parser: Parser) -> None:
+    """The option that asks for the price only."""
+    parser.add_argument(
+        "--plan", variable="PLAN", action="store_true",
+        help="say what would be created, where, and the most it can cost; create nothing, whatever else is said",
+    )  # fmt: skip
+
+
+def look(find: Callable[[], T], instead: T, only_plan: bool) -> T:
+    """What is found; where only a price is asked for, something else in place of what is not there yet."""
+    try:
+        return find()
+    except UserError as error:
+        if not only_plan:
+            raise
+        print(f"note: {error}", flush=True)
+        return instead
+
+
+def stack(account: Account, only_plan: bool) -> Stack:
+    """The project's stack; where only a price is asked for and there is none, one that stands for it."""
+    return account.assume(look(account.stack, NO_STACK, only_plan))
+
+
+def agree(settings: Settings, plan: str, dollars_at_most: float | None, yes: bool, only_plan: bool = False) -> None:
     """Show what will be created; go on only inside the budget, and when told to.
 
     Raises:
         UserError: when it is over budget, or somebody says no.
+        Finished: when only this was asked for.
     """
-    try:
-        check_budget(settings, dollars_at_most, yes)
-    except UserError:
-        print(plan, flush=True)
-        raise
-    confirm(plan, yes)
+    if not yes or only_plan:
+        try:
+            check_budget(settings, dollars_at_most, yes=False)
+        except UserError:
+            print(plan, flush=True)
+            raise
+    confirm(plan, yes or only_plan)
+    _finish(only_plan)
 
 
-def afford(settings: Settings, plan: str, dollars_at_most: float | None, yes: bool) -> None:
+def afford(
+    settings: Settings,
+    plan: str,
+    dollars_at_most: float | None,
+    yes: bool,
+    only_plan: bool = False,
+    each: float | None = None,
+) -> None:
     """Show what will be created and the most it can cost, and check that against the budget.
+
+    Args:
+        settings: with the budget.
+        plan: what will be created, and where.
+        dollars_at_most: None where a price is not known.
+        yes: go on although it is over budget.
+        only_plan: create nothing, which wins over `yes`.
+        each: USD for an hour of one instance, where all are of one kind.
 
     Raises:
         UserError: when it is over budget.
+        Finished: when only this was asked for.
     """
     known = "a price that is not known" if dollars_at_most is None else f"at most {dollars_at_most:.2f} USD"
-    print(f"{plan}\ncosts {known}, storage and traffic apart", flush=True)
-    check_budget(settings, dollars_at_most, yes)
+    part = "" if each is None else f" ({each:.3f} USD an hour each)"
+    print(f"{plan}\ncosts {known}{part}, storage and traffic apart", flush=True)
+    check_budget(settings, dollars_at_most, yes and not only_plan)
+    _finish(only_plan)
+
+
+def _finish(only_plan: bool) -> None:
+    if only_plan:
+        print("PLAN=1: nothing was created")
+        raise Finished
 
 
 def _cached() -> dict[str, Any]:

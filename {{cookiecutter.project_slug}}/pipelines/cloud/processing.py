@@ -21,13 +21,14 @@ CODE, INPUT, OUTPUT = (f"/opt/ml/processing/{part}" for part in ("input/code", "
 LONGEST = 120  # hours of a Processing job
 
 
-def process(account: Account, source: str | None, yes: bool) -> tuple[str, str]:
+def process(account: Account, source: str | None, yes: bool, plan: bool = False) -> tuple[str, str]:
     """Start the job.
 
     Args:
         account: to work in.
         source: folder of raw images or an S3 prefix of one; None: the configured one.
         yes: go on although it is over budget.
+        plan: only say what would be created, and end.
 
     Returns:
         The job's name, and where the packed data set will be.
@@ -37,13 +38,14 @@ def process(account: Account, source: str | None, yes: bool) -> tuple[str, str]:
     """
     settings, stack = account.settings, account.stack()
     compute, source = settings.compute, source or settings.data.source
-    local = None if source.startswith("s3://") else data.raw(source)
+    stack = prices.stack(account, plan)
+    local = None if plan or source.startswith("s3://") else data.raw(source)
     name, longest = f"{project.job_prefix()}-{runs.new_name()}", hours(settings)
     image, kind = images.uri(account, "training"), compute.process_instance_type
     target = f"s3://{stack.bucket}/data/{name}"
     price = prices.hourly(account, "processing", kind)
-    plan = f"{name}: a processing job in {settings.aws.region} on 1 x {kind}, {longest:g} hours at most, in {image}, "
-    prices.afford(settings, f"{plan}packs {source} into {target}", prices.cost(price, longest), yes)
+    job = f"{name}: a processing job in {prices.where(settings)} on 1 x {kind}, {longest:g} hours at most, in {image}, "
+    prices.afford(settings, f"{job}packs {source} into {target}", prices.cost(price, longest), yes, plan, price)
     images.ensure(account, "training")
     uri = storage.raw(account, source, local)
     with jobs.starting(account, "Processing", name):
@@ -129,18 +131,16 @@ def outputs(name: str, uri: Any) -> list[Any]:
 def main() -> int:
     """Command line; see the module's docstring."""
     parser = terminal.parser("Pack images on SageMaker.", settings=True)
-    parser.add_argument("--data", help="folder of raw images, here or s3://... (default: data.source)")
-    parser.add_argument("--wait", action="store_true", help="follow the log; fails when the job does")
-    parser.add_argument("--yes", action="store_true", help="go on although it is over budget")
+    parser.add_argument("--data", variable="DATA", help="folder of raw images, here or s3://... (default: data.source)")
+    parser.add_argument("--wait", variable="WAIT", action="store_true", help="follow the log; fails when the job does")
+    parser.add_argument("--yes", variable="YES", action="store_true", help="go on although it is over budget")
+    prices.add_plan(parser)
     options = parser.parse_args()
     account = Account(load(options.set))
-    name, packed = process(account, options.data, options.yes)
+    name, packed = process(account, options.data, options.yes, options.plan)
     print(f"started {name}. {jobs.after(account, 'Processing', name)}", flush=True)
     if options.wait:
         jobs.succeeded("Processing", jobs.follow(account, "Processing", name))
-    print(f"{'then' if not options.wait else 'done;'} train on it with `make train DATA={packed}`")
+    train = terminal.command("train", DATA=packed)
+    print(f"{'then' if not options.wait else 'done;'} train on it with `{train}`")
     return 0
-
-
-if __name__ == "__main__":
-    terminal.run_verb(main)

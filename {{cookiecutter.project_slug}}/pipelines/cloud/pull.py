@@ -36,7 +36,7 @@ def pull(account: Account, job: str | None) -> Path:
     _, facts = jobs.find(account, job, ("Training",))
     name, run = facts["Name"], run_name(facts)
     if facts["Status"] not in jobs.ENDED:
-        raise UserError(f"{name} is {facts['Status']}; wait for it with `make logs JOB={name}`")
+        raise UserError(f"{name} is {facts['Status']}; wait for it with `{terminal.command('logs', JOB=name)}`")
     jobs.succeeded("Training", facts)
     if (runs.ARTIFACTS / run).is_dir():
         print(f"{name} is here already")
@@ -99,13 +99,9 @@ def _facts(job: dict[str, Any], output: Path) -> dict[str, Any]:
 def main() -> int:
     """Command line; see the module's docstring."""
     parser = terminal.parser("Fetch what a training job made into artifacts/.", settings=True)
-    parser.add_argument("--job", help="name of a training job (default: the project's newest)")
+    parser.add_argument("--job", variable="JOB", help="name of a training job (default: the project's newest)")
     options = parser.parse_args()
     folder = pull(Account(load(options.set)), options.job)
     print(page.attach(folder))
     print(runs.describe(folder))
     return 0
-
-
-if __name__ == "__main__":
-    terminal.run_verb(main)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import json
 import re
@@ -17,6 +18,7 @@ from pipelines.config import Settings
 from pipelines.terminal import UserError
 
 TEMPLATE = ROOT / "infrastructure" / "stack.yaml"
+AUTOMATION = TEMPLATE.with_name("automation.yaml")  # what is joined to it; a project of a smaller scope has none
 GITHUB = "token.actions.githubusercontent.com"
 REGISTRY = re.compile(r"(\d{12})\.dkr\.ecr\.([a-z0-9-]+)\.amazonaws\.com(?:\.cn)?/([^:@]+)")
 BUDGET_REGIONS = ["ap-northeast-1", "ap-northeast-2", "ap-south-1", "ap-southeast-1", "ap-southeast-2", "ca-central-1",
@@ -31,16 +33,62 @@ def bucket_name(settings: Settings, number: str) -> str:
     return f"{project.name()}-{number}-{settings.aws.region}"
 
 
+def joined() -> dict[str, Any]:
+    """stack.yaml as it is meant: with what automation.yaml, where that is there, adds to it.
+
+    Raises:
+        UserError: when both hold something of one name, or one adds to what the other lacks.
+    """
+    whole: dict[str, Any] = yaml.safe_load(TEMPLATE.read_text(encoding="utf-8"))
+    if AUTOMATION.exists():
+        more = yaml.safe_load(AUTOMATION.read_text(encoding="utf-8"))
+        additions = more.pop("Additions", {})
+        for section, entries in more.items():
+            _add(whole.setdefault(section, {}), entries, section)
+        for path, added in additions.items():
+            try:
+                place = functools.reduce(_step, path.split("."), whole["Resources"])
+            except (LookupError, StopIteration, TypeError):
+                raise UserError(f"infrastructure/automation.yaml adds to {path}, which is not in stack.yaml; mend "
+                                "the path under Additions") from None  # fmt: skip
+            _add(place, added, path)
+    return whole
+
+
+def _step(place: Any, name: str) -> Any:
+    """What is called that in a mapping, or in a list: by its number, or by the name of a statement or policy."""
+    if not isinstance(place, list):
+        return place[name]
+    if name.isdigit():
+        return place[int(name)]
+    return next(entry for entry in place if name in (entry.get("Sid"), entry.get("PolicyName")))
+
+
+def _add(place: Any, added: Any, path: str) -> None:
+    """Continue a mapping with other keys, or a list; a list of actions stays in alphabetical order."""
+    if type(place) is not type(added) or not isinstance(place, dict | list):
+        raise UserError(f"infrastructure/automation.yaml cannot add to {path}: the two are not both lists or mappings")
+    if isinstance(place, list):
+        place += added
+        if all(isinstance(entry, str) for entry in place):
+            place.sort(key=str.lower)
+        return
+    if both := place.keys() & added.keys():
+        raise UserError(f"{path}: {', '.join(sorted(both))} is in infrastructure/stack.yaml and in automation.yaml; "
+                        "rename or remove one of the two")  # fmt: skip
+    place |= added
+
+
 def template(settings: Settings, number: str) -> str:
     """The template as it is sent, with literal names for what survives the stack."""
-    document = yaml.safe_load(TEMPLATE.read_text(encoding="utf-8"))
+    document = joined()
     resources = document["Resources"]
     resources["Bucket"]["Properties"]["BucketName"] = bucket_name(settings, number)
     resources["ImageRepository"]["Properties"]["RepositoryName"] = project.name()
     if settings.aws.region not in BUDGET_REGIONS:  # an unknown type is refused even when its condition is false
         del resources["Budget"], document["Conditions"]["HasBudget"], document["Parameters"]["MonthlyUsd"]
     if not settings.pipeline.deploy_on_approval:
-        del resources["Deployment"]
+        resources.pop("Deployment", None)
     return json.dumps(document)
 
 
@@ -69,14 +117,29 @@ def parameters(account: Account, identity: str, current: dict[str, str]) -> dict
     images = filter(None, map(REGISTRY.match, (settings.images.training, settings.images.serving)))
     repositories = {f"arn:{identity.split(':')[1]}:ecr:{i[2]}:{i[1]}:repository/{i[3]}" for i in images}
     found["MoreRepositories"] = ",".join(sorted(repositories))
-    repository, subjects, branch = _parsed(_github(settings))
-    found |= {"GitHubRepository": repository, "GitHubSubjects": subjects, "GitHubBranch": branch}
-    found["CreateGitHubProvider"] = "false"
+    return found | _of_automation(account, current)
+
+
+def _of_automation(account: Account, current: dict[str, str]) -> dict[str, str]:
+    """Those of automation.yaml; without that file there are none, and no setting may ask for any."""
+    settings = account.settings
     chosen = settings.pipeline
+    asked = {"PipelineSchedule": chosen.schedule, "Watch": chosen.watch, "Connection": chosen.connection}
+    if not AUTOMATION.exists():
+        wanted = {"aws.github": settings.aws.github, "pipeline.schedule": chosen.schedule,
+                  "pipeline.watch": chosen.watch, "pipeline.connection": chosen.connection,
+                  "pipeline.deploy_on_approval": chosen.deploy_on_approval or "none"}  # fmt: skip
+        for name, value in wanted.items():
+            if value != "none":
+                raise UserError(f"{name} is {value}, but this project has no infrastructure/automation.yaml, which "
+                                "does that; `make update-template SCOPE=full` brings it")  # fmt: skip
+        return {}
+    repository, subjects, branch = _parsed(_github(settings))
+    found = {"GitHubRepository": repository, "GitHubSubjects": subjects, "GitHubBranch": branch}
+    found["CreateGitHubProvider"] = "false"
     if chosen.deploy_on_approval and not repository:
         raise UserError("pipeline.deploy_on_approval needs the repository to deploy from; set aws.github to owner/name")
     found["DeployOnApproval"] = str(chosen.deploy_on_approval).lower()
-    asked = {"PipelineSchedule": chosen.schedule, "Watch": chosen.watch, "Connection": chosen.connection}
     found |= {name: "" if value == "none" else value for name, value in asked.items()}
     if repository:
         owned = current.get("GitHubRepository") and current.get("CreateGitHubProvider") == "true"

@@ -80,7 +80,3 @@ def main() -> int:
     print(f"{project.name()} in {settings.aws.region}, {time.strftime('%Y-%m-%d %H:%M', time.gmtime())} UTC")
     print("\n".join([*inventory.table(inventory.everything(account)), *stored(account)]))
     return 0
-
-
-if __name__ == "__main__":
-    terminal.run_verb(main)

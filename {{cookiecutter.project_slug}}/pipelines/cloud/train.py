@@ -40,7 +40,7 @@ class Request:
     checkpoints: Any = None
 
 
-def train(account: Account, source: str | None, run: str | None, yes: bool) -> str:
+def train(account: Account, source: str | None, run: str | None, yes: bool, plan: bool = False) -> str:
     """Start a training job.
 
     Args:
@@ -48,6 +48,7 @@ def train(account: Account, source: str | None, run: str | None, yes: bool) -> s
         source: folder of raw images, or the S3 prefix of a packed data set; None: the configured one.
         run: a run that was stopped or failed, to resume with its own data and hyperparameters; None: a fresh one.
         yes: go on although it is over budget.
+        plan: only say what would be created, and end.
 
     Returns:
         The job's name.
@@ -57,18 +58,22 @@ def train(account: Account, source: str | None, run: str | None, yes: bool) -> s
     """
     settings = account.settings
     compute, source = settings.compute, source or settings.data.source
-    account.stack()  # first: without one, all that follows is for nothing
+    prices.stack(account, plan)
     request = _resumed(account, run) if run else None
-    local = None if request or source.startswith("s3://") else data.prepare(settings, source)
+    local = None if plan or request or source.startswith("s3://") else data.prepare(settings, source)
     name, image = run or runs.new_name(), images.uri(account, "training")
     hours = longest(settings)
     where = request.channels["train"] if request else local.relative_to(ROOT) if local else source
+    warm = f" with {compute.keep_alive_minutes} minutes of warm pool" if compute.keep_alive_minutes else ""
+    price = prices.hourly(account, "training", compute.instance_type)
     prices.afford(
         settings,
-        f"run {name}: a training job in {settings.aws.region} on {machines(settings)}, {hours:g} hours at most, in "
-        f"{image}, on {where}",
-        prices.cost(prices.hourly(account, "training", compute.instance_type), hours * compute.instances),
+        f"run {name}: a training job in {prices.where(settings)} on {machines(settings)}, {hours:g} hours at most"
+        f"{warm}, in {image}, on {where}",
+        prices.cost(price, hours * compute.instances),
         yes,
+        plan,
+        price,
     )
     stage_image(account)
     if request is None:
@@ -79,8 +84,9 @@ def train(account: Account, source: str | None, run: str | None, yes: bool) -> s
 def machines(settings: Settings) -> str:
     """What a training job runs on, for plans."""
     compute = settings.compute
-    spot = " spot, cheaper than the price below" if compute.spot else ""
-    return f"{compute.instances} x {compute.instance_type}{spot}"
+    wait = f"{compute.max_wait_hours:g} hours with waiting"
+    spot = f" spot, cheaper than the price below, {wait}" if compute.spot else ""
+    return f"{compute.instances} x {compute.instance_type}{spot}, {compute.volume_gb} GB each"
 
 
 def longest(settings: Settings) -> float:
@@ -193,9 +199,10 @@ def _resumed(account: Account, run: str) -> Request:
         raise UserError(f"there is no training job of run {run} in {account.region}; start a fresh one without RUN")
     facts = jobs.describe(account, "Training", job)
     if facts["Status"] == "Completed":
-        raise UserError(f"run {run} is finished; fetch it with `make pull JOB={job}`, or start a fresh one without RUN")
+        pull = terminal.command("pull", JOB=job)
+        raise UserError(f"run {run} is finished; fetch it with `{pull}`, or start a fresh one without RUN")
     if facts["Status"] not in jobs.ENDED:
-        raise UserError(f"run {run} is {facts['Status']} already; see `make logs JOB={job}`")
+        raise UserError(f"run {run} is {facts['Status']} already; see `{terminal.command('logs', JOB=job)}`")
     channels = {
         channel["ChannelName"]: channel["DataSource"]["S3DataSource"]["S3Uri"]
         for channel in facts["InputDataConfig"]
@@ -207,22 +214,23 @@ def _resumed(account: Account, run: str) -> Request:
 def main() -> int:
     """Command line; see the module's docstring."""
     parser = terminal.parser("Train on SageMaker.", settings=True)
-    parser.add_argument("--data", help="folder of raw images, or s3://... of a packed data set (default: data.source)")
-    parser.add_argument("--run", help="name of a run that was stopped or failed, to resume (default: a fresh run)")
-    parser.add_argument("--instances", type=int, help="default: compute.instances")
-    parser.add_argument("--wait", action="store_true", help="follow the log; fails when the job does")
-    parser.add_argument("--yes", action="store_true", help="go on although it is over budget")
+    parser.add_argument(
+        "--data", variable="DATA", help="folder of raw images, or s3://... of a packed data set (default: data.source)"
+    )
+    parser.add_argument(
+        "--run", variable="RUN", help="name of a run that was stopped or failed, to resume (default: a fresh run)"
+    )
+    parser.add_argument("--instances", variable="INSTANCE_COUNT", type=int, help="default: compute.instances")
+    parser.add_argument("--wait", variable="WAIT", action="store_true", help="follow the log; fails when the job does")
+    parser.add_argument("--yes", variable="YES", action="store_true", help="go on although it is over budget")
+    prices.add_plan(parser)
     options = parser.parse_args()
     if options.run and (options.data or any(override.startswith("training.") for override in options.set)):
         raise UserError(f"run {options.run} resumes with what it was started with; leave the other options out")
     account = Account(load(options.set, options={"compute.instances": options.instances}))
-    job = train(account, options.data, options.run, options.yes)
+    job = train(account, options.data, options.run, options.yes, options.plan)
     print(f"started {job}. {jobs.after(account, 'Training', job)}", flush=True)
     if options.wait:
         jobs.succeeded("Training", jobs.follow(account, "Training", job))
-        print(f"done; fetch it with `make pull JOB={job}`")
+        print(f"done; fetch it with `{terminal.command('pull', JOB=job)}`")
     return 0
-
-
-if __name__ == "__main__":
-    terminal.run_verb(main)

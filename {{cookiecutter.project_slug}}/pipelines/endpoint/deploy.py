@@ -35,16 +35,18 @@ def deploy(account: Account, options: Namespace) -> None:
     Raises:
         UserError: when it does not run as it should; the message says what is left, and how to remove it.
     """
-    chosen, name = account.settings.endpoint, state.name(account.settings, options.endpoint)
-    account.stack()  # first: without one, all that follows is for nothing
+    settings, only_plan = account.settings, options.plan
+    chosen, name = settings.endpoint, state.name(settings, options.endpoint)
+    prices.stack(account, only_plan)
     with tempfile.TemporaryDirectory(prefix="deploy-") as folder:
-        model = artifact.find(account, options, Path(folder))
-        facts = state.describe(account, name)
+        missing = artifact.Source("an artifact that is not there yet", Path(), [])
+        model = prices.look(lambda: artifact.find(account, options, Path(folder)), missing, only_plan)
+        facts = prices.look(lambda: state.describe(account, name), None, only_plan)
         old = _config(account, name, facts, options.weight) if facts else {"ProductionVariants": []}
-        _check_limits(account.settings, old, options.weight)
+        _check_limits(settings, old, options.weight)
         image, config = images.uri(account, "serving"), f"{name}-{runs.new_name()}"
         plan = Plan(name, config, image, model.uri or "", model.package, old, options.weight)
-        _agree(account, plan, model.label, options.yes)
+        _agree(account, plan, model.label, options.yes, only_plan)
         if not plan.package:
             images.ensure(account, "serving")
         plan = replace(plan, uri=plan.uri or storage.artifact(account, model.archive))
@@ -60,18 +62,18 @@ def deploy(account: Account, options: Namespace) -> None:
         rollout.undo(account, plan, before)
         raise
     ends = f"deletes itself on {end[3:13]} at {end[14:19]} UTC" if end else "never deletes itself"
-    remove = f"`make destroy ENDPOINT={name}` removes it"
+    remove = f"`{terminal.command('destroy', ENDPOINT=name)}` removes it"
     try:
         difference = _see(account, plan, model.samples, remove, options.rollback)
     except KeyboardInterrupt:
         again = "its golden samples were not asked and its scaling is not set: `make deploy` again does that"
         raise UserError(f"stopped waiting; {name} goes on and bills, and {ends}; {again}; {remove}", code=130) from None
     print(f"{name} is in service, its {len(model.samples)} golden samples agree within {difference:.4f}")
-    print(f"  {state.link(account, name)}\n  make invoke IMAGE=path/to/an/image ENDPOINT={name}")
+    print(f"  {state.link(account, name)}")
+    print(f"  {terminal.command('invoke', IMAGE='path/to/an/image', ENDPOINT=name)}")
     if plan.weight:
-        print(
-            f"  make shift-traffic VARIANT={SECOND} WEIGHT=50 ENDPOINT={name}; `make deploy` goes back to one variant"
-        )
+        shift = terminal.command("shift-traffic", VARIANT=SECOND, WEIGHT=50, ENDPOINT=name)
+        print(f"  {shift}; `make deploy` goes back to one variant")
     print(f"  it {ends}; {remove}", flush=True)
 
 
@@ -116,7 +118,11 @@ def _config(account: Account, name: str, facts: dict[str, Any], weight: int | No
             raise UserError(f"the name {name} is taken by an endpoint of something else; choose another: ENDPOINT=...")
         if facts["EndpointStatus"] != "InService":
             failed = facts["EndpointStatus"] in ("Failed", "OutOfService", "UpdateRollbackFailed")
-            step = f"remove it first: `make destroy ENDPOINT={name}`" if failed else "wait until that is over"
+            step = (
+                f"remove it first: `{terminal.command('destroy', ENDPOINT=name)}`"
+                if failed
+                else "wait until that is over"
+            )
             raise UserError(f"{name} is {facts['EndpointStatus']}, so it cannot be updated; {step}")
         config: dict[str, Any] = sagemaker.describe_endpoint_config(EndpointConfigName=facts["EndpointConfigName"])
     kind = account.settings.endpoint.type
@@ -152,7 +158,7 @@ def _check_limits(settings: Settings, old: dict[str, Any], weight: int | None) -
                         "set endpoint.instances to at least 2")  # fmt: skip
 
 
-def _agree(account: Account, plan: Plan, label: str, yes: bool) -> None:
+def _agree(account: Account, plan: Plan, label: str, yes: bool, only_plan: bool) -> None:
     """Say what will be made, where, and what it can cost; go on only inside the budget, and when told to."""
     settings = account.settings
     chosen, update = settings.endpoint, bool(plan.old["ProductionVariants"])
@@ -162,19 +168,22 @@ def _agree(account: Account, plan: Plan, label: str, yes: bool) -> None:
     each = [prices.cost(prices.hourly(account, kind, machine), count) for count, machine in fleet]
     hourly = None if None in each else sum(cost or 0.0 for cost in each)
     hours = (chosen.ttl_hours or prices.MONTH) + (rollout.UPDATE_HOURS if update else 0)
+    month, where = f"{prices.usd(hourly, prices.MONTH)} a month", prices.where(settings)
+    end = f"until it deletes itself after {chosen.ttl_hours:g} hours, {month} if it never did"
     lines = [
-        f"{'update' if update else 'create'} the {chosen.type} endpoint {plan.name} in {account.region}: {label}"
+        f"{'update' if update else 'create'} the {chosen.type} endpoint {plan.name} in {where}: {label}"
         f"{f' as {SECOND} for {plan.weight} % of the requests' if plan.weight else ''}",
         f"  on {' and '.join(f'at most {count} x {machine}' for count, machine in fleet)}, in "
         f"{'the image of the package' if plan.package else plan.image}",
-        f"  {prices.usd(hourly)} an hour at most, {prices.usd(hourly, hours)} "
-        + (f"until it deletes itself after {chosen.ttl_hours:g} hours" if chosen.ttl_hours else "a month"),
+        f"  {prices.usd(hourly)} an hour at most, {prices.usd(hourly, hours)} {end if chosen.ttl_hours else 'a month'}",
     ]
+    if kind == "serverless":
+        lines.append("  it bills while it answers: that is the price of so many requests at once all the time")
     if not chosen.ttl_hours:
         lines.append(
             f"  WARNING: endpoint.ttl_hours is 0: it never deletes itself and costs {prices.usd(hourly, 24)} a day"
         )
-    prices.agree(settings, "\n".join(lines), prices.cost(hourly, hours), yes)
+    prices.agree(settings, "\n".join(lines), prices.cost(hourly, hours), yes, only_plan)
 
 
 def _ask_golden(
@@ -203,15 +212,18 @@ def main() -> int:
     """Command line; see the module's docstring."""
     parser = terminal.parser("Put an artifact behind an endpoint on SageMaker.", settings=True)
     artifact.add_options(parser)
-    parser.add_argument("--endpoint", help="default: endpoint.name")
-    parser.add_argument("--type", choices=["realtime", "serverless", "async"], help="default: endpoint.type")
-    parser.add_argument("--weight", type=int, help="percent of the requests that a second variant gets")
+    parser.add_argument("--endpoint", variable="ENDPOINT", help="default: endpoint.name")
+    parser.add_argument(
+        "--type", variable="TYPE", choices=["realtime", "serverless", "async"], help="default: endpoint.type"
+    )
+    parser.add_argument(
+        "--weight", variable="WEIGHT", type=int, help="percent of the requests that a second variant gets"
+    )
     parser.add_argument("--rollback", action="store_true", help="undo an update that fails the golden samples")
-    parser.add_argument("--yes", action="store_true", help="do not ask, and go on although it is over budget")
+    parser.add_argument(
+        "--yes", variable="YES", action="store_true", help="do not ask, and go on although it is over budget"
+    )
+    prices.add_plan(parser)
     options = parser.parse_args()
     deploy(Account(load(options.set, options={"endpoint.type": options.type})), options)
     return 0
-
-
-if __name__ == "__main__":
-    terminal.run_verb(main)

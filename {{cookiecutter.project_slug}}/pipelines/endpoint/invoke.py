@@ -109,9 +109,11 @@ def show(file: Path, answer: dict[str, Any]) -> None:
 def main() -> int:
     """Command line; see the module's docstring."""
     parser = terminal.parser("Classify an image file with an endpoint on SageMaker.", settings=True)
-    parser.add_argument("--image", type=Path, action="append", default=[], help="an image file; may be repeated")
-    parser.add_argument("--endpoint", help="default: endpoint.name")
-    parser.add_argument("--variant", help="of an endpoint with several (default: by their weights)")
+    parser.add_argument(
+        "--image", variable="IMAGE", type=Path, action="append", default=[], help="an image file; may be repeated"
+    )
+    parser.add_argument("--endpoint", variable="ENDPOINT", help="default: endpoint.name")
+    parser.add_argument("--variant", variable="VARIANT", help="of an endpoint with several (default: by their weights)")
     parser.add_argument("--json", action="store_true", help="print the answer as it came")
     options = parser.parse_args()
     if not options.image:
@@ -129,7 +131,3 @@ def main() -> int:
         else:
             show(file, answer)
     return 0
-
-
-if __name__ == "__main__":
-    terminal.run_verb(main)

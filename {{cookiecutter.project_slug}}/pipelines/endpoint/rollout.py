@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from pipelines import terminal
 from pipelines.cloud.account import Account, explained, failure, unless_missing
 from pipelines.config import Settings
 from pipelines.endpoint import expiry, model, scaling
@@ -183,7 +184,8 @@ def undo(account: Account, plan: Plan, end: str | None) -> None:
         facts = endpoint_state.describe(account, plan.name) or {}
         states = (facts, facts.get("PendingDeploymentSummary", {}))
         if plan.config in [state.get("EndpointConfigName") for state in states]:
-            print(f"the endpoint {plan.name} goes on; `make destroy ENDPOINT={plan.name}` removes it", flush=True)
+            remove = terminal.command("destroy", ENDPOINT=plan.name)
+            print(f"the endpoint {plan.name} goes on; `{remove}` removes it", flush=True)
             return
         expiry.set_end(account, plan.name, end)
         deletions = {"EndpointConfigName": sagemaker.delete_endpoint_config, "ModelName": sagemaker.delete_model}

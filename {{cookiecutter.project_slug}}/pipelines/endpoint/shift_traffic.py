@@ -42,9 +42,9 @@ def shift(account: Account, name: str, chosen: str, percent: int) -> dict[str, f
 def main() -> int:
     """Command line; see the module's docstring."""
     parser = terminal.parser("Move requests between the variants of an endpoint.", settings=True)
-    parser.add_argument("--variant", required=True, help="VARIANT=: the one that gets WEIGHT percent")
-    parser.add_argument("--weight", type=int, required=True, help="WEIGHT=: percent of the requests")
-    parser.add_argument("--endpoint", help="default: endpoint.name")
+    parser.add_argument("--variant", variable="VARIANT", required=True, help="the one that gets WEIGHT percent")
+    parser.add_argument("--weight", variable="WEIGHT", type=int, required=True, help="percent of the requests")
+    parser.add_argument("--endpoint", variable="ENDPOINT", help="default: endpoint.name")
     options = parser.parse_args()
     account = Account(load(options.set))
     name = state.name(account.settings, options.endpoint)
@@ -54,7 +54,3 @@ def main() -> int:
     if now["EndpointStatus"] != "InService":
         raise UserError(f"{name} is {now['EndpointStatus']}: {failure(now)}")
     return 0
-
-
-if __name__ == "__main__":
-    terminal.run_verb(main)

@@ -80,8 +80,8 @@ def names(a: str | None, b: str | None) -> tuple[Path, Path]:
 def main() -> int:
     """Command line; see the module's docstring."""
     parser = terminal.parser("Set two finished runs side by side.")
-    parser.add_argument("--a", metavar="RUN", help="name of a run (default: the one before B)")
-    parser.add_argument("--b", metavar="RUN", help="name of a run (default: the newest)")
+    parser.add_argument("--a", variable="RUN_A", metavar="RUN", help="name of a run (default: the one before B)")
+    parser.add_argument("--b", variable="RUN_B", metavar="RUN", help="name of a run (default: the newest)")
     options = parser.parse_args()
     a, b = (page.read(folder) for folder in names(options.a, options.b))
     tables = [("Differences", differences(a, b)), ("Metrics", metrics(a, b))]
@@ -93,7 +93,3 @@ def main() -> int:
             print("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
     print(f"\n{verdict(a, b)}")
     return 0
-
-
-if __name__ == "__main__":
-    terminal.run_verb(main)

@@ -185,14 +185,12 @@ def write_digits(folder: Path) -> None:
 def main() -> int:
     """Command line; see the module's docstring."""
     parser = terminal.parser("Pack images into the data set that training reads.", settings=True)
-    parser.add_argument("--data", help="folder with one sub-folder of images a class (default: data.source)")
+    parser.add_argument(
+        "--data", variable="DATA", help="folder with one sub-folder of images a class (default: data.source)"
+    )
     options = parser.parse_args()
     target = prepare(load(options.set), options.data)
     info = json.loads((target / "train" / "dataset.json").read_text(encoding="utf-8"))
     counts = ", ".join(f"{count} {name}" for name, count in info["counts"].items())
     print(f"{target.relative_to(ROOT)}: {len(info['classes'])} classes at {info['size']} pixels, {counts}")
     return 0
-
-
-if __name__ == "__main__":
-    terminal.run_verb(main)

@@ -48,14 +48,10 @@ def evaluate(folder: Path) -> int:
 def main() -> int:
     """Command line; see the module's docstring."""
     parser = terminal.parser("Evaluate a finished run on the test split of its data set.")
-    parser.add_argument("--run", help="name of a run (default: the newest)")
+    parser.add_argument("--run", variable="RUN", help="name of a run (default: the newest)")
     folder = runs.find(parser.parse_args().run)
     code = evaluate(folder)
     if code == 0:
         print(page.attach(folder))
         print(runs.after(folder))
     return code
-
-
-if __name__ == "__main__":
-    terminal.run_verb(main)

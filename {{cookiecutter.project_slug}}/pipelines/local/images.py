@@ -173,7 +173,3 @@ def main() -> int:
     except EngineError as error:
         raise UserError(str(error)) from error
     return 0
-
-
-if __name__ == "__main__":
-    terminal.run_verb(main)

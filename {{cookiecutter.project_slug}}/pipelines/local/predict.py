@@ -7,7 +7,6 @@ More options (--json) are handed to src/inference/predict.py.
 
 from __future__ import annotations
 
-import shlex
 import subprocess
 import sys
 
@@ -18,18 +17,13 @@ from pipelines.terminal import UserError
 def main() -> int:
     """Command line; see the module's docstring."""
     parser = terminal.parser("Classify image files with a finished run; --json prints what a server would send.")
-    parser.add_argument("--run", help="name of a run (default: the newest)")
-    parser.add_argument("--image", action="append", default=[], help="an image file; may be repeated")
+    parser.add_argument("--run", variable="RUN", help="name of a run (default: the newest)")
+    parser.add_argument("--image", variable="IMAGE", action="append", default=[], help="an image file; may be repeated")
     options, more = parser.parse_known_args()
     folder = runs.find(options.run)
     if not options.image:
-        raise UserError(
-            f"IMAGE is missing; name a file, such as make predict IMAGE={shlex.quote(runs.example_image(folder))}"
-        )
+        example = terminal.command("predict", IMAGE=runs.example_image(folder))
+        raise UserError(f"IMAGE is missing; name a file, such as {example}")
     script = SOURCE / "inference" / "predict.py"
     command = [sys.executable, str(script), "--artifact", str(folder / "model.tar.gz"), *more, "--", *options.image]
     return subprocess.run(command).returncode
-
-
-if __name__ == "__main__":
-    terminal.run_verb(main)

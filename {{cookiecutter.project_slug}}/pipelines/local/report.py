@@ -20,7 +20,7 @@ from pipelines.terminal import UserError
 def main() -> int:
     """Command line; see the module's docstring."""
     parser = terminal.parser("Render the HTML report of a finished run.")
-    parser.add_argument("--run", help="name of a run (default: the newest)")
+    parser.add_argument("--run", variable="RUN", help="name of a run (default: the newest)")
     folder = runs.find(parser.parse_args().run)
     page.read(folder)  # what cannot be reported is not evaluated either
     if not (folder / "evaluation.json").exists():
@@ -31,7 +31,3 @@ def main() -> int:
             print(f"the report has no part on the test split: {error}")
     print(f"report: {Path(os.path.relpath(page.write(folder), ROOT))}")
     return 0
-
-
-if __name__ == "__main__":
-    terminal.run_verb(main)

@@ -124,9 +124,13 @@ def ask_about(file: Path, port: int) -> int:
 def main() -> int:
     """Command line; see the module's docstring."""
     parser = terminal.parser("Serve a finished run on 127.0.0.1.", settings=True)
-    parser.add_argument("--run", help="name of a run (default: the newest)")
-    parser.add_argument("--image", type=Path, help="an image file: ask once, print the answer and stop")
-    parser.add_argument("--mode", choices=["auto", "container", "process"], help="default: compute.local_mode")
+    parser.add_argument("--run", variable="RUN", help="name of a run (default: the newest)")
+    parser.add_argument(
+        "--image", variable="IMAGE", type=Path, help="an image file: ask once, print the answer and stop"
+    )
+    parser.add_argument(
+        "--mode", variable="LOCAL_MODE", choices=["auto", "container", "process"], help="default: compute.local_mode"
+    )
     parser.add_argument("--port", type=int, default=8080, help="default: 8080")
     options = parser.parse_args()
     settings = load(options.set, options={"compute.local_mode": options.mode})
@@ -150,7 +154,3 @@ def main() -> int:
     except KeyboardInterrupt:
         print("stopped", flush=True)
     return 0
-
-
-if __name__ == "__main__":
-    terminal.run_verb(main)

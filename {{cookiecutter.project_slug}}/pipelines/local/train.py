@@ -126,10 +126,14 @@ def _fresh_root(name: str) -> Path:
 def main() -> int:
     """Command line; see the module's docstring."""
     parser = terminal.parser("Train on this machine as SageMaker would.", settings=True)
-    parser.add_argument("--data", help="folder with one sub-folder of images a class (default: data.source)")
-    parser.add_argument("--run", help="name of an interrupted run to resume (default: a fresh run)")
-    parser.add_argument("--mode", choices=["auto", "container", "process"], help="default: compute.local_mode")
-    parser.add_argument("--instances", type=int, help="default: compute.local_instances")
+    parser.add_argument(
+        "--data", variable="DATA", help="folder with one sub-folder of images a class (default: data.source)"
+    )
+    parser.add_argument("--run", variable="RUN", help="name of an interrupted run to resume (default: a fresh run)")
+    parser.add_argument(
+        "--mode", variable="LOCAL_MODE", choices=["auto", "container", "process"], help="default: compute.local_mode"
+    )
+    parser.add_argument("--instances", variable="INSTANCE_COUNT", type=int, help="default: compute.local_instances")
     parser.add_argument("--verbose", action="store_true", help="show everything that the container prints")
     options = parser.parse_args()
     if options.run and (options.data or any(override.startswith("training.") for override in options.set)):
@@ -139,7 +143,3 @@ def main() -> int:
     print(page.attach(folder))
     print(runs.describe(folder))
     return 0
-
-
-if __name__ == "__main__":
-    terminal.run_verb(main)

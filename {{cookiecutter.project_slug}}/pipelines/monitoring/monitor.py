@@ -62,9 +62,10 @@ def find(account: Account, name: str) -> Watched:
         modes = {option["CaptureMode"] for option in capture.get("CaptureOptions", [])}
         both = "InputAndOutput" in modes or {"Input", "Output"} <= modes
         if not (both and capture.get("EnableCapture") and capture["InitialSamplingPercentage"]):
+            again = terminal.command("deploy", ENDPOINT=name, ARGS="--set endpoint.capture_percent=100")
             raise UserError(
                 f"{name} does not capture its requests and answers, so there is nothing to compare; deploy it again "
-                f'with capture: make deploy ENDPOINT={name} ARGS="--set endpoint.capture_percent=100"'
+                f"with capture: {again}"
             )
         variant = max(config["ProductionVariants"], key=lambda item: item.get("InitialVariantWeight", 1.0))
         model = sagemaker.describe_model(ModelName=variant["ModelName"])
@@ -76,16 +77,20 @@ def find(account: Account, name: str) -> Watched:
     return Watched(name, variant["VariantName"], captured, container["ModelDataUrl"])
 
 
-def monitor(account: Account, name: str, yes: bool) -> None:
+def monitor(account: Account, name: str, yes: bool, plan: bool = False) -> None:
     """Make or update schedule, alarms and dashboard.
 
     Raises:
         UserError: when the endpoint cannot be watched, or somebody says no.
     """
-    settings, stack = account.settings, account.stack()
-    watched, until = find(account, name), expiry.end(account, name)
+    settings = account.settings
+    stack = prices.stack(account, plan)
+    watched = prices.look(lambda: find(account, name), Watched(name, "<variant>", "", ""), plan)
+    until = prices.look(lambda: expiry.end(account, name), None, plan)
+    if not watched.artifact and settings.endpoint.ttl_hours:  # not there yet: as the next `make deploy` would have it
+        until = expiry.end_after(settings.endpoint.ttl_hours)
     end = datetime.fromisoformat(until[3:-1]).replace(tzinfo=UTC) if until else None
-    _agree(account, watched, end, yes)
+    _agree(account, watched, end, yes, plan)
     image = images.ensure(account, "training")
     code = storage.upload(account, SOURCE, f"source/{project.source_hash()}")
     storage.put(account, f"{watched.captured}/.monitored", b"")
@@ -99,18 +104,20 @@ def monitor(account: Account, name: str, yes: bool) -> None:
         cloudwatch.put_dashboard(DashboardName=f"{name}-monitor", DashboardBody=body)
     print(f"{name} is compared {settings.monitoring.schedule} with the baseline of {watched.artifact}")
     print(f"  reports: s3://{stack.bucket}/monitoring/{name}/; alarms and dashboard: {name}-... in CloudWatch")
-    print(f"  after the next `make deploy` do this again; `make destroy ENDPOINT={name}` removes all of it", flush=True)
+    remove = terminal.command("destroy", ENDPOINT=name)
+    print(f"  after the next `make deploy` do this again; `{remove}` removes all of it", flush=True)
 
 
-def _agree(account: Account, watched: Watched, end: datetime | None, yes: bool) -> None:
+def _agree(account: Account, watched: Watched, end: datetime | None, yes: bool, plan: bool) -> None:
     """Say what will be made, where, and what it can cost; go on only inside the budget, and when told to."""
-    chosen, region = account.settings.monitoring, account.region
+    chosen = account.settings.monitoring
     hours = (end - datetime.now(UTC)).total_seconds() / 3600 if end else prices.MONTH
     price, jobs = prices.hourly(account, "processing", chosen.instance_type), int(hours / EVERY[chosen.schedule]) + 1
     cost = None if price is None else price * HOURS * jobs + CLOUDWATCH * hours / prices.MONTH
     hourly = prices.cost(price, HOURS / EVERY[chosen.schedule])
+    where = prices.where(account.settings)
     lines = [
-        f"monitor the variant {watched.variant} of {watched.endpoint} in {region}: {chosen.schedule} a processing job "
+        f"monitor the variant {watched.variant} of {watched.endpoint} in {where}: {chosen.schedule} a processing job "
         f"on 1 x {chosen.instance_type} of {HOURS * 60:.0f} minutes at most, 3 alarms, a dashboard",
         f"  {prices.usd(hourly)} an hour, {prices.usd(hourly, 24)} a day at most; with CloudWatch {prices.usd(cost)} "
         + (f"until the endpoint ends in {hours:.1f} hours" if end else "a month"),
@@ -118,7 +125,7 @@ def _agree(account: Account, watched: Watched, end: datetime | None, yes: bool) 
     if hours < EVERY[chosen.schedule]:
         lines.append("  WARNING: it may end before the first comparison; set monitoring.schedule to hourly, or deploy "
                      "again with a later end (endpoint.ttl_hours)")  # fmt: skip
-    prices.agree(account.settings, "\n".join(lines), cost, yes)
+    prices.agree(account.settings, "\n".join(lines), cost, yes, plan)
 
 
 def job(account: Account, watched: Watched, image: str, code: str, key: str | None) -> Any:
@@ -237,19 +244,22 @@ def here(settings: Settings, data: str, run: str | None) -> None:
 def main() -> int:
     """Command line; see the module's docstring."""
     parser = terminal.parser("Compare what an endpoint is asked and says with its artifact's baseline.", settings=True)
-    parser.add_argument("--endpoint", help="its name (default: endpoint.name)")
-    parser.add_argument("--data", help="folder of captured requests on this machine, to compare without AWS")
-    parser.add_argument("--run", help="with --data: the run whose baseline counts (default: the newest)")
-    parser.add_argument("--yes", action="store_true", help="do not ask, and go on although it is over budget")
+    parser.add_argument("--endpoint", variable="ENDPOINT", help="its name (default: endpoint.name)")
+    parser.add_argument(
+        "--data", variable="DATA", help="folder of captured requests on this machine, to compare without AWS"
+    )
+    parser.add_argument(
+        "--run", variable="RUN", help="with --data: the run whose baseline counts (default: the newest)"
+    )
+    parser.add_argument(
+        "--yes", variable="YES", action="store_true", help="do not ask, and go on although it is over budget"
+    )
+    prices.add_plan(parser)
     options = parser.parse_args()
     settings = load(options.set)
     if options.data:
         here(settings, options.data, options.run)
     if options.run:
         raise UserError("RUN goes with DATA; an endpoint is compared with the artifact that it serves")
-    monitor(Account(settings), state.name(settings, options.endpoint), options.yes)
+    monitor(Account(settings), state.name(settings, options.endpoint), options.yes, options.plan)
     return 0
-
-
-if __name__ == "__main__":
-    terminal.run_verb(main)

@@ -2,8 +2,8 @@
 
     python -m pipelines pipeline --data photos --wait --set pipeline.min_accuracy=0.95
 
-It shows what it can cost, its graph, and how its definition differs from the deployed one, which it replaces. A local
-folder is uploaded first, once as long as its files stay the same. Steps whose inputs did not change are not run again.
+It shows what it can cost and how its definition differs from the deployed one, which it replaces. A local folder is
+uploaded first, once as long as its files stay the same. Steps whose inputs did not change are not run again.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from pipelines.cloud.account import Account, explained, pages, unless_missing, u
 from pipelines.config import Settings, load
 from pipelines.local import data
 from pipelines.local import images as local_images
-from pipelines.pipeline.graph import mermaid
 from pipelines.registry import package
 from pipelines.terminal import UserError
 from pipelines.training_pipeline import Inputs, definition
@@ -31,13 +30,14 @@ POLL = 15.0  # seconds
 ENDED = ("Succeeded", "Failed", "Stopped")
 
 
-def start(account: Account, source: str | None, yes: bool) -> str:
+def start(account: Account, source: str | None, yes: bool, plan: bool = False) -> str:
     """Bring the pipeline up to date and start it.
 
     Args:
         account: to work in.
         source: folder of raw images or an S3 prefix of one; None: the configured one.
         yes: go on although it is over budget.
+        plan: only say what would be created, and end.
 
     Returns:
         The execution's ARN.
@@ -46,9 +46,9 @@ def start(account: Account, source: str | None, yes: bool) -> str:
         UserError: when nothing was started.
     """
     source = source or account.settings.data.source
-    account.stack()  # first: without one, all that follows is for nothing
-    local = None if source.startswith("s3://") else data.raw(source)
-    prices.afford(account.settings, *_plan(account, source), yes)
+    prices.stack(account, plan)
+    local = None if plan or source.startswith("s3://") else data.raw(source)
+    prices.afford(account.settings, *_plan(account, source), yes, plan)
     targets: tuple[local_images.Target, ...] = ("training", "serving")
     for target in targets:
         cloud_images.ensure(account, target)
@@ -57,7 +57,6 @@ def start(account: Account, source: str | None, yes: bool) -> str:
     inputs = Inputs(f"{uri}/", storage.pretrained(account), champion.accuracy if champion else 0.0)
     with tempfile.TemporaryDirectory() as staged:
         document = definition(account, inputs, Path(staged))
-        print(mermaid(document), end="", flush=True)
         storage.upload(account, SOURCE, f"source/{project.source_hash()}")
         for folder in Path(staged).iterdir():
             storage.upload(account, folder, f"source/{folder.name}")
@@ -81,7 +80,7 @@ def _plan(account: Account, source: str) -> tuple[str, float | None]:
     hours = train.longest(settings)
     costs = prices.cost(packs, 2 * longest), prices.cost(trains, hours * compute.instances)
     return (
-        f"pipeline {project.name()} in {account.region}, on {source}: two processing jobs on 1 x "
+        f"pipeline {project.name()} in {prices.where(account.settings)}, on {source}: two processing jobs on 1 x "
         f"{compute.process_instance_type}, {longest:g} hours at most each, and a training job on "
         f"{train.machines(settings)}, {hours:g} hours at most",
         None if None in costs else sum(cost or 0.0 for cost in costs),
@@ -144,8 +143,9 @@ def _line(step: dict[str, Any]) -> str:
     """What a step does, and where its log is."""
     metadata = step.get("Metadata", {})
     jobs = [metadata[kind]["Arn"].rpartition("/")[2] for kind in ("ProcessingJob", "TrainingJob") if kind in metadata]
+    logs = [terminal.command("logs", JOB=job) for job in jobs]
     cached = " (result of an earlier execution)" if "CacheHitResult" in step else ""
-    return f"[{step['StepName']}] {step['StepStatus']}{cached}{''.join(f'; make logs JOB={job}' for job in jobs)}"
+    return f"[{step['StepName']}] {step['StepStatus']}{cached}{''.join(f'; {log}' for log in logs)}"
 
 
 def _reason(step: dict[str, Any]) -> str:
@@ -162,18 +162,15 @@ def hints(settings: Settings, arn: str) -> str:
 def main() -> int:
     """Command line; see the module's docstring."""
     parser = terminal.parser("Bring the project's SageMaker Pipeline up to date and run it.", settings=True)
-    parser.add_argument("--data", help="folder of raw images, here or s3://... (default: data.source)")
-    parser.add_argument("--wait", action="store_true", help="follow its steps; fails when one does")
-    parser.add_argument("--yes", action="store_true", help="go on although it is over budget")
+    parser.add_argument("--data", variable="DATA", help="folder of raw images, here or s3://... (default: data.source)")
+    parser.add_argument("--wait", variable="WAIT", action="store_true", help="follow its steps; fails when one does")
+    parser.add_argument("--yes", variable="YES", action="store_true", help="go on although it is over budget")
+    prices.add_plan(parser)
     options = parser.parse_args()
     account = Account(load(options.set))
-    arn = start(account, options.data, options.yes)
+    arn = start(account, options.data, options.yes, options.plan)
     print(f"started {arn.rpartition('/')[2]}; {hints(account.settings, arn)}", flush=True)
     if options.wait:
         follow(account, arn)
         print("done; the model is registered")
     return 0
-
-
-if __name__ == "__main__":
-    terminal.run_verb(main)

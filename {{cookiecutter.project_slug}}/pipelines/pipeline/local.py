@@ -245,13 +245,13 @@ def run(settings: Settings, source: str | None) -> Path:
 def main() -> int:
     """Command line; see the module's docstring."""
     parser = terminal.parser("Run the project's pipeline on this machine.", settings=True)
-    parser.add_argument("--data", help="folder with one sub-folder of images a class (default: data.source)")
-    parser.add_argument("--mode", choices=["auto", "container", "process"], help="default: compute.local_mode")
+    parser.add_argument(
+        "--data", variable="DATA", help="folder with one sub-folder of images a class (default: data.source)"
+    )
+    parser.add_argument(
+        "--mode", variable="LOCAL_MODE", choices=["auto", "container", "process"], help="default: compute.local_mode"
+    )
     options = parser.parse_args()
     settings = load(options.set, options={"compute.local_mode": options.mode})
     print(runs.describe(run(settings, options.data)))
     return 0
-
-
-if __name__ == "__main__":
-    terminal.run_verb(main)

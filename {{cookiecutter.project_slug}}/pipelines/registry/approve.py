@@ -46,13 +46,11 @@ def approve(account: Account, wanted: str | None, reject: bool, yes: bool) -> No
 def main() -> int:
     """Command line; see the module's docstring."""
     parser = terminal.parser("Approve or reject a registered model.", settings=True)
-    parser.add_argument("--package", help="version, or ARN (default: the newest that waits for approval)")
+    parser.add_argument(
+        "--package", variable="PACKAGE", help="version, or ARN (default: the newest that waits for approval)"
+    )
     parser.add_argument("--reject", action="store_true", help="reject it instead")
-    parser.add_argument("--yes", action="store_true", help="do not ask")
+    parser.add_argument("--yes", variable="YES", action="store_true", help="do not ask")
     options = parser.parse_args()
     approve(Account(load(options.set)), options.package, options.reject, options.yes)
     return 0
-
-
-if __name__ == "__main__":
-    terminal.run_verb(main)

@@ -45,7 +45,8 @@ def evidence(archive: Path, folder: Path) -> Evidence:
             shutil.copyfile(archive.with_name(name), folder / name)
     if not (folder / "evaluation.json").is_file():
         raise UserError(
-            f"{archive} was not evaluated, and a package needs its metrics; do so: `make evaluate RUN={run}`"
+            f"{archive} was not evaluated, and a package needs its metrics; do so: "
+            f"`{terminal.command('evaluate', RUN=run)}`"
         )
     read = {path.name: json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*.json")}
     model, tested = read["model.json"], read["evaluation.json"]
@@ -87,14 +88,13 @@ def register(account: Account, options: Namespace) -> Package:
 def main() -> int:
     """Command line; see the module's docstring."""
     parser = terminal.parser("Register an artifact for approval.", settings=True)
-    parser.add_argument("--run", help="name of a run (default: the newest)")
-    parser.add_argument("--job", help="a training job, which is pulled first")
-    parser.add_argument("--artifact", type=Path, help="a model.tar.gz, with its evaluation.json beside it")
+    parser.add_argument("--run", variable="RUN", help="name of a run (default: the newest)")
+    parser.add_argument("--job", variable="JOB", help="a training job, which is pulled first")
+    parser.add_argument(
+        "--artifact", variable="ARTIFACT", type=Path, help="a model.tar.gz, with its evaluation.json beside it"
+    )
     options = parser.parse_args()
     made = register(Account(load(options.set)), options)
-    print(f"{made}: {made.status}\nnext:\n  make approve PACKAGE={made.version}\n  make deploy PACKAGE=champion")
+    print(f"{made}: {made.status}\nnext:\n  {terminal.command('approve', PACKAGE=made.version)}")
+    print("  make deploy PACKAGE=champion")
     return 0
-
-
-if __name__ == "__main__":
-    terminal.run_verb(main)

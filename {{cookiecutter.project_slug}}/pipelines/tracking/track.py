@@ -132,8 +132,10 @@ def _reason(error: BaseException) -> str:
 def main() -> int:
     """Command line; see the module's docstring."""
     parser = terminal.parser("Log a finished run to MLflow.", settings=True)
-    parser.add_argument("--run", help="name of a run (default: the newest)")
-    parser.add_argument("--job", help="name of a training job on SageMaker, fetched when it is not here")
+    parser.add_argument("--run", variable="RUN", help="name of a run (default: the newest)")
+    parser.add_argument(
+        "--job", variable="JOB", help="name of a training job on SageMaker, fetched when it is not here"
+    )
     parser.add_argument("--optional", action="store_true", help="a failure is a warning, and nothing takes long")
     options = parser.parse_args()
     settings = load(options.set)
@@ -143,7 +145,8 @@ def main() -> int:
     chosen = os.environ.get("MLFLOW_TRACKING_URI") or settings.tracking.uri
     uri = local_store() if chosen == "local" else chosen
     folder = pull.pull(Account(settings), options.job) if options.job else runs.find(options.run)
-    later = f"run {folder.name} is not in MLflow ({_public(uri)}): %s; log it with `make track RUN={folder.name}`"
+    again = terminal.command("track", RUN=folder.name)
+    later = f"run {folder.name} is not in MLflow ({_public(uri)}): %s; log it with `{again}`"
 
     def give_up() -> None:
         print("warning:", later % f"not done after {PATIENCE:g} seconds", file=sys.stderr, flush=True)
@@ -163,7 +166,3 @@ def main() -> int:
         print("warning:", message, file=sys.stderr)
     watchdog.cancel()
     return 0
-
-
-if __name__ == "__main__":
-    terminal.run_verb(main)

@@ -40,13 +40,14 @@ def new_name() -> str:
     return f"{project.tuning_prefix()}-{time.strftime('%y%m%d%H%M%S')}"
 
 
-def tune(account: Account, source: str | None, yes: bool) -> str:
+def tune(account: Account, source: str | None, yes: bool, plan: bool = False) -> str:
     """Start a tuning job.
 
     Args:
         account: to work in.
         source: folder of raw images, or the S3 prefix of a packed data set; None: the configured one.
         yes: go on although it is over budget.
+        plan: only say what would be created, and end.
 
     Returns:
         The tuning job's name.
@@ -61,18 +62,20 @@ def tune(account: Account, source: str | None, yes: bool) -> str:
             f"under a tuner {settings.images.training} takes its source from S3 and trains on one instance: set "
             "compute.isolation to false and compute.instances to 1, or images.training to project"
         )
-    account.stack()  # first: without one, all that follows is for nothing
-    local = None if source.startswith("s3://") else data.prepare(settings, source)
+    prices.stack(account, plan)
+    local = None if plan or source.startswith("s3://") else data.prepare(settings, source)
     image = images.uri(account, "training")
     name = new_name()
     prices.afford(
         settings,
         f"search {name}: {search.max_jobs} training jobs at most, {search.max_parallel_jobs} at a time, in "
-        f"{settings.aws.region} on {train.machines(settings)}, {compute.max_hours:g} hours at most each, in {image}, "
-        f"on {local.relative_to(ROOT) if local else source}; it searches {', '.join(search.ranges)} for "
+        f"{prices.where(settings)} on {train.machines(settings)}, {compute.max_hours:g} hours at most each, in "
+        f"{image}, on {local.relative_to(ROOT) if local else source}; it searches {', '.join(search.ranges)} for "
         f"{search.objective}",
         most(account),
         yes,
+        plan,
+        prices.hourly(account, "training", compute.instance_type),
     )
     train.stage_image(account)
     channels = train.stage_data(account, source, local)
@@ -178,8 +181,9 @@ def report(account: Account, facts: dict[str, Any]) -> None:
         raise UserError(f"{name} failed: {failure(facts)}")
     best = results.best(searched, trials)
     if best:
-        print(f"best: {best.name}; fetch it with `make pull JOB={best.name}`, or train longer with its values:")
-        print(f"  make train {results.options(best)}")
+        pull = terminal.command("pull", JOB=best.name)
+        print(f"best: {best.name}; fetch it with `{pull}`, or train longer with its values:")
+        print(f"  {terminal.command('train', ARGS=results.options(best))}")
     if facts["Status"] in ("Stopped", "Stopping"):
         raise UserError(f"{name} was stopped before its end")
     if facts["Status"] == "Completed" and best is None:
@@ -196,19 +200,20 @@ def _read(value: str) -> Any:
 def main() -> int:
     """Command line; see the module's docstring."""
     parser = terminal.parser("Search hyperparameters with SageMaker's tuner.", settings=True)
-    parser.add_argument("--data", help="folder of raw images, or s3://... of a packed data set (default: data.source)")
-    parser.add_argument("--job", help="name of a tuning job to look at, instead of starting one")
-    parser.add_argument("--wait", action="store_true", help="follow it to its end; fails when the search does")
-    parser.add_argument("--yes", action="store_true", help="go on although it is over budget")
+    parser.add_argument(
+        "--data", variable="DATA", help="folder of raw images, or s3://... of a packed data set (default: data.source)"
+    )
+    parser.add_argument("--job", variable="JOB", help="name of a tuning job to look at, instead of starting one")
+    parser.add_argument(
+        "--wait", variable="WAIT", action="store_true", help="follow it to its end; fails when the search does"
+    )
+    parser.add_argument("--yes", variable="YES", action="store_true", help="go on although it is over budget")
+    prices.add_plan(parser)
     options = parser.parse_args()
     account = Account(load(options.set))
-    name = options.job or tune(account, options.data, options.yes)
+    name = options.job or tune(account, options.data, options.yes, options.plan)
     if not options.job:
         print(f"started {name}. {jobs.after(account, KIND, name)}", flush=True)
     if options.job or options.wait:
         report(account, follow(account, name, once=not options.wait))
     return 0
-
-
-if __name__ == "__main__":
-    terminal.run_verb(main)

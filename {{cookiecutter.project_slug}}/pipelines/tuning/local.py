@@ -62,16 +62,17 @@ def tune(settings: Settings, source: str, name: str | None, verbose: bool) -> Pa
             with interruptible():
                 trials = _search(settings, source, folder, verbose)
         except Interrupted as error:
-            message = f"stopped by {error}; the search goes on with `make tune-local RUN={name}`"
+            message = f"stopped by {error}; the search goes on with `{terminal.command('tune-local', RUN=name)}`"
             raise UserError(message, code=130) from error
         best = results.best(search, trials)
         result = {"best": best and best.name, search.objective: best and best.objective, "values": best and best.values}
         (folder / RESULT).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(results.table(search, trials, terminal.width()))
-    print(f"in {folder.relative_to(ROOT)}: trials.txt, plot.svg, {RESULT}")
+    print(f"in {folder.relative_to(ROOT)}: trials.txt, {RESULT}")
     if best is None:
         raise UserError(f"none of the {len(trials)} trials succeeded; each said why above")
-    print(f"best: {best.name}\nnext:\n  make evaluate RUN={best.name}\n  make train-local {results.options(best)}")
+    print(f"best: {best.name}\nnext:\n  {terminal.command('evaluate', RUN=best.name)}")
+    print(f"  {terminal.command('train-local', ARGS=results.options(best))}")
     return folder
 
 
@@ -104,7 +105,6 @@ def _search(settings: Settings, source: str, folder: Path, verbose: bool) -> lis
         study.tell(trial.number, reached, state=optuna.trial.TrialState.FAIL if reached is None else None)
         trials = _trials(study)
         (folder / "trials.txt").write_text(results.table(search, trials) + "\n", encoding="utf-8")
-        (folder / "plot.svg").write_text(results.plot(search, trials), encoding="utf-8")
     return trials
 
 
@@ -189,9 +189,15 @@ def _begun(settings: Settings, name: str, most: bool) -> tuple[Settings, str]:
 def main() -> int:
     """Command line; see the module's docstring."""
     parser = terminal.parser("Search hyperparameters on this machine.", settings=True)
-    parser.add_argument("--data", help="folder with one sub-folder of images a class (default: data.source)")
-    parser.add_argument("--run", help="name of a search to go on with (default: the newest unfinished one)")
-    parser.add_argument("--mode", choices=["auto", "container", "process"], help="default: compute.local_mode")
+    parser.add_argument(
+        "--data", variable="DATA", help="folder with one sub-folder of images a class (default: data.source)"
+    )
+    parser.add_argument(
+        "--run", variable="RUN", help="name of a search to go on with (default: the newest unfinished one)"
+    )
+    parser.add_argument(
+        "--mode", variable="LOCAL_MODE", choices=["auto", "container", "process"], help="default: compute.local_mode"
+    )
     parser.add_argument("--verbose", action="store_true", help="show everything that containers print")
     options = parser.parse_args()
     settings = load(options.set, options={"compute.local_mode": options.mode})
@@ -207,7 +213,3 @@ def main() -> int:
         settings, source = _begun(settings, options.run, any(most))
     tune(settings, source, options.run, options.verbose)
     return 0
-
-
-if __name__ == "__main__":
-    terminal.run_verb(main)
