@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import NO_ENGINE, TREE, Bake, Project
+from tests.test_verbs import table
 
 PAGES = sorted(path.name for path in (TREE / "docs").glob("*.md"))
-LONG = {"bench", "bench-serve", "lint", "test", "update-template"}  # run by tests of their own
+LONG = {"lint", "test", "update-template"}  # run by tests of their own
 QUICK = {  # few epochs, no container: for tests of what a page says, not of what a verb does
     "TRAINING__EPOCHS": "1", "COMPUTE__LOCAL_MODE": "process", "TUNING__MAX_JOBS": "2", "PIPELINE__MIN_ACCURACY": "0",
     **NO_ENGINE,
@@ -27,12 +28,9 @@ def commands(page: Path) -> list[list[str]]:
             for line in lines if line.startswith("make ")]  # fmt: skip
 
 
-def cloud(project: Project) -> set[str]:
-    """The verbs under a heading of `make help` that says that they were not run on AWS."""
-    makefile = (project.path / "Makefile").read_text(encoding="utf-8")
-    parts = re.split(r"(?m)^##@ ", makefile)[1:]
-    return {verb for part in parts if "not run on AWS" in part.splitlines()[0]
-            for verb in re.findall(r"(?m)^([a-z-]+):.* ## ", part)}  # fmt: skip
+def cloud() -> set[str]:
+    """The verbs that ask AWS."""
+    return {verb for stage, rows in table().items() if stage.startswith("On SageMaker") for verb in rows}
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +48,7 @@ def project(bake: Bake, ready: Project) -> Project:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_every_command_of_a_page_works(page: str, project: Project) -> None:
-    asks = cloud(project)
+    asks = cloud()
     assert {"deploy", "train", "status"} <= asks
     for verb, *words in commands(TREE / "docs" / page):
         here = verb not in asks or any(word.startswith("DATA=<") for word in words)
