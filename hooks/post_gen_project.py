@@ -8,6 +8,19 @@ import shutil
 import subprocess
 from pathlib import Path
 
+# What a scope adds to the smaller ones. `make update-template SCOPE=...` bakes again, and so brings it.
+OWNS = {
+    "cloud": """
+        docs/aws.md docs/costs.md docs/deploy.md docs/pipeline.md docs/spot.md infrastructure pipelines/cloud
+        pipelines/endpoint pipelines/pipeline pipelines/registry pipelines/training_pipeline.py tests/test_cloud.py
+    """,
+    "full": """
+        .github/workflows/deliver.yml .github/workflows/weekly.yml docs/automation.md docs/batch.md docs/monitoring.md
+        docs/tune.md infrastructure/automation.yaml pipelines/batch pipelines/endpoint/shift_traffic.py
+        pipelines/monitoring pipelines/tuning src/inference/batch.py src/processing/monitor.py
+    """,
+    "tracking": "docs/tracking.md pipelines/tracking",  # full, with MLflow
+}
 ANSWERS = json.loads(r"""{{ cookiecutter | tojson }}""")
 NEXT = """
 {{ cookiecutter.project_slug }} is ready. Next:
@@ -16,6 +29,13 @@ NEXT = """
   make train-local DATA=folder/of/images  # your own: one sub-folder a class
   make                                    # everything else
 """
+
+
+def lacks() -> list[Path]:
+    """What the answers leave out."""
+    parts = {"local": 0, "cloud": 1, "full": 2}[ANSWERS["scope"]]
+    kept = [*OWNS][:parts] + ["tracking"] * bool(ANSWERS["__tracking"])
+    return [Path(name) for part in OWNS if part not in kept for name in OWNS[part].split()]
 
 
 def git(*words: str) -> str:
@@ -35,15 +55,19 @@ def remember() -> None:
 
 
 def main() -> None:
-    """Drop folders that the answers left empty, start a repository, print the next steps."""
-    for folder in (Path(".github/workflows"), Path(".github")):
-        with contextlib.suppress(OSError):  # it holds files, or it is not there
-            folder.rmdir()
+    """Remove what the scope lacks, start a repository, print the next steps."""
+    for path in lacks():
+        with contextlib.suppress(OSError):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
     if shutil.which("git"):
         remember()
         if not git("rev-parse", "--is-inside-work-tree"):
             git("init", "--quiet", "--initial-branch=main")
     print(NEXT)
+    if ANSWERS["mlflow"] and not ANSWERS["__tracking"]:
+        print(
+            "MLflow is a part of scope full: nothing of it is here now, and `make update-template SCOPE=full` adds it"
+        )
 
 
 if __name__ == "__main__":

@@ -27,14 +27,14 @@ TAKEN = (
     "importlib_metadata inference infrastructure iniconfig invoke isympy itsdangerous jinja2 jmespath joblib "
     "joserfc json5 jsonpatch jsonpointer jsonschema jsonschema_path jsonschema_specifications kiwisolver "
     "lazy_object_proxy librt mako markdown_it markdown_it_py markupsafe matplotlib mdurl mlflow mlflow_skinny "
-    "mlflow_tracing mmh3 mock moto mpl_toolkits mpmath multidict mypy mypy_extensions mypyc nacl narwhals "
+    "mlflow_tracing mmh3 mock model moto mpl_toolkits mpmath multidict mypy mypy_extensions mypyc nacl narwhals "
     "nest_asyncio networkx nodeenv numpy nvidia nvidia_cublas nvidia_cuda_cccl nvidia_cuda_cupti "
     "nvidia_cuda_nvrtc nvidia_cuda_runtime nvidia_cudnn_cu13 nvidia_cufft nvidia_cufile nvidia_cusolver "
     "nvidia_cusparse nvidia_cusparselt_cu13 nvidia_nccl_cu13 nvidia_nvjitlink nvidia_nvshmem_cu13 nvidia_nvtx "
     "omegaconf openapi_schema_validator openapi_spec_validator opentelemetry opentelemetry_api "
     "opentelemetry_proto opentelemetry_sdk opentelemetry_semantic_conventions optuna orderly_set packaging pandas "
     "paramiko pathable pathspec payload pil pillow pipelines platformdirs pluggy pre_commit pre_commit_hooks "
-    "prettytable processing propcache protobuf psutil py py_partiql_parser pyarrow pyasn1 pyasn1_modules "
+    "prettytable processing progress propcache protobuf psutil py py_partiql_parser pyarrow pyasn1 pyasn1_modules "
     "pycparser pydantic pydantic_core pydantic_settings pygments pyiceberg pylab pynacl pyparsing pyroaring "
     "pytest python_dateutil python_discovery python_dotenv pytz pyyaml referencing regex requests responses "
     "rfc3339_validator rich rpds rpds_py ruamel ruamel_yaml ruff s3fs s3transfer safetensors sagemaker "
@@ -44,6 +44,7 @@ TAKEN = (
     "threadpoolctl torch torchgen torchvision tqdm training triton types_pyyaml types_tqdm typing_extensions "
     "typing_inspection urllib3 uv uvicorn virtualenv wcwidth werkzeug wrapt xmltodict yaml yarl zipp zstandard"
 ).split()
+SCOPES = ("local", "cloud", "full")
 TEXTS = {"project_name": 60, "description": 200, "author": 100}
 
 
@@ -63,6 +64,8 @@ def problem() -> str | None:
         return f"project_slug is {slug!r}, a name that Python or a dependency uses; choose another one"
     if ANSWERS["aws_region"] not in REGIONS:
         return f"aws_region is {ANSWERS['aws_region']!r}; it must be one of {', '.join(REGIONS)}"
+    if ANSWERS["scope"] not in SCOPES:  # cookiecutter refuses it before, but in a file for --replay it does not look
+        return f"scope is {ANSWERS['scope']!r}; it must be one of {', '.join(SCOPES)}"
     return None
 
 

@@ -100,9 +100,15 @@ def run_tests(project: Project, *words: str, **environment: str) -> None:
 
 
 def add_tests(project: Project) -> list[str]:
-    """Put the tests of `tests/in_project` among the project's own; gives their names."""
+    """Put the tests of `tests/in_project`, and the template's pages that they read, among the project's own tests.
+
+    Returns:
+        The names of the tests.
+    """
     names, source = [], TEMPLATE / "tests" / "in_project"
     shutil.copytree(source / "golden", project.path / "tests" / "golden")
+    shutil.copytree(TEMPLATE / "docs" / "recipes", project.path / "tests" / "recipes")
+    shutil.copy(TEMPLATE / "docs" / "migrating-from-v2.md", project.path / "tests")
     for path in sorted(source.glob("*.py")):
         shutil.copy(path, project.path / "tests" / path.name)
         names += [f"tests/{path.name}"] if path.name.startswith("test_") else []

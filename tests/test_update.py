@@ -1,4 +1,4 @@
-"""A project takes over what is new in the template, and keeps what its people changed."""
+"""A project takes over what is new in the template, grows to a larger scope, and keeps what its people changed."""
 
 from __future__ import annotations
 
@@ -49,13 +49,18 @@ def template(tmp_path: Path) -> Path:
     return folder
 
 
+def made(template: Path, folder: Path, ready: Project, **answers: object) -> Project:
+    """A project of the template as it is, committed."""
+    project = Project(Path(cookiecutter(str(template), no_input=True, extra_context=answers, output_dir=str(folder))))
+    (project.path / ".venv").symlink_to(ready.path / ".venv")
+    commit(project.path)
+    return project
+
+
 @pytest.fixture
 def project(template: Path, tmp_path: Path, ready: Project) -> Project:
     """A project of that commit, committed."""
-    made = Project(Path(cookiecutter(str(template), no_input=True, output_dir=str(tmp_path))))
-    (made.path / ".venv").symlink_to(ready.path / ".venv")
-    commit(made.path)
-    return made
+    return made(template, tmp_path, ready)
 
 
 def improve(template: Path) -> str:
@@ -64,7 +69,7 @@ def improve(template: Path) -> str:
     text = (tree / "docs" / "scaling.md").read_text(encoding="utf-8")
     (tree / "docs" / "scaling.md").write_text(text + "\n" + NEW, encoding="utf-8")
     (tree / "docs" / "new.md").write_text(NEW, encoding="utf-8")
-    (tree / "docs" / "pipeline.mmd").unlink()
+    (tree / "docs" / "own-loop.md").unlink()
     replace(tree / "configs" / "training.yaml", "batch_size: 64", "batch_size: 48")
     return commit(template)
 
@@ -82,7 +87,7 @@ def test_improvements_come_and_changes_stay(template: Path, project: Project) ->
     assert "batch_size: 48" in settings
     assert NEW in (project.path / "docs" / "scaling.md").read_text()
     assert (project.path / "docs" / "new.md").read_text() == NEW
-    assert not (project.path / "docs" / "pipeline.mmd").exists()
+    assert not (project.path / "docs" / "own-loop.md").exists()
     assert (project.path / "src" / "ours.py").exists()
     assert json.loads((project.path / ".cruft.json").read_text())["commit"] == newest
     run_tests(project, "tests/test_house.py", "tests/test_inference.py")
@@ -119,3 +124,66 @@ def test_a_template_that_is_gone_is_said(template: Path, project: Project) -> No
     assert not git(project.path, "status", "--porcelain")
     (project.path / ".cruft.json").unlink()
     assert "the template of this project is not known" in project.run("make", "update-template").stderr
+
+
+BORDERS = {  # lines of infrastructure.yaml beside which a larger scope has more: git would not merge two that touch
+    "local": {"local_instances: 1": "local_instances: 2", "pretrained: none": "pretrained: ours.pth"},
+    "cloud": {
+        "local_instances: 1": "local_instances: 2", "pretrained: none": "pretrained: ours.pth",
+        "budget_usd: 20": "budget_usd: 30", "monthly_usd: 100": "monthly_usd: 50", "alarms: []": "alarms: [ours]",
+        "name: auto": "name: ours", "training: project": "training: ours", "cache_days: 30": "cache_days: 3",
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("before", "after"), [("local", "cloud"), ("local", "full"), ("cloud", "full")])
+def test_a_project_grows_and_keeps_its_changes(
+    template: Path, tmp_path: Path, ready: Project, before: str, after: str
+) -> None:
+    """It ends as a fresh bake of the larger scope with the same changes; what is new in the template comes with it."""
+    small = made(template, tmp_path / "small", ready, scope=before, mlflow=True)
+    newest = improve(template)
+    large = made(template, tmp_path / "large", ready, scope=after, mlflow=True)
+    for one in (small, large):
+        for old, new in BORDERS[before].items():
+            replace(one.path / "configs" / "infrastructure.yaml", old, new)
+        replace(one.path / "configs" / "training.yaml", "seed: 0", "seed: 7")
+        replace(one.path / "src" / "model.py", "import torch\n", "import torch  # ours\n")
+        (one.path / "src" / "ours.py").write_text('"""Ours."""\n')
+        commit(one.path)
+    done = small.make("update-template", f"SCOPE={after}")
+    assert f"growing from {before} to {after}; what is new in the template comes with it" in done.stdout
+    assert f"merged with the template's {newest[:12]}" in done.stdout
+    facts = json.loads((small.path / ".cruft.json").read_text())
+    assert (facts["commit"], facts["context"]["cookiecutter"]["scope"]) == (newest, after)
+    files = [{name for name in one.files() if name not in (".cruft.json", ".venv")} for one in (small, large)]
+    assert files[0] == files[1]
+    assert not [name for name in files[1] if (small.path / name).read_bytes() != (large.path / name).read_bytes()]
+    assert (small.path / "pipelines" / "tracking").is_dir() == (after == "full")
+    commit(small.path)
+    assert f"this project's scope is {after} already" in small.make("update-template", f"SCOPE={after}").stdout
+    assert not git(small.path, "status", "--porcelain")
+
+
+def test_a_project_grows_where_nothing_else_is_new(template: Path, tmp_path: Path, ready: Project) -> None:
+    project = made(template, tmp_path, ready, scope="local")
+    assert "merged with the template's" in project.make("update-template", "SCOPE=cloud").stdout
+    assert (project.path / "infrastructure" / "stack.yaml").is_file()
+    assert not (project.path / "pipelines" / "tuning").exists()
+
+
+@pytest.mark.parametrize(
+    ("scope", "sentence"),
+    [
+        ("local", "error: SCOPE is local, smaller than this project's, which is cloud; a project only grows: "),
+        ("large", "error: SCOPE is 'large'; it must be one of local, cloud, full"),
+        ("$(touch canary)", "error: SCOPE is '$(touch canary)'; it must be one of local, cloud, full"),
+    ],
+)
+def test_a_scope_that_is_smaller_or_unknown_is_refused(project: Project, scope: str, sentence: str) -> None:
+    done = project.run("make", "update-template", f"SCOPE={scope}")
+    assert done.returncode
+    errors = [line for line in done.stderr.splitlines() if not line.startswith("make")]
+    assert len(errors) == 1
+    assert errors[0].startswith(sentence)
+    assert not git(project.path, "status", "--porcelain")

@@ -19,6 +19,7 @@ from pathlib import Path
 
 PACKAGES = ("ray[serve]>=2.57,<3", "torch>=2.10,<3", "numpy>=2.0,<3", "pillow>=12.3,<14", "safetensors>=0.6,<1")
 READY_SECONDS = 240
+BRIDGE = Path(__file__).with_name("ray_app.py")
 START = """
 import pathlib, signal, sys, ray
 from ray import serve
@@ -41,7 +42,7 @@ def ray_host(python: Path, model_dir: Path, port: int, **environment: str) -> It
 
     Args:
         python: interpreter of an environment with PACKAGES.
-        model_dir: an unpacked artifact.
+        model_dir: an unpacked artifact; the bridge, `ray_app.py`, is copied into its `code/`.
         port: of 127.0.0.1.
         environment: more variables for all of Ray's processes.
 
@@ -52,30 +53,40 @@ def ray_host(python: Path, model_dir: Path, port: int, **environment: str) -> It
         HostError: when it ends, or does not answer in time.
     """
     folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # short: a socket's path has at most 107 bytes
-    variables = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "PYTHON"))}
-    variables |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_HOST_OF_TEST": str(folder)}
-    variables |= {"HOME": str(folder)}  # where Ray writes a token
-    variables |= {"PYTHONPATH": f"{model_dir}:{model_dir}/code", "PYTHONUNBUFFERED": "1"} | environment
+    shutil.copy(BRIDGE, model_dir / "code")
+    variables = variables_of(folder) | {"PYTHONPATH": f"{model_dir}:{model_dir}/code"} | environment
     with (folder / "log").open("wb") as log:
         command = [str(python), "-c", START, str(folder), str(port)]
         process = subprocess.Popen(command, env=variables, cwd=folder, stdout=log, stderr=subprocess.STDOUT)
     try:
         deadline = time.monotonic() + READY_SECONDS
-        while not ((folder / "ready").exists() and _answers(port)):
+        while not ((folder / "ready").exists() and answers(port)):
             if process.poll() is not None or time.monotonic() > deadline:
                 text = (folder / "log").read_text(encoding="utf-8", errors="replace")
                 raise HostError(f"Ray Serve ended with {process.poll()} or was too slow; it printed:\n{text[-6000:]}")
             time.sleep(0.5)
         yield f"http://127.0.0.1:{port}"
     finally:
-        process.send_signal(signal.SIGINT)  # at exit, Ray ends the cluster that it started
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(60)
-        for pid in processes(folder):
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        end(process, folder)
+
+
+def variables_of(folder: Path) -> dict[str, str]:
+    """The environment of a Ray that writes into a folder, by which its processes are found again."""
+    variables = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "PYTHON"))}
+    variables |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_HOST_OF_TEST": str(folder), "PYTHONUNBUFFERED": "1"}
+    return variables | {"HOME": str(folder), "RAY_TMPDIR": str(folder)}  # HOME: where Ray writes a token
+
+
+def end(process: subprocess.Popen[bytes], folder: Path) -> None:
+    """Stop Ray, and whatever of it is left; remove its folder."""
+    process.send_signal(signal.SIGINT)  # at exit, Ray ends the cluster that it started
+    with suppress(subprocess.TimeoutExpired):
         process.wait(60)
-        shutil.rmtree(folder, ignore_errors=True)
+    for pid in processes(folder):
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    process.wait(60)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def processes(folder: Path) -> list[int]:
@@ -89,7 +100,8 @@ def processes(folder: Path) -> list[int]:
     return found
 
 
-def _answers(port: int) -> bool:
+def answers(port: int) -> bool:
+    """Whether something answers `/ping` there."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
     try:
         connection.request("GET", "/ping")

@@ -1,7 +1,8 @@
 """The four handlers under Ray Serve: replicas with a model each, in which waiting requests are answered together.
 
-This file is `code/ray_app.py` in the artifact, and the only one that needs ray. On AWS's managed image for endpoints
-(`serve-ml-sagemaker-cpu`) set SM_RAYSERVE_APP=ray_app:app and PYTHONPATH=/opt/ml/model/code; elsewhere, in `code/`:
+Copy this file into `code/` of an unpacked artifact, as the template's docs/recipes/ray-serve.md says. On AWS's managed
+image for endpoints (`serve-ml-sagemaker-cpu`) set SM_RAYSERVE_APP=ray_app:app and PYTHONPATH=/opt/ml/model/code;
+elsewhere, in `code/`:
 
     serve run ray_app:app
 
@@ -20,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from ray import serve
+from ray import serve  # type: ignore[import-not-found]  # it has an environment of its own
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 

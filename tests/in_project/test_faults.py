@@ -18,9 +18,9 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file
-from tests.helpers import verb_environment
 
 from pipelines import SOURCE
+from tests.helpers import verb_environment
 
 SHORT = {"epochs": 4, "batch_size": 8, "precision": "fp32", "checkpoint_minutes": 0.0, "model": "cnn"}
 SHORT |= {"deterministic": True}  # or the memory order of tensors is chosen by timing
@@ -300,7 +300,7 @@ def test_13_another_number_of_ranks_goes_on_at_the_same_position_and_says_so(
     code, text = job.run()
     assert code == 0, text
     assert "resumed after epoch 1 of 4 and 3 steps" in text
-    assert f"resumed on {second} rank(s) what {first} began: at the same position, but not bit for bit" in text
+    assert f"resumed with {second} instead of {first} processes: at the same position, but not bit for bit" in text
     assert json.loads((job.root / "output" / "metrics.json").read_text())["steps"] == 4 * STEPS
 
 

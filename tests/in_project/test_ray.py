@@ -6,8 +6,11 @@ import base64
 import http.client
 import json
 import os
+import re
 import shutil
 import signal
+import subprocess
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,17 +20,17 @@ from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
-from tests.helpers import CLASSES, draw, free_port
-from tests.host_ray import HostError, processes, ray_host
-from tests.hosting import npy
-from tests.test_house import MODULES, imported
-from tests.test_inference import artifact, classifier, photo
-from tests.test_requests import BAD
 
 import imaging
 from inference import inference
 from inference.export import checksums
-from pipelines import SOURCE
+from pipelines import SOURCE, runs
+from tests.helpers import CLASSES, draw, free_port
+from tests.host_ray import BRIDGE, READY_SECONDS, HostError, answers, end, processes, ray_host, variables_of
+from tests.hosting import npy
+from tests.test_house import MODULES, imported
+from tests.test_inference import artifact, classifier, photo
+from tests.test_requests import BAD
 
 __all__ = ["artifact", "classifier"]  # fixtures
 # Appended to the handlers of the artifact that is served: notes who answers how many at once, can fail and be slow.
@@ -227,6 +230,32 @@ def test_nothing_is_left(python: Path, artifact: Path) -> None:
     assert not folder.exists()
 
 
-def test_only_the_bridge_needs_ray() -> None:
-    assert [path.name for path in MODULES if "ray" in imported(path)] == ["ray_app.py"]
+def test_the_commands_of_the_page_serve_a_run(python: Path, artifact: Path, tmp_path: Path) -> None:
+    """As a person types them, in one shell; only the bridge needs ray, so the artifact has no trace of it before."""
+    page = (Path(__file__).parent / "recipes" / "ray-serve.md").read_text(encoding="utf-8")
+    (commands,) = re.findall(r"(?ms)^```\n(.*?)^```$", page)
+    (tmp_path / "artifacts" / "latest").mkdir(parents=True)
+    (tmp_path / "template" / "tests").mkdir(parents=True)
+    (tmp_path / "template" / "tests" / "in_project").symlink_to(BRIDGE.parent)
+    runs.pack(artifact, tmp_path / "artifacts" / "latest" / "model.tar.gz")
+    folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))
+    variables = variables_of(folder) | {"TEMPLATE": str(tmp_path / "template")}
+    variables |= {"PATH": f"{python.parent}{os.pathsep}{variables['PATH']}"}
+    with (folder / "log").open("wb") as log:
+        shell = ["bash", "-euc", commands.replace("serve run", "exec serve run")]
+        process = subprocess.Popen(shell, env=variables, cwd=tmp_path, stdout=log, stderr=subprocess.STDOUT)
+    try:
+        deadline = time.monotonic() + READY_SECONDS
+        while not answers(8000):
+            assert process.poll() is None, (folder / "log").read_text()
+            assert time.monotonic() < deadline, (folder / "log").read_text()
+            time.sleep(0.5)
+        status, _, body = Host("http://127.0.0.1:8000", folder / "seen").ask(photo("left"), PNG)
+        assert (status, json.loads(body)["labels"]) == (200, ["left"])
+    finally:
+        end(process, folder)
+
+
+def test_nothing_of_the_project_needs_ray() -> None:
+    assert not [path.name for path in MODULES if "ray" in imported(path)]
     assert "ray" not in (SOURCE / "inference" / "requirements.txt").read_text()

@@ -1,6 +1,7 @@
-"""The pages of `docs/recipes/`: every block of Python runs, and what it asks of AWS is valid and as stored.
+"""The pages of the template's `docs/recipes/`, and `docs/own-loop.md`: every block of Python in them runs.
 
-A block whose first line names a file is written there first. What no stub can show is said on the page.
+And what it asks of AWS is valid and as stored. A block whose first line names a file is written there first. What no
+stub can show is said on the page.
 """
 
 from __future__ import annotations
@@ -18,8 +19,6 @@ from typing import Any
 import boto3
 import pytest
 from moto.sagemaker.models import sagemaker_backends
-from tests.cloud import STACK, Call, Recorder, aws, check_golden
-from tests.helpers import verb_environment
 
 from inference import inference
 from pipelines import ROOT, SOURCE, project
@@ -27,13 +26,16 @@ from pipelines.cloud import account as cloud
 from pipelines.cloud import images as image_push
 from pipelines.cloud import prices
 from pipelines.local import data
+from tests.cloud import STACK, Call, Recorder, aws, check_golden
+from tests.helpers import verb_environment
 from training import train as script
 from training.config import Hyperparameters
 from training.data import load_channels
 from training.distributed import World
 
 __all__ = ["aws"]  # a fixture
-PAGES = ROOT / "docs" / "recipes"
+PAGES = Path(__file__).with_name("recipes")  # docs/recipes/ of the template
+OWN_LOOP = ROOT / "docs" / "own-loop.md"
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 FILE = re.compile(r"# (\S+\.py)\n")
 pytestmark = pytest.mark.filterwarnings("ignore")  # the SDK's own
@@ -66,12 +68,13 @@ def page(
 
     def execute(name: str) -> dict[str, Any]:
         names: dict[str, Any] = {"__name__": "recipe"}
-        for block in BLOCK.findall((PAGES / f"{name}.md").read_text(encoding="utf-8")):
+        path = OWN_LOOP if name == OWN_LOOP.stem else PAGES / f"{name}.md"
+        for block in BLOCK.findall(path.read_text(encoding="utf-8")):
             if file := FILE.match(block):
                 Path(file[1]).parent.mkdir(parents=True, exist_ok=True)
                 Path(file[1]).write_text(block, encoding="utf-8")
             else:
-                exec(compile(block, f"{name}.md", "exec"), names)
+                exec(compile(block, path.name, "exec"), names)
         return names
 
     handlers = logging.getLogger().handlers[:]
@@ -88,7 +91,8 @@ def test_every_page_is_tested() -> None:
     text = Path(__file__).read_text(encoding="utf-8")
     pages = sorted(PAGES.glob("*.md"))
     assert len(pages) == 7
-    for path in pages:
+    assert "test_ray.py" in (PAGES / "ray-serve.md").read_text(encoding="utf-8")
+    for path in (OWN_LOOP, *(page for page in pages if page.stem != "ray-serve")):
         content = path.read_text(encoding="utf-8")
         assert f'page("{path.stem}")' in text
         assert BLOCK.search(content)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import html
 import io
 import json
 import re
@@ -15,15 +14,14 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from tests.helpers import Verb
-from tests.test_training_local import NO_ENGINE, SHORT, read
 
 from pipelines import runs
 from pipelines.local import compare
 from pipelines.report import page
-from pipelines.report.markup import text
 from pipelines.terminal import UserError
 from processing.evaluate import MISTAKES, PIXELS, calibration, metrics, mistakes, per_class
+from tests.helpers import Verb
+from tests.test_training_local import NO_ENGINE, SHORT, read
 
 HOSTILE = ("<script>alert(1)</script>", "a\"b'c & d", "</title></style><h1>", "\u202eesrever", "tab\there\x00",
            "b\udcff", "{7*7} &lt; &#x3c;", "javascript:alert(1)")  # fmt: skip
@@ -130,14 +128,18 @@ def test_page_is_whole_self_contained_and_escaped(run: Path, count: int) -> None
     for name, attributes in parsed.elements:
         assert not [key for key in attributes if key.startswith("on") or key in ("href", "srcset", "xlink:href")]
         assert name != "img" or (attributes["src"] or "").startswith("data:image/jpeg;base64,")
+    assert document.count("<meta http-equiv") == 1
+    policy = next(attributes["content"] for name, attributes in parsed.elements if "http-equiv" in attributes)
+    assert set((policy or "").split("; ")) == {"default-src 'none'", "style-src 'unsafe-inline'", "img-src data:",
+                                               "form-action 'none'", "base-uri 'none'"}  # fmt: skip
     assert not re.search(r"https?:|url\(|@import|//[a-z]", re.sub(r'src="data:[^"]*"', "", document))
-    assert not text("\x00\x1f\udcff\ufffe").strip("\\x0123456789abcdef")
+    assert not page.clean("\x00\x1f\udcff\ufffe").strip("\\x0123456789abcdef")
     heads = [head.partition(" ")[2] for head in parsed.of("th")]
     for label in classes:
-        shown = html.unescape(text(label))
+        shown = page.clean(label)
         assert shown in heads
         assert "\t" not in shown
-    assert parsed.of("bdi")[0] == html.unescape(text(found["mistakes"][0]["true"]))
+    assert parsed.of("bdi")[0] == page.clean(found["mistakes"][0]["true"])
     assert len([1 for name, _ in parsed.elements if name == "img"]) == len(found["mistakes"])
     assert count == 2 or len(found["mistakes"]) == MISTAKES
     assert ("table" in names, document.count('class="cells"')) == (True, int(count > page.TABLE_CLASSES))
@@ -161,14 +163,20 @@ def test_numbers_are_those_of_the_evaluation(run: Path) -> None:
     assert f"95 %: {accuracy['ci_low']:.4f} to {accuracy['ci_high']:.4f}" in parsed.of("small")
     bars = [attributes for name, attributes in parsed.elements if name == "rect"]
     assert len(bars) == len(found["calibration"]["bins"])
-    for value in ("f00d", "c0ffee, with changes that are in no commit", "data/<i>", "cnn, 1 classes", "50"):
+    assert "1 process, an unknown device" in cells
+    for value in ("f00d", "c0ffee, with changes that are in no commit", "data/<i>", "cnn, 1 class", "50"):
         assert value in cells
     assert document.count("<polyline") == 4
     assert not parsed.of("p")[0].startswith("Not evaluated")
 
 
 def test_what_is_missing_or_damaged_is_said(run: Path) -> None:
+    facts = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps(facts | {"git_commit": None, "instances": 2, "device": "CPU (arm64)"}))
+    (run / "metrics.json").write_text(json.dumps({"world_size": 4}))
     _, parsed = rendered(run)
+    assert "none: the project had no commit when this run began" in parsed.of("td")
+    assert "2 instances, 4 processes, CPU (arm64)" in parsed.of("td")
     assert parsed.of("p") == ["Not evaluated on the test split yet: `make evaluate` adds it to this page."]
     (run / "metrics.json").unlink()
     (run / "metrics.jsonl").write_text('{"epoch": 1, "train_loss": NaN, "val_loss": 3.5}\n{"epoch": 2, "train_')
@@ -185,6 +193,69 @@ def test_what_is_missing_or_damaged_is_said(run: Path) -> None:
     before = (run / page.NAME).read_bytes()
     assert page.attach(run).startswith("no report: ")  # a run that trained well stays good
     assert (run / page.NAME).read_bytes() == before
+
+
+MARKUP = "<img src=x onerror=alert(1)> \"' onload='x' --v:1;} {{ 7 * 7 }}"
+
+
+def test_a_run_of_a_stranger_stays_text(run: Path) -> None:
+    """Markup wherever a file of a run can hold text: names, keys, and fields that should be numbers."""
+    found = evaluation([f"{MARKUP}a", f"{MARKUP}b", "c"])
+    found["images"] = MARKUP
+    found["per_class"][0]["images"] = MARKUP
+    found["metrics"][MARKUP] = {"value": MARKUP}
+    found["mistakes"][0] |= {"source": None, "row": MARKUP, "jpeg": f'"{MARKUP}'}
+    found["mistakes"][1]["source"] = MARKUP
+    model = {"architecture": MARKUP, "classes": [MARKUP], "image_size": MARKUP}
+    (run / "model" / "model.json").write_text(json.dumps(model))
+    runs.pack(run / "model", run / "model.tar.gz")
+    names = ("run", "git_commit", "data", "dataset_fingerprint", "seconds", "device", "mode", "image", "job",
+             "instances", "billed_seconds")  # fmt: skip
+    facts = dict.fromkeys(names, MARKUP)
+    keys = {"hyperparameters": {MARKUP: MARKUP}, "versions": {MARKUP: MARKUP}, MARKUP: MARKUP}
+    (run / "run.json").write_text(json.dumps(facts | keys))
+    numbers = dict.fromkeys(("val_accuracy", "val_loss", "epochs", "steps", "world_size", MARKUP), MARKUP)
+    (run / "metrics.json").write_text(json.dumps(numbers))
+    (run / "metrics.jsonl").write_text(
+        json.dumps(dict.fromkeys(("epoch", "train_loss", MARKUP), MARKUP)) + f"\n{MARKUP}"
+    )
+    document, parsed = rendered(run, found)
+    pictures = [attributes for name, attributes in parsed.elements if name == "img"]
+    assert len(pictures) == len(found["mistakes"])
+    assert all(set(attributes) == {"alt", "src"} for attributes in pictures)
+    assert not {name for name, _ in parsed.elements} & {"script", "iframe", "object", "link"}
+    for name, attributes in parsed.elements:
+        assert re.fullmatch(r"--v:[01]\.\d{3}", attributes.get("style") or "--v:0.000"), name
+        assert not [key for key in attributes if key.startswith("on")]
+    assert "<img src=x" not in document
+    said = "\n".join(text for _, text in parsed.texts)
+    assert f"predicted class across; {MARKUP} images." in said
+    assert f"row {MARKUP}" in parsed.of("bdi")
+    assert MARKUP in parsed.of("td")
+    assert MARKUP in parsed.of("th")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("confusion", [[MARKUP]]),
+     ("per_class", [{"f1": MARKUP}]),
+     ("calibration", {"expected_calibration_error": MARKUP, "bins": []}),
+     ("mistakes", [{"source": None}]),
+     ("classes", [])],
+)  # fmt: skip
+def test_a_damaged_evaluation_is_said_and_the_rest_is_shown(run: Path, field: str, value: Any) -> None:
+    document, parsed = rendered(run, evaluation(["a", "b"]) | {field: value})
+    said = next(text for text in parsed.of("p") if "does not hold what an evaluation writes" in text)
+    assert said.endswith(": evaluate again.")
+    assert "<img src=x" not in document
+    assert "Learning curves" in parsed.of("h2")
+    assert "Confusion matrix" not in parsed.of("h2")
+
+
+def test_a_run_that_no_page_can_show_is_refused_in_a_sentence(run: Path) -> None:
+    (run / "metrics.json").write_text('{"seconds": "<b>"}')
+    with pytest.raises(UserError, match=r"do not hold what a run writes \(TypeError.*; train again"):
+        page.write(run)
 
 
 def test_calibration_by_hand() -> None:

@@ -11,16 +11,16 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from tests.helpers import verb_environment
 
 from pipelines import ROOT
+from tests.helpers import verb_environment
 
-PAGE = (ROOT / "docs" / "migrating-from-v2.md").read_text(encoding="utf-8")
+PAGE = Path(__file__).with_name("migrating-from-v2.md").read_text(encoding="utf-8")  # docs/ of the template
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-BANNED: dict[str, str] = {
-    name: entry["msg"] for name, entry in PROJECT["tool"]["ruff"]["lint"]["flake8-tidy-imports"]["banned-api"].items()
-}
-RUFF = [str(Path(sys.executable).parent / "ruff"), "check", "--no-cache", "--select", "TID251"]
+V3 = tomllib.loads((ROOT / PROJECT["tool"]["ruff"]["extend"]).read_text(encoding="utf-8"))
+BANNED: dict[str, str] = {name: entry["msg"] for name, entry in V3["lint"]["flake8-tidy-imports"]["banned-api"].items()}
+PROGRAM = [str(Path(sys.executable).parent / "ruff"), "check", "--no-cache"]
+RUFF = [*PROGRAM, "--select", "TID251"]
 NAME = re.compile(r"sagemaker(?:\.\w+)+")
 CALL = re.compile(r"`(sagemaker(?:\.\w+)+)(?:\(([^)`]*)\))?`")
 # The names in the first column are V2's, or another guide's mistakes; all other names on the page are V3's.
@@ -130,7 +130,17 @@ def test_every_v2_name_of_the_page_is_refused_by_name(name: str) -> None:
 def test_nothing_of_the_project_trips() -> None:
     done = subprocess.run([*RUFF, "."], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
-    assert "TID251" in PROJECT["tool"]["ruff"]["lint"]["select"]
+
+
+def test_make_lint_and_editors_refuse_them_beside_everything_else_that_the_project_asks_for() -> None:
+    """No rule is named here: ruff finds pyproject.toml, which says which, and what that extends says which names."""
+    text = "import os\nfrom sagemaker.estimator import Estimator\n"
+    for place, wanted in (("pipelines/x.py", {"TID251", "D100", "F401"}), ("tests/x.py", {"TID251", "F401"})):
+        words = [*PROGRAM, "--output-format", "json", "--stdin-filename", str(ROOT / place), "-"]
+        done = subprocess.run(words, cwd=ROOT.parent, input=text, capture_output=True, text=True)  # as editors do
+        assert {problem["code"] for problem in json.loads(done.stdout)} - {"I001"} == wanted, place
+    assert set(V3) == {"lint"}, "pyproject.toml would replace or be mixed with what else ruff-v3.toml says"
+    assert set(V3["lint"]) == {"flake8-tidy-imports"}
 
 
 def test_every_v3_name_of_the_page_imports_and_takes_the_arguments_shown() -> None:

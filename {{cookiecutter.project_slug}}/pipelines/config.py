@@ -18,7 +18,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from pipelines import ROOT
-from pipelines.schema import Range, Settings, Tuning
+from pipelines.schema import PARTS, Range, Settings, Tuning
 from pipelines.terminal import UserError
 from training.config import ConfigurationError, Hyperparameters, nearest, parse, shown
 
@@ -52,24 +52,28 @@ def load(
         UserError: naming the key, the value and the nearest valid name.
     """
     document = {"training": _read(folder / "training.yaml"), **_read(folder / "infrastructure.yaml")}
+    here = [name for name in Settings.model_fields if (ROOT / "pipelines" / PARTS.get(name, "")).is_dir()]
+    known = {section: _keys(section, document.get(section)) for section in here}
+    for section in known:
+        document.setdefault(section, {})  # what is there needs its settings
     for name, value in environment.items():
         section, separator, key = name.partition("__")
-        if separator and section.lower() in Settings.model_fields and name == name.upper():
-            _override(document, f"{section.lower()}.{key.lower()}", value, f"environment variable {name}")
+        if separator and section.lower() in known and name == name.upper():
+            _override(document, known, f"{section.lower()}.{key.lower()}", value, f"environment variable {name}")
     given = [f"{path}={value}" for path, value in (options or {}).items() if value is not None]
     for override in (*overrides, *given):
         path, separator, value = override.partition("=")
         if not separator:
             raise UserError(f"--set {override!r} has no value; write --set section.key=value")
-        _override(document, path.strip(), value, f"--set {override}")
+        _override(document, known, path.strip(), value, f"--set {override}")
     try:
         document["training"] = parse(document["training"])  # the same checks as in the container
         settings = Settings.model_validate(document)
     except ConfigurationError as error:
         raise UserError(f"configs: training.{error}") from None
     except ValidationError as error:
-        raise UserError(_explain(error)) from None
-    for name, choice in settings.tuning.ranges.items():
+        raise UserError(_explain(error, known)) from None
+    for name, choice in settings.tuning.ranges.items() if "tuning" in known else ():
         _check_range(name, choice, settings.training.as_dict())
     return settings
 
@@ -105,39 +109,40 @@ def _read(path: Path) -> dict[str, Any]:
     return document
 
 
-def _override(document: dict[str, Any], path: str, text: str, origin: str) -> None:
+def _override(document: dict[str, Any], known: dict[str, list[str]], path: str, text: str, origin: str) -> None:
     section, separator, key = path.partition(".")
-    if not separator or section not in Settings.model_fields:
-        raise UserError(f"{origin}: unknown section {section!r}; {nearest(section, Settings.model_fields)}")
+    if not separator or section not in known:
+        raise UserError(f"{origin}: unknown section {section!r}; {nearest(section, known)}")
     try:
         value = yaml.load(text, _Loader)  # noqa: S506  (a safe loader)
     except yaml.YAMLError:
         value = text
-    known = _keys(section)
-    if key not in known:
-        raise UserError(f"{origin}: unknown key {key!r} in {section}; {nearest(key, known)}")
+    if key not in known[section]:
+        raise UserError(f"{origin}: unknown key {key!r} in {section}; {nearest(key, known[section])}")
     if not isinstance(document.get(section), dict):
         document[section] = {}
     document[section][key] = value
 
 
-def _keys(section: str) -> list[str]:
+def _keys(section: str, given: Any = None) -> list[str]:
+    """Those of a section; beside the values of a file only those that its scope has."""
     if section == "training":
         return [option.name for option in fields(Hyperparameters)]
     kind = Settings.model_fields[section].annotation
     assert isinstance(kind, type)
     assert issubclass(kind, BaseModel)
-    return list(kind.model_fields)
+    options = kind.model_fields.items()
+    return [name for name, option in options if option.is_required() or not isinstance(given, dict) or name in given]
 
 
-def _explain(error: ValidationError) -> str:
+def _explain(error: ValidationError, sections: dict[str, list[str]]) -> str:
     """The first problem as one sentence."""
     problem = min(error.errors(), key=lambda item: item["type"] == "missing")  # a misspelt key explains a missing one
     nested = problem["loc"][:2] == ("tuning", "ranges")  # by name
     where = ".".join(str(part) for part in problem["loc"][:2])
     section, key = str(problem["loc"][0]), str(problem["loc"][-1])
     if problem["type"] == "extra_forbidden" and not nested:
-        known = _keys(section) if len(problem["loc"]) > 1 else list(Settings.model_fields)
+        known = sections[section] if len(problem["loc"]) > 1 else [*sections]
         return f"configs: unknown key {where} (value {shown(problem['input'])}); {nearest(key, known)}"
     if problem["type"] == "missing" and not (nested and problem["loc"][2:]):
         return f"configs: {where} is missing; add it, or take the file of the template"

@@ -130,7 +130,8 @@ def describe(folder: Path) -> str:
         ("validation accuracy", f"{metrics['val_accuracy']:.4f}"),
         ("validation loss", f"{metrics['val_loss']:.4f}"),
         ("training", f"{metrics['epochs']} epochs, {metrics['train_images_per_second']:,.0f} images/s, "
-                     f"{metrics['world_size']} rank(s)"),
+                     f"{metrics['world_size']} process{'es' * (metrics['world_size'] > 1)}"
+                     + (f", {facts['device']}" if "device" in facts else "")),
         ("seconds", f"{facts['seconds']:.1f} in all" + ("" if first is None else f", {first:.1f} to the first step")),
     ]  # fmt: skip
     evaluation = folder / "evaluation.json"

@@ -1,4 +1,8 @@
-"""The sections and keys of `configs/infrastructure.yaml`, and what their values may be."""
+"""The sections and keys of `configs/infrastructure.yaml`, and what their values may be.
+
+What a smaller scope's file does not have has a default here: a key the value that a larger scope's file begins with, a
+section nothing at all, for there is no code that reads it.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +34,7 @@ class Aws(Section):
     subnets: list[Annotated[str, Field(pattern=r"^subnet-[0-9a-f]+$")]]
     security_groups: list[Annotated[str, Field(pattern=r"^sg-[0-9a-f]+$")]]
     budget_usd: float = Field(gt=0, le=1_000_000)
-    github: str = Field(pattern=r"^(none|auto|[\w.-]+(@\d+/[\w.-]+@\d+|/[\w.-]+)(@[\w./-]+)?)$")
+    github: str = Field("none", pattern=r"^(none|auto|[\w.-]+(@\d+/[\w.-]+@\d+|/[\w.-]+)(@[\w./-]+)?)$")
     email: str = Field(pattern=r"^(none|[^@\s]+@[^@\s]+)$")
     monthly_usd: float = Field(ge=0, le=1_000_000)
 
@@ -57,18 +61,18 @@ class Compute(Section):
 
     local_mode: Literal["auto", "container", "process"]
     local_instances: int = Field(ge=1, le=8)
-    instance_type: str = Field(pattern=INSTANCE)
-    instances: int = Field(ge=1, le=64)
-    process_instance_type: str = Field(pattern=INSTANCE)
-    volume_gb: int = Field(ge=1, le=16384)
-    max_hours: float = Field(gt=0, le=672)
-    spot: bool
-    max_wait_hours: float = Field(gt=0, le=672)
-    keep_alive_minutes: int = Field(ge=0, le=60)
-    input_mode: Literal["File", "FastFile"]
-    isolation: bool
-    encrypt_traffic: bool
-    remote_debug: bool
+    instance_type: str = Field("ml.g5.xlarge", pattern=INSTANCE)
+    instances: int = Field(1, ge=1, le=64)
+    process_instance_type: str = Field("ml.m5.2xlarge", pattern=INSTANCE)
+    volume_gb: int = Field(50, ge=1, le=16384)
+    max_hours: float = Field(4, gt=0, le=672)
+    spot: bool = True
+    max_wait_hours: float = Field(8, gt=0, le=672)
+    keep_alive_minutes: int = Field(0, ge=0, le=60)
+    input_mode: Literal["File", "FastFile"] = "File"
+    isolation: bool = False
+    encrypt_traffic: bool = False
+    remote_debug: bool = False
 
     @field_validator("max_wait_hours")
     @classmethod
@@ -157,10 +161,10 @@ class Pipeline(Section):
     min_accuracy: float = Field(ge=0, le=2)
     approval: Literal["PendingManualApproval", "Approved"]
     cache_days: int = Field(ge=0, le=365)
-    schedule: str = Field(pattern=r"^(none|(cron|rate)\(.+\))$")
-    watch: str = Field(pattern=r"^[A-Za-z0-9]([A-Za-z0-9._/-]*[A-Za-z0-9])?$")
-    deploy_on_approval: bool
-    connection: str = Field(pattern=r"^(none|arn:aws[a-z-]*:codeconnections:[a-z0-9-]+:\d{12}:connection/\S+)$")
+    schedule: str = Field("none", pattern=r"^(none|(cron|rate)\(.+\))$")
+    watch: str = Field("none", pattern=r"^[A-Za-z0-9]([A-Za-z0-9._/-]*[A-Za-z0-9])?$")
+    deploy_on_approval: bool = False
+    connection: str = Field("none", pattern=r"^(none|arn:aws[a-z-]*:codeconnections:[a-z0-9-]+:\d{12}:connection/\S+)$")
 
     @field_validator("watch")
     @classmethod
@@ -181,7 +185,7 @@ class Monitoring(Section):
 
 
 class Tracking(Section):
-    """Where finished runs are logged; a project without MLflow has no such section."""
+    """Where finished runs are logged."""
 
     uri: str = Field(pattern=r"^(local|[a-z][a-z0-9+]*://\S+|arn:aws[a-z-]*:sagemaker:[a-z0-9-]+:\d{12}:mlflow-\S+)$")
 
@@ -190,12 +194,17 @@ class Settings(Section):
     """All of `configs/`: `training` is training.yaml, the other sections are those of infrastructure.yaml."""
 
     training: Hyperparameters
-    aws: Aws
     images: Images
     compute: Compute
     data: Data
-    tuning: Tuning
-    endpoint: Endpoint
-    pipeline: Pipeline
-    monitoring: Monitoring
-    tracking: Tracking = Tracking(uri="local")
+    aws: Aws = Aws.model_construct()
+    tuning: Tuning = Tuning.model_construct()
+    endpoint: Endpoint = Endpoint.model_construct()
+    pipeline: Pipeline = Pipeline.model_construct()
+    monitoring: Monitoring = Monitoring.model_construct()
+    tracking: Tracking = Tracking.model_construct()
+
+
+# These sections are for a part of `pipelines/`: a project that has the part has the section.
+PARTS = {"aws": "cloud", "tuning": "tuning", "endpoint": "endpoint", "pipeline": "pipeline", "monitoring": "monitoring",
+         "tracking": "tracking"}  # fmt: skip

@@ -87,8 +87,6 @@ def test_training_yaml_holds_every_hyperparameter_with_its_type() -> None:
 def test_every_verb_is_a_module_with_a_main_and_a_line_of_help() -> None:
     for rows in verbs().values():
         for verb, (target, text) in rows.items():
-            code = (
-                ROOT.joinpath("pipelines", *target.split(".")).with_suffix(".py") if isinstance(target, str) else None
-            )
-            assert code is None or "\ndef main() -> int:" in code.read_text(encoding="utf-8"), verb
+            path = ROOT.joinpath("pipelines", *target.split(".")) if isinstance(target, str) else None
+            assert path is None or "\ndef main() -> int:" in path.with_suffix(".py").read_text(encoding="utf-8"), verb
             assert text

@@ -95,5 +95,5 @@ def test_two_containers_train_one_model(verb: Verb, project: Path, nothing_left:
     assert trained.returncode == 0, trained.stderr + trained.stdout
     folder = published(project)
     assert read(folder / "metrics.json")["world_size"] == 2
-    assert "on 2 rank(s), cpu" in (folder / "train.log").read_text()
+    assert "on 2 processes, CPU" in (folder / "train.log").read_text()
     assert read(folder / "run.json")["image"] == nothing_left

@@ -1,7 +1,8 @@
 """Charts as inline SVG for the report: no script, no font and no file from elsewhere; the page's CSS gives the colours.
 
 `lines({"training": [(1, 0.9), (2, 0.4)]}, "loss")` gives a `<figure>`. A drawing is 360 units wide, which is a phone's
-screen: text stays readable there, and is never smaller elsewhere.
+screen: text stays readable there, and is never smaller elsewhere. page.html takes a chart in as it is, so a chart holds
+numbers and the texts of this project only; text of any other origin would have to be escaped here.
 """
 
 from __future__ import annotations
@@ -16,10 +17,9 @@ LEVELS = 5  # of opacity in the heat map
 Scale = Callable[[float], float]
 
 
-def lines(series: Mapping[str, Sequence[tuple[float, Any]]], title: str) -> str:
+def lines(series: Mapping[str, Sequence[tuple[Any, Any]]], title: str) -> str:
     """A curve for every series over the epochs; values that are no finite number are left out."""
-    points = {name: [(x, y) for x, y in values if isinstance(y, int | float) and math.isfinite(y)]
-              for name, values in series.items()}  # fmt: skip
+    points = {name: [(x, y) for x, y in values if _finite(x) and _finite(y)] for name, values in series.items()}
     drawn = [point for values in points.values() for point in values]
     if not drawn:
         return f"<p>No finite value of {escape(title.lower())} was logged.</p>"
@@ -75,11 +75,15 @@ def heat_map(confusion: Sequence[Sequence[int]]) -> str:
 
 def number_text(value: Any) -> str:
     """A number with as many digits as a person reads; a dash for what is none."""
-    if not isinstance(value, int | float) or not math.isfinite(value):
+    if not _finite(value):
         return "–"  # noqa: RUF001 - an en dash
     return (
         f"{value:,.0f}" if abs(value) >= 100 or isinstance(value, int) else f"{value:.{1 if abs(value) >= 10 else 4}f}"
     )
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _ticks(low: float, high: float, most: int = 5) -> list[float]:

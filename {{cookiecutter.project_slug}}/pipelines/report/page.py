@@ -1,15 +1,17 @@
 """The HTML report of a run: one file, no script, nothing from elsewhere, rendered from the run's own files.
 
-`make train-local` and `make evaluate` leave it beside the run; `make report` renders it again.
+`make train-local` and `make evaluate` leave it beside the run; `make report` renders it again. What it looks like is in
+page.html. Class names and paths are whatever somebody called a folder, and a run may come from a stranger: page.html
+escapes every value, and its policy forbids the browser to run or fetch anything.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import os
+import re
 import tarfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,6 @@ from typing import Any
 from pipelines import ROOT
 from pipelines.report import charts
 from pipelines.report.charts import number_text
-from pipelines.report.markup import facts, save, table, text
 from pipelines.terminal import UserError
 
 NAME = "report.html"
@@ -25,6 +26,8 @@ TABLE_CLASSES = 20  # more: a heat map instead of a table
 ROWS = 200  # of the table of classes
 TINY = 48  # pixels a side of images that are shown with their pixels as squares
 EVALUATION = {"metrics", "classes", "per_class", "confusion", "images", "calibration", "mistakes"}
+CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]")  # what HTML does not allow as text
+DAMAGED = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)  # what values of other kinds lead to
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class Record:
     model: dict[str, Any]
     notes: list[str]
 
-    def curve(self, name: str) -> list[tuple[float, Any]]:
+    def curve(self, name: str) -> list[tuple[Any, Any]]:
         """A metric by epoch."""
         return [(epoch.get("epoch", 0), epoch.get(name)) for epoch in self.epochs]
 
@@ -102,114 +105,133 @@ def attach(folder: Path) -> str:
 
 
 def write(folder: Path) -> Path:
-    """Render `report.html` into a run's folder."""
-    record = read(folder)
-    sections = [*_summary(record), *_curves(record), *_evaluation(record), *_machine(record)]
-    return save(folder / NAME, f"Run {record.run.get('run', folder.name)}", sections)
+    """Render `report.html` into a run's folder, as a whole.
+
+    Raises:
+        UserError: when its files do not hold what a run writes.
+    """
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    record, tested = read(folder), None
+    if not record.evaluation:
+        record.notes.append("Not evaluated on the test split yet: `make evaluate` adds it to this page.")
+    elif record.evaluation.get("dataset_fingerprint") != record.evaluation.get("model_dataset_fingerprint"):
+        record.notes.append("The test split is of another data set than the one that the model was trained on.")
+    try:
+        tested = _tested(record) if record.evaluation else None
+    except DAMAGED as error:
+        record.notes.append(f"evaluation.json does not hold what an evaluation writes ({error!r}): evaluate again.")
+    try:
+        values = _values(record, tested)
+    except DAMAGED as error:
+        raise UserError(f"{folder}: its files do not hold what a run writes ({error!r}); train again") from error
+    pages = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined,
+                        finalize=clean, trim_blocks=True, lstrip_blocks=True)  # fmt: skip
+    page = pages.get_template("page.html").render(values)
+    temporary = folder / f".{NAME}.{os.getpid()}.tmp"
+    temporary.write_text(page, encoding="utf-8")
+    return temporary.replace(folder / NAME)
 
 
-def _summary(record: Record) -> Iterable[str]:
-    run, found, evaluation = record.run, record.evaluation.get("metrics", {}), record.evaluation
-    cards = [
-        ("validation accuracy", record.metrics.get("val_accuracy")),
-        ("validation loss", record.metrics.get("val_loss")),
-    ]
-    interval = ""
-    if evaluation:
-        interval = f"<small>95 %: {found['accuracy']['ci_low']:.4f} to {found['accuracy']['ci_high']:.4f}</small>"
-        shown = {"test accuracy": "accuracy", "mean F1": "macro_f1", "calibration error": "expected_calibration_error"}
-        cards = [*((title, found[name]["value"]) for title, name in shown.items()), *cards]
-    yield '<dl class="cards">' + "".join(
-        f"<div><dt>{title}</dt><dd>{number_text(value)}{interval if title == 'test accuracy' else ''}</dd></div>"
-        for title, value in cards
-    ) + "</dl>"  # fmt: skip
-    notes = list(record.notes)
-    if not evaluation:
-        notes.append("Not evaluated on the test split yet: `make evaluate` adds it to this page.")
-    elif evaluation.get("dataset_fingerprint") != evaluation.get("model_dataset_fingerprint"):
-        notes.append("The test split is of another data set than the one that the model was trained on.")
-    yield "".join(f'<p class="note">{text(note)}</p>' for note in notes)
-    commit = run.get("git_commit") or "none: the project is in no repository"
-    yield facts([
-        ("model", f"{record.model.get('architecture', 'unknown')}, {len(record.model.get('classes', []))} classes"),
-        ("image size", record.model.get("image_size")),
-        ("data set", run.get("data")),
-        ("fingerprint", run.get("dataset_fingerprint")),
-        ("commit", commit.replace("-dirty", ", with changes that are in no commit")),
-        ("test images", evaluation.get("images")),
-    ])  # fmt: skip
+def clean(value: Any) -> Any:
+    """Anything as text without what HTML does not allow; what is HTML already stays as it is."""
+    if hasattr(value, "__html__"):
+        return value
+    return CONTROLS.sub(lambda found: f"\\x{ord(found[0]):02x}", str(value))
 
 
-def _curves(record: Record) -> Iterable[str]:
+def _values(record: Record, tested: dict[str, Any] | None) -> dict[str, Any]:
+    """All that page.html shows."""
+    run, metrics, model = record.run, record.metrics, record.model
+    commit = str(run.get("git_commit") or "none: the project had no commit when this run began")
+    processes, instances = metrics.get("world_size", 1), run.get("instances", 1)
+    where = [f"{instances} instances"] * (instances != 1) + [_several(processes, "process")]
+    classes = _several(len(model.get("classes", [])), "class")
     loss = charts.lines({"training": record.curve("train_loss"), "validation": record.curve("val_loss")}, "Loss")
-    accuracy = charts.lines({"validation": record.curve("val_accuracy")}, "Accuracy")
-    yield f'<h2>Learning curves</h2><div class="charts">{loss}{accuracy}</div>'
+    return {
+        "title": f"Run {run.get('run', record.folder.name)}",
+        "notes": record.notes,
+        "cards": [
+            *(tested["cards"] if tested else []),
+            ("validation accuracy", number_text(metrics.get("val_accuracy")), ""),
+            ("validation loss", number_text(metrics.get("val_loss")), ""),
+        ],
+        "summary": [
+            ("model", f"{model.get('architecture', 'unknown')}, {classes}"),
+            ("image size", model.get("image_size")),
+            ("data set", run.get("data")),
+            ("fingerprint", run.get("dataset_fingerprint")),
+            ("commit", commit.replace("-dirty", ", with changes that are in no commit")),
+            ("test images", record.evaluation.get("images") if tested else None),
+        ],
+        "curves": [loss, charts.lines({"validation": record.curve("val_accuracy")}, "Accuracy")],
+        "tested": tested,
+        "time": [
+            ("images a second", number_text(metrics.get("train_images_per_second"))),
+            ("epochs, steps", f"{number_text(metrics.get('epochs'))}, {number_text(metrics.get('steps'))}"),
+            ("seconds in all", run.get("seconds")),
+            ("seconds to the first step", run.get("seconds_to_first_step")),
+            ("seconds in the script", round(metrics.get("seconds", 0), 2) or None),
+            ("seconds billed", run.get("billed_seconds")),
+        ],
+        "speed": charts.lines({"": record.curve("images_per_second")}, "Images a second"),
+        "environment": [
+            ("trained on", ", ".join([*where, str(run.get("device", "an unknown device"))])),
+            *((name, run.get(name)) for name in ("mode", "image", "job")),
+            *run.get("versions", {}).items(),
+        ],
+        "hyperparameters": list(run.get("hyperparameters", {}).items()),
+    }
 
 
-def _evaluation(record: Record) -> Iterable[str]:
-    found = record.evaluation
-    if not found:
-        return
-    classes, confusion, per_class = found["classes"], found["confusion"], found["per_class"]
+def _tested(record: Record) -> dict[str, Any]:
+    """What page.html shows of the evaluation."""
+    found, metrics = record.evaluation, record.evaluation["metrics"]
+    classes, confusion, per_class = [str(name) for name in found["classes"]], found["confusion"], found["per_class"]
     short = max(map(len, classes)) <= 5  # such names head the columns themselves; others go by number
-    names = [text(name) if short else f"{number} {text(name)}" for number, name in enumerate(classes, 1)]
-    yield "<h2>Confusion matrix</h2>"
-    yield f'<p class="soft">True class down, predicted class across; {found["images"]:,} images.</p>'
-    if len(classes) <= TABLE_CLASSES:
-        heads = classes if short else [str(number) for number in range(1, len(classes) + 1)]
-        rows = (
-            f'<th scope="row">{name}</th>' + "".join(
-                f'<td style="--v:{count / sum(counts):.3f}">{count}</td>' if count else "<td>·</td>" for count in counts
-            ) for name, counts in zip(names, confusion, strict=True)
-        )  # fmt: skip
-        yield table(["", *heads], rows, "matrix")
-    else:
-        pairs = sorted(
-            ((count, row, column) for row, counts in enumerate(confusion) for column, count in enumerate(counts)
-             if count and row != column), key=lambda pair: (-pair[0], *pair[1:])
-        )  # fmt: skip
-        worst = (f'<th scope="row">{names[row]}</th><td>{names[column]}</td><td>{count} of {sum(confusion[row])}</td>'
-                 for count, row, column in pairs[:10])  # fmt: skip
-        yield f'<div class="charts">{charts.heat_map(confusion)}<div><p>Most often taken for another:</p>'
-        yield table(["true class", "predicted class", "images"], worst, "pairs") + "</div></div>"
+    names = classes if short else [f"{number} {name}" for number, name in enumerate(classes, 1)]
+    small = len(classes) <= TABLE_CLASSES
+    pairs = sorted(
+        ((count, row, column) for row, counts in enumerate(confusion) for column, count in enumerate(counts)
+         if count and row != column), key=lambda pair: (-pair[0], *pair[1:])
+    )  # fmt: skip
     ranked = sorted(range(len(classes)), key=lambda index: per_class[index]["f1"])[:ROWS]
-    more = "" if len(ranked) == len(classes) else f"; the worst {ROWS} of {len(classes)}"
-    yield f'<h2>Precision and recall</h2><p class="soft">By class, the lowest F1 first{more}.</p>'
-    yield table(["class", "precision", "recall", "F1", "images"], (
-        f'<th scope="row">{names[index]}</th>' + "".join(
-            f'<td class="bar" style="--v:{row[key]:.3f}">{row[key]:.3f}</td>' for key in ("precision", "recall", "f1")
-        ) + f"<td>{row['images']}</td>" for index in ranked for row in [per_class[index]]
-    ), "" if short else "stack")  # fmt: skip
-    error = found["calibration"]["expected_calibration_error"]
-    yield f"<h2>Reliability</h2><p>Expected calibration error {error:.4f}: how far confidence is from accuracy, on the"
-    yield f' average image.</p><div class="one">{charts.reliability(found["calibration"]["bins"])}</div>'
-    yield "<h2>Most confident mistakes</h2>"
-    tiny = " tiny" if record.model.get("image_size", math.inf) <= TINY else ""
-    pictures = "".join(_picture(each) for each in found["mistakes"])
-    yield f'<div class="pictures{tiny}">{pictures}</div>' if pictures else "<p>There are none.</p>"
+    size = record.model.get("image_size")
+    interval = f"95 %: {metrics['accuracy']['ci_low']:.4f} to {metrics['accuracy']['ci_high']:.4f}"
+    return {
+        "cards": [
+            ("test accuracy", number_text(metrics["accuracy"]["value"]), interval),
+            ("mean F1", number_text(metrics["macro_f1"]["value"]), ""),
+            ("calibration error", number_text(metrics["expected_calibration_error"]["value"]), ""),
+        ],
+        "images": number_text(found["images"]) if isinstance(found["images"], int) else found["images"],
+        "heads": ["", *(classes if short else range(1, len(classes) + 1))],
+        "matrix": small and [
+            (name, [(count, f"{count / sum(counts):.3f}" if count else "") for count in counts])
+            for name, counts in zip(names, confusion, strict=True)
+        ],
+        "map": "" if small else charts.heat_map(confusion),
+        "pairs": [(names[row], names[column], f"{count} of {sum(confusion[row])}")
+                  for count, row, column in pairs[:10]],
+        "more": "" if len(ranked) == len(classes) else f"; the worst {ROWS} of {len(classes)}",
+        "long": not short,
+        "classes": [
+            (names[index], [f"{row[key]:.3f}" for key in ("precision", "recall", "f1")], row["images"])
+            for index in ranked for row in [per_class[index]]
+        ],
+        "error": f"{found['calibration']['expected_calibration_error']:.4f}",
+        "reliability": charts.reliability(found["calibration"]["bins"]),
+        "tiny": isinstance(size, int) and size <= TINY,
+        "mistakes": [_mistake(each) for each in found["mistakes"]],
+    }  # fmt: skip
 
 
-def _picture(mistake: dict[str, Any]) -> str:
-    true, predicted, source = (text(mistake[name]) for name in ("true", "predicted", "source"))
-    source = source.removeprefix(f"{true}/") if mistake["source"] else f"row {mistake['row']}"
-    return (
-        f'<figure><img alt="An image of {true}" src="data:image/jpeg;base64,{text(mistake["jpeg"])}"><figcaption>'
-        f"<bdi>{true}</bdi>, taken for <strong><bdi>{predicted}</bdi></strong> with {mistake['probability']:.3f}<br>"
-        f"<small><bdi>{source}</bdi></small></figcaption></figure>"
-    )
+def _mistake(each: dict[str, Any]) -> dict[str, Any]:
+    source = str(each["source"] or f"row {each['row']}").removeprefix(f"{each['true']}/")
+    shown = {name: each[name] for name in ("true", "predicted", "jpeg")}
+    return shown | {"source": source, "probability": f"{each['probability']:.3f}"}
 
 
-def _machine(record: Record) -> Iterable[str]:
-    run, metrics = record.run, record.metrics
-    speed = charts.lines({"": record.curve("images_per_second")}, "Images a second")
-    yield "<h2>Throughput and time</h2>" + facts([
-        ("images a second", number_text(metrics.get("train_images_per_second"))),
-        ("epochs, steps", f"{number_text(metrics.get('epochs'))}, {number_text(metrics.get('steps'))}"),
-        ("seconds in all", run.get("seconds")), ("to the first step", run.get("seconds_to_first_step")),
-        ("of the script", round(metrics.get("seconds", 0), 2) or None), ("billed", run.get("billed_seconds")),
-    ]) + f'<div class="one">{speed}</div>'  # fmt: skip
-    yield "<h2>Environment</h2>" + facts([
-        ("instances, ranks", f"{run.get('instances', 1)}, {metrics.get('world_size', 1)}"),
-        *((name, run.get(name)) for name in ("mode", "image", "job", "device")), *run.get("versions", {}).items(),
-    ])  # fmt: skip
-    yield "<h2>Hyperparameters</h2>" + facts(run.get("hyperparameters", {}).items())
+def _several(count: int, what: str) -> str:
+    """Such as `1 class` or `2 classes`."""
+    return f"{count} {what}{'' if count == 1 else 'es'}"

@@ -68,7 +68,7 @@ def tune(settings: Settings, source: str, name: str | None, verbose: bool) -> Pa
         result = {"best": best and best.name, search.objective: best and best.objective, "values": best and best.values}
         (folder / RESULT).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(results.table(search, trials, terminal.width()))
-    print(f"in {folder.relative_to(ROOT)}: trials.txt, plot.svg, {RESULT}")
+    print(f"in {folder.relative_to(ROOT)}: trials.txt, {RESULT}")
     if best is None:
         raise UserError(f"none of the {len(trials)} trials succeeded; each said why above")
     print(f"best: {best.name}\nnext:\n  {terminal.command('evaluate', RUN=best.name)}")
@@ -105,7 +105,6 @@ def _search(settings: Settings, source: str, folder: Path, verbose: bool) -> lis
         study.tell(trial.number, reached, state=optuna.trial.TrialState.FAIL if reached is None else None)
         trials = _trials(study)
         (folder / "trials.txt").write_text(results.table(search, trials) + "\n", encoding="utf-8")
-        (folder / "plot.svg").write_text(results.plot(search, trials), encoding="utf-8")
     return trials
 
 

@@ -30,7 +30,7 @@ CODE = {
     "inference/requirements.txt": "requirements.txt",
     "imaging.py": "imaging.py",
     "payload.py": "payload.py",
-    "model.py": "training/model.py",
+    "model.py": "model.py",
 }
 
 

@@ -147,7 +147,7 @@ class Checkpoints:
         own = _with_prefix(tensors, f"rank{self._world.rank}.")
         if facts["world_size"] != self._world.size:
             if self._world.is_main:
-                logger.warning("resumed on %d rank(s) what %d began: at the same position, but not bit for bit",
+                logger.warning("resumed with %d instead of %d processes: at the same position, but not bit for bit",
                                self._world.size, facts["world_size"])  # fmt: skip
             own = _with_prefix(tensors, "rank0.")
             own["loss_sum"] = _total_loss(tensors) / self._world.size

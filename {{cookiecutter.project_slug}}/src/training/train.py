@@ -126,10 +126,11 @@ def train(
         load_weights(model, published_weights(settled.model))
     freeze(model, settled.frozen_stages)
     model.to(world.device)
+    kind = world.device.type.upper()  # CPU, CUDA or MPS
     if world.is_main:
         choices = [f"{name}={value}" for name, value in settled.as_dict().items()]
-        logger.info("%d training and %d validation images of %d classes on %d rank(s), %s",
-                    len(train_split), len(validation), len(train_split.classes), world.size, world.device)  # fmt: skip
+        logger.info("%d training and %d validation images of %d classes on %d process%s, %s", len(train_split),
+                    len(validation), len(train_split.classes), world.size, "es" * (world.size > 1), kind)  # fmt: skip
         logger.info("hyperparameters: %s", " ".join(choices))
 
     live = os.environ.get("TENSORBOARD_FOLDER")  # SageMaker uploads it while the job runs
@@ -169,7 +170,7 @@ def train(
                 "numpy": np.__version__,
                 "safetensors": safetensors.__version__,
             },
-            "device": torch.cuda.get_device_name() if world.device.type == "cuda" else platform.machine(),
+            "device": torch.cuda.get_device_name() if kind == "CUDA" else f"{kind} ({platform.machine()})",
         }
         write_json(folders.output / "run.json", facts)
         logger.info("artifact written")

@@ -1,4 +1,4 @@
-"""The graph of a pipeline's definition as Mermaid, which GitHub draws."""
+"""The graph of a pipeline's definition as Mermaid: what a page of the project shows must be this."""
 
 from __future__ import annotations
 
