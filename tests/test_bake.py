@@ -139,8 +139,6 @@ def test_every_file_parses_and_every_choice_appears(baked: Baked) -> None:
         licence = (project.path / "LICENSE").read_text(encoding="utf-8")
         assert licence.strip().startswith(LICENCES[answers["licence"]])
         assert "Your Name" in licence
-        phony = (project.path / "Makefile").read_text(encoding="utf-8").partition(".PHONY:")[2].partition("\n")[0]
-        assert ("track" in phony.split()) == answers["mlflow"]
 
 
 def test_an_option_changes_nothing_else(baked: Baked) -> None:

@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from pipelines import ROOT, SOURCE
+from pipelines.__main__ import verbs
 from tests.helpers import verb_environment
 from training.config import Hyperparameters
 
@@ -55,9 +56,10 @@ def test_every_module_is_short_and_says_what_it_does(path: Path) -> None:
 
 
 def test_importing_the_verbs_needs_no_torch_and_no_sdk() -> None:
-    verbs = ", ".join(f"pipelines.{path.stem}" for path in (ROOT / "pipelines").glob("*.py"))
+    files = [path.relative_to(ROOT).with_suffix("") for path in (ROOT / "pipelines").rglob("[!_]*.py")]
+    modules = ", ".join(".".join(file.parts) for file in files)
     slow = ("torch", "sagemaker", "boto3", "botocore", "sklearn", "moto", "mlflow")
-    code = f"import sys, {verbs}; print([name for name in {slow} if name in sys.modules])"
+    code = f"import sys, {modules}; print([name for name in {slow} if name in sys.modules])"
     answer = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert answer.stdout.strip() == "[]"
 
@@ -82,10 +84,9 @@ def test_training_yaml_holds_every_hyperparameter_with_its_type() -> None:
     assert list(document) == [option.name for option in fields(Hyperparameters)]
 
 
-def test_the_makefile_documents_every_verb_and_every_recipe_is_one_program() -> None:
-    lines = (ROOT / "Makefile").read_text(encoding="utf-8").splitlines()
-    phony = next(line for line in lines if line.startswith(".PHONY:")).split()[1:]
-    for name in phony:
-        assert any(line.startswith(f"{name}:") and " ## " in line for line in lines), f"{name} has no description"
-    recipes = [line for line in lines if line.startswith("\t")]
-    assert not [line for line in recipes if any(sign in line for sign in ("&&", "||", ";;", "`", "$(shell"))]
+def test_every_verb_is_a_module_with_a_main_and_a_line_of_help() -> None:
+    for rows in verbs().values():
+        for verb, (target, text) in rows.items():
+            path = ROOT.joinpath("pipelines", *target.split(".")) if isinstance(target, str) else None
+            assert path is None or "\ndef main() -> int:" in path.with_suffix(".py").read_text(encoding="utf-8"), verb
+            assert text
