@@ -95,7 +95,7 @@ def read(uri: str) -> bytes:
 
 
 def start(images: Path | str, *overrides: str, **options: Any) -> str:
-    given = dict.fromkeys(("run", "job", "package", "artifact")) | {"data": str(images), "yes": True} | options
+    given = dict.fromkeys(("run", "job", "package", "artifact")) | {"data": str(images), "yes": True, "plan": False} | options
     return batch_transform.start(settings(*overrides), Namespace(**given))
 
 

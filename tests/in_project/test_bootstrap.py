@@ -1,4 +1,4 @@
-"""The stack: linted, its policies walked; `bootstrap` and `bootstrap-destroy` in moto, and what can go wrong there."""
+"""The stack: linted, its policies walked; `bootstrap` and `destroy ALL=1` in moto, and what can go wrong there."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.cloud import GOLDEN, Recorder, aws, check_golden, refused
 from tests.test_costs import THEIRS, make_endpoint
 
 from pipelines import ROOT, config
-from pipelines.cloud import bootstrap, bootstrap_destroy, stack
+from pipelines.cloud import bootstrap, destroy, stack
 from pipelines.cloud.account import stack as outputs
 from pipelines.terminal import UserError
 
@@ -90,8 +90,8 @@ def make(*overrides: str, yes: bool = True) -> None:
     bootstrap.bootstrap(config.load(overrides), yes)
 
 
-def destroy(everything: bool = False, confirmed: str = "", yes: bool = True) -> None:
-    bootstrap_destroy.destroy(config.load(), everything, confirmed, yes)
+def remove(everything: bool = False, confirmed: str = "", yes: bool = True) -> None:
+    destroy.destroy_stack(config.load(), everything, confirmed, yes)
 
 
 def statements(node: Any, path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
@@ -269,14 +269,14 @@ def test_make_again_update_and_destroy(aws: Recorder, capsys: pytest.CaptureFixt
     s3 = boto3.client("s3")
     s3.put_object(Bucket=BUCKET, Key="artifacts/a", Body=b"x")
     del aws[:]
-    destroy()
+    remove()
     shown = capsys.readouterr().out
     assert f"keeps the bucket {BUCKET} and repository {NAME}" in shown
     assert s3.list_objects_v2(Bucket=BUCKET)["KeyCount"] == 1
     assert boto3.client("ecr").describe_repositories(repositoryNames=[NAME])
     with pytest.raises(UserError, match="there is no stack image-classifier in us-east-1; make it with"):
         outputs(config.load())
-    destroy()
+    remove()
     assert f"there is no stack {NAME}" in capsys.readouterr().out
 
 
@@ -290,27 +290,27 @@ def test_destroy_with_all(aws: Recorder, capsys: pytest.CaptureFixture[str], mon
     s3.delete_object(Bucket=BUCKET, Key="artifacts/1")
     for confirmed in ("", "cats", "y"):
         with pytest.raises(UserError, match=f"nothing was deleted: .* say CONFIRM={NAME}"):
-            destroy(everything=True, confirmed=confirmed)
+            remove(everything=True, confirmed=confirmed)
     assert outputs(config.load())
     monkeypatch.setattr("sys.stdin", Terminal("yes\n"))
     with pytest.raises(UserError, match="'yes' is not the project's name"):
-        destroy(everything=True)
+        remove(everything=True)
     assert f"DELETES the bucket {BUCKET} and repository {NAME}, with all that is in them" in capsys.readouterr().out
     del aws[:]
     monkeypatch.setattr("sys.stdin", Terminal(f"{NAME}\n"))
-    destroy(everything=True)
+    remove(everything=True)
     assert [len(call["Delete"]["Objects"]) for call in aws.named("DeleteObjects")] == [1000, 103]
     assert s3.list_buckets()["Buckets"] == []
     assert boto3.client("ecr").describe_repositories()["repositories"] == []
     names = ("DeleteStack", "DeleteBucket", "DeleteRepository")
     check_golden("bootstrap_destroy", [call for call in aws if call[0] in names])
-    destroy(everything=True, confirmed=NAME)  # nothing is left, and that is no error
+    remove(everything=True, confirmed=NAME)  # nothing is left, and that is no error
 
 
 def test_data_that_outlived_the_stack_can_still_be_deleted(aws: Recorder) -> None:
     make()
-    destroy()
-    destroy(everything=True, confirmed=NAME)
+    remove()
+    remove(everything=True, confirmed=NAME)
     assert boto3.client("s3").list_buckets()["Buckets"] == []
     assert len(aws.named("DeleteStack")) == 1
 
@@ -325,7 +325,7 @@ def test_objects_that_cannot_be_deleted_are_named(aws: Recorder) -> None:
     boto3.client("s3").put_object(Bucket=BUCKET, Key="a/b", Body=b"")
     aws.answers["DeleteObjects"] = {"Errors": [{"Key": "a/b", "Code": "AccessDenied", "Message": "Access Denied"}]}
     with pytest.raises(UserError, match=rf"a/b in {BUCKET} cannot be deleted: Access Denied \(AccessDenied\)"):
-        destroy(everything=True, confirmed=NAME)
+        remove(everything=True, confirmed=NAME)
     assert boto3.client("s3").list_buckets()["Buckets"]
 
 
@@ -335,10 +335,10 @@ def test_destroy_refuses_while_something_of_the_project_bills(aws: Recorder) -> 
     make_endpoint(f"{NAME}-2", THEIRS)  # another project's, whose name begins with this one's
     for everything in (True, False):
         with pytest.raises(UserError, match="still there: endpoint demo; remove endpoints with `make destroy`"):
-            destroy(everything, NAME)
+            remove(everything, NAME)
     assert not aws.named("DeleteStack")
     boto3.client("sagemaker").delete_endpoint(EndpointName="demo")
-    destroy()
+    remove()
     assert len(aws.named("DeleteStack")) == 1
 
 
@@ -388,7 +388,7 @@ def test_an_account_has_one_provider_for_github(aws: Recorder) -> None:
     iam.create_open_id_connect_provider(Url="https://token.actions.githubusercontent.com")  # what AWS made by now
     make("aws.github=octo/dogs")
     assert provider() == "true"  # the stack's own must not be taken out of it
-    destroy(everything=True, confirmed=NAME)
+    remove(everything=True, confirmed=NAME)
     make("aws.github=octo/cats")
     assert provider() == "false"
 
@@ -433,7 +433,7 @@ def test_no_is_an_answer(aws: Recorder, monkeypatch: pytest.MonkeyPatch) -> None
     with pytest.raises(UserError, match="nothing was done"):  # Ctrl-D
         make("compute.remote_debug=true", yes=False)
     with pytest.raises(UserError, match="nothing was done"):
-        destroy(yes=False)
+        remove(yes=False)
     assert outputs(config.load())  # a plan taken back leaves the stack alone
 
 
@@ -544,7 +544,7 @@ def test_a_stack_that_cannot_be_changed(aws: Recorder, status: str, words: str) 
 def test_a_stack_that_cannot_be_removed(aws: Recorder) -> None:
     answer_statuses(aws, "CREATE_COMPLETE", "DELETE_IN_PROGRESS", "DELETE_FAILED")
     with pytest.raises(UserError, match=r"cannot be removed: Bucket .*not available; mend that"):
-        destroy()
+        remove()
 
 
 def test_a_plan_that_cloudformation_refuses(aws: Recorder) -> None:
@@ -568,7 +568,7 @@ def test_ctrl_c_while_waiting_lets_aws_go_on(aws: Recorder, monkeypatch: pytest.
 
 def test_importing_is_quick_and_needs_no_sdk() -> None:
     modules = "('boto3', 'botocore', 'sagemaker', 'torch')"
-    code = f"import sys, pipelines.bootstrap_destroy; print([m for m in {modules} if m in sys.modules])"
+    code = f"import sys, pipelines.cloud.destroy; print([m for m in {modules} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
     assert Path(stack.TEMPLATE).is_file()

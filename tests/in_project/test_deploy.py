@@ -127,7 +127,7 @@ def settings(*overrides: str) -> config.Settings:
 
 def run(*overrides: str, **options: Any) -> None:
     names = ("run", "job", "package", "artifact", "endpoint", "weight", "rollback")
-    given = dict.fromkeys(names) | {"yes": True} | options
+    given = dict.fromkeys(names) | {"yes": True, "plan": False} | options
     deploy.deploy(settings(*overrides), Namespace(**given))
 
 

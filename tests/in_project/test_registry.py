@@ -21,7 +21,7 @@ from tests.test_inference import archive, artifact, classifier
 from pipelines import runs
 from pipelines.cloud import account as cloud
 from pipelines.cloud import artifact as source
-from pipelines.cloud import bootstrap_destroy, packages, pull, status
+from pipelines.cloud import destroy, packages, pull, status
 from pipelines.cloud.packages import Package
 from pipelines.registry import approve, register
 from pipelines.registry import package as registry
@@ -259,7 +259,7 @@ def test_everything_is_removed_only_with_all(calls: Recorder, capsys: pytest.Cap
     order: list[str] = []
     for operation in ("DeleteModelPackage", "DeleteModelPackageGroup"):
         calls.answers[operation] = lambda asked: order.append("/".join(str(v) for v in asked.values()))
-    bootstrap_destroy._delete_registry(settings(), NAME)
+    destroy._delete_registry(settings(), NAME)
     arn = f"arn:aws:sagemaker:us-east-1:123456789012:model-package/{NAME}"
     assert order == [f"{arn}/2", f"{arn}/1", NAME]
     assert f"deleted the model registry {NAME} with 2 packages" in capsys.readouterr().out
@@ -267,7 +267,7 @@ def test_everything_is_removed_only_with_all(calls: Recorder, capsys: pytest.Cap
 
 @pytest.mark.usefixtures("calls")
 def test_nothing_registered_is_nothing_to_delete() -> None:
-    bootstrap_destroy._delete_registry(settings(), NAME)
+    destroy._delete_registry(settings(), NAME)
 
 
 def test_the_local_registry_has_the_same_fields(calls: Recorder, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from tests.cloud import KEY, NETWORK, Recorder, aws, check_golden, refused
 from tests.helpers import Verb, verb_environment
 from tests.test_cloud_training import account, settings
 
-from pipelines.cloud import destroy, inventory, plan
+from pipelines.cloud import destroy, inventory
 from pipelines.local import engine
 from pipelines.terminal import UserError
 from pipelines.tuning import cloud as tune
@@ -257,12 +257,6 @@ def test_status_shows_a_search_that_runs_and_destroy_stops_it(
     destroy.destroy(settings(), None, yes=True)
     assert search.named("StopHyperParameterTuningJob") == [{"HyperParameterTuningJobName": NAME}]
     assert "nothing is left" in capsys.readouterr().out
-
-
-def test_plan_has_a_line_for_tuning(search: Recorder) -> None:
-    (line,) = plan.tuning(settings())
-    assert line.startswith("make tune: at most 8 such jobs without warm pools, at most 48.00 USD; OVER aws.budget_usd")
-    assert search
 
 
 def downloaded(uri: str, folder: Path) -> None:
