@@ -116,7 +116,7 @@ def test_a_page_speaks_of_no_verb_setting_file_or_page_that_the_scope_lacks(
         for target in re.findall(r"\]\(([^)#]+)\)", text):
             assert target.startswith("https://") or (path.parent / target).is_file(), f"{path.name} links {target}"
         for name in re.findall(r"`((?:src|pipelines|configs|docker|infrastructure|\.github)/[\w./-]*)`", text):
-            assert (made.path / name).exists(), f"{path.name} speaks of {name}"
+            assert (made.path / name).exists() or "/my_" in name, f"{path.name} speaks of {name}"
 
 
 @pytest.mark.parametrize("scope", SCOPES)

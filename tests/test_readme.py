@@ -12,6 +12,7 @@ from urllib.parse import unquote
 import pytest
 
 from tests.conftest import TEMPLATE, TREE
+from tests.room import ROOMS
 
 PAGES = [
     TEMPLATE / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "docs/comparison.md")
@@ -90,3 +91,11 @@ def test_the_readme_is_short_and_begins_with_the_picture() -> None:
     assert len(lines) <= 150
     assert lines[2].startswith("![")
     assert "docs/report.png" in lines[2]
+
+
+def test_every_room_can_be_tried() -> None:
+    """`make try` knows each folder of code, and its tests are there."""
+    folders = {path.name for part in ("pipelines", "src") for path in (TREE / part).iterdir() if any(path.glob("*.py"))}
+    assert folders | {"top"} == set(ROOMS)
+    for name in " ".join(ROOMS.values()).split():
+        assert (TEMPLATE / "tests" / "in_project" / f"test_{name}.py").is_file(), name

@@ -13,9 +13,6 @@ from typing import Any
 
 import boto3
 import pytest
-from tests.cloud import KEY, NETWORK, STACK, Recorder, aws, check_golden
-from tests.test_deploy import NAME, Hosting, hosting, quota, settings, written
-from tests.test_inference import archive, artifact, classifier, photo
 
 from inference import batch
 from pipelines import runs
@@ -24,6 +21,9 @@ from pipelines.cloud import destroy, inventory, prices
 from pipelines.cloud import jobs as logs
 from pipelines.cloud.account import Account
 from pipelines.terminal import UserError
+from tests.cloud import KEY, NETWORK, STACK, Recorder, aws, check_golden
+from tests.test_deploy import NAME, Hosting, hosting, quota, settings, written
+from tests.test_inference import archive, artifact, classifier, photo
 
 __all__ = ["archive", "artifact", "aws", "classifier", "hosting"]  # fixtures
 PHOTOS = {"cats/a up.png": "up", "cats/b.PNG": "left", "ünï/c.png": "up"}
@@ -95,7 +95,11 @@ def read(uri: str) -> bytes:
 
 
 def start(images: Path | str, *overrides: str, **options: Any) -> str:
-    given = dict.fromkeys(("run", "job", "package", "artifact")) | {"data": str(images), "yes": True} | options
+    given = (
+        dict.fromkeys(("run", "job", "package", "artifact"))
+        | {"data": str(images), "yes": True, "plan": False}
+        | options
+    )
     return batch_transform.start(Account(settings(*overrides)), Namespace(**given))
 
 

@@ -1,4 +1,4 @@
-"""The stack: linted, its policies walked; `bootstrap` and `bootstrap-destroy` in moto, and what can go wrong there."""
+"""The stack: linted, its policies walked; `bootstrap` and `destroy ALL=1` in moto, and what can go wrong there."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from typing import Any
 import boto3
 import pytest
 import yaml
-from tests.cloud import GOLDEN, Recorder, aws, check_golden, refused
-from tests.test_costs import THEIRS, make_endpoint
 
 from pipelines import ROOT, config
-from pipelines.cloud import bootstrap, bootstrap_destroy, stack
+from pipelines.cloud import bootstrap, destroy, stack
 from pipelines.cloud.account import Account
 from pipelines.terminal import UserError
+from tests.cloud import GOLDEN, Recorder, aws, check_golden, refused
+from tests.test_costs import THEIRS, make_endpoint
 
 __all__ = ["aws"]  # fixture
 pytestmark = pytest.mark.filterwarnings("ignore:Tried to parse AWS:UserWarning")  # kinds that moto does not make
@@ -103,8 +103,8 @@ def make(*overrides: str, yes: bool = True) -> None:
     bootstrap.bootstrap(Account(config.load(overrides)), yes)
 
 
-def destroy(everything: bool = False, confirmed: str = "", yes: bool = True) -> None:
-    bootstrap_destroy.destroy(Account(config.load()), everything, confirmed, yes)
+def remove(everything: bool = False, confirmed: str = "", yes: bool = True) -> None:
+    destroy.destroy_stack(Account(config.load()), everything, confirmed, yes)
 
 
 def statements(node: Any, path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
@@ -208,6 +208,7 @@ def test_what_automation_adds_must_fit(copies: tuple[Path, Path], old: str, new:
 def test_a_stack_without_automation(aws: Recorder, capsys: pytest.CaptureFixture[str]) -> None:
     """Scope `cloud`: no word of schedules, GitHub and delivery, and no permission for the verbs of `full`."""
     make()
+    assert Account(config.load()).stack().bucket == BUCKET
     assert "GitHub" not in capsys.readouterr().out
     writing = ("CreateChangeSet", "ExecuteChangeSet")
     sent = [(name, {key: value for key, value in call.items() if key != "TemplateBody"}) for name, call in aws]
@@ -349,8 +350,8 @@ def test_one_account_sees_a_stack_that_is_made_changed_and_removed(
     assert account.stack().bucket == BUCKET
     bootstrap.bootstrap(account, yes=True)
     assert "is up to date" in capsys.readouterr().out
-    bootstrap_destroy.destroy(account, everything=False, confirmed="", yes=True)
-    bootstrap_destroy.destroy(account, everything=False, confirmed="", yes=True)
+    destroy.destroy_stack(account, everything=False, confirmed="", yes=True)
+    destroy.destroy_stack(account, everything=False, confirmed="", yes=True)
     assert f"there is no stack {NAME}" in capsys.readouterr().out
     bootstrap.bootstrap(account, yes=True)
     assert len(aws.named("ExecuteChangeSet")) == 2
@@ -389,14 +390,14 @@ def test_make_again_update_and_destroy(aws: Recorder, capsys: pytest.CaptureFixt
     s3 = boto3.client("s3")
     s3.put_object(Bucket=BUCKET, Key="artifacts/a", Body=b"x")
     del aws[:]
-    destroy()
+    remove()
     shown = capsys.readouterr().out
     assert f"keeps the bucket {BUCKET} and repository {NAME}" in shown
     assert s3.list_objects_v2(Bucket=BUCKET)["KeyCount"] == 1
     assert boto3.client("ecr").describe_repositories(repositoryNames=[NAME])
     with pytest.raises(UserError, match="there is no stack image-classifier in us-east-1; make it with"):
         Account(config.load()).stack()
-    destroy()
+    remove()
     assert f"there is no stack {NAME}" in capsys.readouterr().out
 
 
@@ -410,27 +411,27 @@ def test_destroy_with_all(aws: Recorder, capsys: pytest.CaptureFixture[str], mon
     s3.delete_object(Bucket=BUCKET, Key="artifacts/1")
     for confirmed in ("", "cats", "y"):
         with pytest.raises(UserError, match=f"nothing was deleted: .* say CONFIRM={NAME}"):
-            destroy(everything=True, confirmed=confirmed)
+            remove(everything=True, confirmed=confirmed)
     assert Account(config.load()).stack()
     monkeypatch.setattr("sys.stdin", Terminal("yes\n"))
     with pytest.raises(UserError, match="'yes' is not the project's name"):
-        destroy(everything=True)
+        remove(everything=True)
     assert f"DELETES the bucket {BUCKET} and repository {NAME}, with all that is in them" in capsys.readouterr().out
     del aws[:]
     monkeypatch.setattr("sys.stdin", Terminal(f"{NAME}\n"))
-    destroy(everything=True)
+    remove(everything=True)
     assert [len(call["Delete"]["Objects"]) for call in aws.named("DeleteObjects")] == [1000, 103]
     assert s3.list_buckets()["Buckets"] == []
     assert boto3.client("ecr").describe_repositories()["repositories"] == []
     names = ("DeleteStack", "DeleteBucket", "DeleteRepository")
     check_golden("bootstrap_destroy", [call for call in aws if call[0] in names])
-    destroy(everything=True, confirmed=NAME)  # nothing is left, and that is no error
+    remove(everything=True, confirmed=NAME)  # nothing is left, and that is no error
 
 
 def test_data_that_outlived_the_stack_can_still_be_deleted(aws: Recorder) -> None:
     make()
-    destroy()
-    destroy(everything=True, confirmed=NAME)
+    remove()
+    remove(everything=True, confirmed=NAME)
     assert boto3.client("s3").list_buckets()["Buckets"] == []
     assert len(aws.named("DeleteStack")) == 1
 
@@ -445,7 +446,7 @@ def test_objects_that_cannot_be_deleted_are_named(aws: Recorder) -> None:
     boto3.client("s3").put_object(Bucket=BUCKET, Key="a/b", Body=b"")
     aws.answers["DeleteObjects"] = {"Errors": [{"Key": "a/b", "Code": "AccessDenied", "Message": "Access Denied"}]}
     with pytest.raises(UserError, match=rf"a/b in {BUCKET} cannot be deleted: Access Denied \(AccessDenied\)"):
-        destroy(everything=True, confirmed=NAME)
+        remove(everything=True, confirmed=NAME)
     assert boto3.client("s3").list_buckets()["Buckets"]
 
 
@@ -455,10 +456,10 @@ def test_destroy_refuses_while_something_of_the_project_bills(aws: Recorder) -> 
     make_endpoint(f"{NAME}-2", THEIRS)  # another project's, whose name begins with this one's
     for everything in (True, False):
         with pytest.raises(UserError, match="still there: endpoint demo; remove endpoints with `make destroy`"):
-            destroy(everything, NAME)
+            remove(everything, NAME)
     assert not aws.named("DeleteStack")
     boto3.client("sagemaker").delete_endpoint(EndpointName="demo")
-    destroy()
+    remove()
     assert len(aws.named("DeleteStack")) == 1
 
 
@@ -508,7 +509,7 @@ def test_an_account_has_one_provider_for_github(aws: Recorder) -> None:
     iam.create_open_id_connect_provider(Url="https://token.actions.githubusercontent.com")  # what AWS made by now
     make("aws.github=octo/dogs")
     assert provider() == "true"  # the stack's own must not be taken out of it
-    destroy(everything=True, confirmed=NAME)
+    remove(everything=True, confirmed=NAME)
     make("aws.github=octo/cats")
     assert provider() == "false"
 
@@ -553,7 +554,7 @@ def test_no_is_an_answer(aws: Recorder, monkeypatch: pytest.MonkeyPatch) -> None
     with pytest.raises(UserError, match="nothing was done"):  # Ctrl-D
         make("compute.remote_debug=true", yes=False)
     with pytest.raises(UserError, match="nothing was done"):
-        destroy(yes=False)
+        remove(yes=False)
     assert Account(config.load()).stack()  # a plan taken back leaves the stack alone
 
 
@@ -664,7 +665,7 @@ def test_a_stack_that_cannot_be_changed(aws: Recorder, status: str, words: str) 
 def test_a_stack_that_cannot_be_removed(aws: Recorder) -> None:
     answer_statuses(aws, "CREATE_COMPLETE", "DELETE_IN_PROGRESS", "DELETE_FAILED")
     with pytest.raises(UserError, match=r"cannot be removed: Bucket .*not available; mend that"):
-        destroy()
+        remove()
 
 
 def test_a_plan_that_cloudformation_refuses(aws: Recorder) -> None:
@@ -688,7 +689,7 @@ def test_ctrl_c_while_waiting_lets_aws_go_on(aws: Recorder, monkeypatch: pytest.
 
 def test_importing_is_quick_and_needs_no_sdk() -> None:
     modules = "('boto3', 'botocore', 'sagemaker', 'torch')"
-    code = f"import sys, pipelines.cloud.bootstrap_destroy; print([m for m in {modules} if m in sys.modules])"
+    code = f"import sys, pipelines.cloud.destroy; print([m for m in {modules} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
     assert Path(stack.TEMPLATE).is_file()

@@ -17,9 +17,6 @@ from typing import Any
 import boto3
 import pytest
 from botocore.exceptions import NoCredentialsError
-from tests.cloud import KEY, NETWORK, STACK, Recorder, aws, check_golden, refused
-from tests.helpers import verb_environment
-from tests.programs import put_first
 
 from pipelines import ROOT, config, project, runs
 from pipelines.cloud import images as image_push
@@ -30,6 +27,9 @@ from pipelines.cloud.account import Account
 from pipelines.local import data
 from pipelines.local import images as local_images
 from pipelines.terminal import UserError
+from tests.cloud import KEY, NETWORK, STACK, Recorder, aws, check_golden, refused
+from tests.helpers import verb_environment
+from tests.programs import put_first
 
 __all__ = ["aws"]  # a fixture
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # the SDK's temporary folder

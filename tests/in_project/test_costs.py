@@ -1,24 +1,32 @@
-"""Prices, `plan`, `status` and `destroy`: what costs is known before, seen, and gone when it should be."""
+"""Prices, PLAN=1, `status` and `destroy`: what costs is known before, seen, and gone when it should be."""
 
 from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 from botocore.exceptions import EndpointConnectionError
-from tests.cloud import Recorder, aws, check_golden, refused
 
-from pipelines import project
-from pipelines.cloud import destroy, inventory, plan, prices, status
+from pipelines import project, runs
+from pipelines.batch import transform
+from pipelines.cloud import destroy, inventory, prices, processing, status, train
 from pipelines.cloud.account import Account, Stack
 from pipelines.cloud.inventory import Item
-from pipelines.config import load
-from pipelines.terminal import UserError
+from pipelines.config import Settings, load
+from pipelines.endpoint import deploy
+from pipelines.monitoring import monitor
+from pipelines.pipeline import cloud as pipeline
+from pipelines.terminal import Finished, UserError
+from pipelines.tuning import cloud as tuning
+from tests.cloud import NETWORK, STACK, Recorder, aws, check_golden, refused
 
 __all__ = ["aws"]  # a fixture
 NAME = project.name()
@@ -106,32 +114,86 @@ def test_an_unknown_price_is_over_budget(account: Account, cost: float | None, a
             prices.check_budget(account.settings, cost, yes=False)
 
 
-def planned(*overrides: str) -> str:
-    account = Account(load(["aws.region=us-east-1", "compute.instance_type=ml.g5.xlarge", *overrides], {}))
-    return "\n".join([*plan.training(account), *plan.deployment(account)])
+READS = ("Describe", "Get", "List", "Head")
+BILLING = {
+    "process": processing, "train": train, "tune": tuning, "pipeline": pipeline, "deploy": deploy, "batch": transform,
+    "monitor": monitor,
+}  # fmt: skip
+Planned = Callable[..., str]
 
 
-def test_plan_says_the_most_that_it_can_cost_and_creates_nothing(aws: Recorder, account: Account) -> None:
-    assert account
-    text = planned("compute.instances=2", "compute.max_hours=4")
-    assert "on spot instances" in text
-    assert "at most 11.26 USD (1.408 an hour each)" in text
-    assert "at most 0.12 USD an hour" in text
-    assert "at most 0.92 USD in 8 hours" in text
-    assert "at most 83.95 USD a month if it never ended" in text
-    assert "OVER" not in text
-    text = planned("compute.instances=4", "compute.spot=false", "compute.keep_alive_minutes=30", "endpoint.ttl_hours=0")
+@pytest.fixture
+def planned(aws: Recorder, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> Planned:
+    """What a verb prints with --plan, where there is neither a stack nor a run; only reading requests may be sent."""
+    monkeypatch.setattr(runs, "ARTIFACTS", tmp_path / "artifacts")
+    monkeypatch.setattr(subprocess, "run", lambda *words, **_: pytest.fail(f"started {words}"))
+    for variable in ("COMPUTE__INSTANCE_TYPE", "MONITORING__INSTANCE_TYPE", "COMPUTE__PROCESS_INSTANCE_TYPE"):
+        monkeypatch.setenv(variable, "ml.g5.xlarge" if variable == "COMPUTE__INSTANCE_TYPE" else "ml.m5.large")
+    assert settings
+
+    def run(verb: str, *words: str, over: bool = False) -> str:
+        monkeypatch.setattr(sys, "argv", [verb, "--plan", "--yes", "--set", "aws.region=us-east-1", *words])
+        aws.clear()
+        with pytest.raises(UserError if over else Finished) as ended:
+            BILLING[verb].main()
+        assert not over or "over aws.budget_usd" in str(ended.value)
+        assert [operation for operation, _ in aws if not operation.startswith(READS)] == []
+        assert not (tmp_path / "artifacts").exists()
+        out = str(capsys.readouterr().out)
+        assert ("PLAN=1: nothing was created" in out) != over
+        return out
+
+    return run
+
+
+@pytest.mark.parametrize("verb", BILLING)
+def test_plan_of_every_verb_that_bills_says_the_most_and_creates_nothing(verb: str, planned: Planned) -> None:
+    """Before there is a stack, data or a run; --yes and all the rest change nothing."""
+    text = planned(verb, "--set", "tuning.max_jobs=2")
+    assert text.partition("note: ")[2].partition("\n")[2].count(" in us-east-1")
+    assert re.search(r"\d\.\d\d USD", text)
+    assert f"there is no stack {NAME}" in text
+    assert "USD" in planned(verb, "--set", "aws.budget_usd=0.01", over=True)
+
+
+@pytest.mark.parametrize("verb", BILLING)
+def test_plan_of_an_unknown_price_is_over_budget(verb: str, planned: Planned, aws: Recorder) -> None:
+    aws.answers["GetProducts"] = refused("AccessDeniedException")
+    text = planned(verb, over=True)
+    assert "a price that is not known" in text or "an unknown price" in text
+
+
+def test_plan_with_the_stack_looks_and_touches_nothing(
+    planned: Planned, aws: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Account, "stack", lambda _: STACK)
+    make_endpoint(NAME)
+    for verb in BILLING:
+        assert STACK.repository in planned(verb, "--set", "tuning.max_jobs=2") or verb in ("pipeline", "monitor")
+    assert aws
+
+
+def test_plan_says_what_the_settings_make_of_it(planned: Planned) -> None:
+    text = planned("train", "--set", "compute.instances=2")
+    assert "2 x ml.g5.xlarge spot, cheaper than the price below, 8 hours with waiting, 50 GB each, 4 hours" in text
+    assert "costs at most 11.26 USD (1.408 USD an hour each)" in text
+    warm = ("compute.instances=4", "compute.spot=false", "compute.keep_alive_minutes=30", *NETWORK)
+    text = planned("train", *(word for setting in warm for word in ("--set", setting)), over=True)
     assert "spot" not in text
-    assert "4.5 hours at most, with 30 minutes of warm pool" in text
-    assert "at most 25.34 USD (1.408 an hour each); OVER aws.budget_usd (20 USD)" in text
-    assert "83.95 USD a month, and nothing ends it; OVER" in text
-    text = planned("endpoint.type=async", "endpoint.max_instances=3")
-    assert "up to 3 under load" in text
-    assert "at most 0.30 USD an hour (0.100 an hour each)" in text
-    text = planned("endpoint.type=serverless", "endpoint.memory_mb=4096", "endpoint.max_concurrency=5")
-    assert "at most 1.44 USD an hour (0.288 an hour each)" in text
-    assert "unknown number of USD; OVER" in planned("compute.instance_type=ml.p5.48xlarge")
-    assert {operation for operation, _ in aws} == {"GetProducts"}
+    assert "inside the VPC of aws.subnets on 4 x" in text
+    assert "4.5 hours at most with 30 minutes of warm pool" in text
+    assert "at most 25.34 USD" in text
+    text = planned("deploy")
+    assert "0.12 USD an hour at most, 0.92 USD until it deletes itself after 8 hours, 83.95 USD a month" in text
+    assert "never deletes itself" in planned("deploy", "--set", "endpoint.ttl_hours=0", over=True)
+    text = planned("deploy", "--type", "async", "--set", "endpoint.max_instances=3")
+    assert "at most 3 x ml.m5.large" in text
+    assert "0.30 USD an hour" in text
+    words = ("endpoint.memory_mb=4096", "endpoint.max_concurrency=5")
+    text = planned("deploy", "--type", "serverless", *(word for setting in words for word in ("--set", setting)))
+    assert "1.44 USD an hour" in text
+    assert "bills while it answers" in text
+    assert "costs at most 11.26 USD" in planned("tune", "--set", "tuning.max_jobs=2")
 
 
 def make_endpoint(name: str, tags: list[dict[str, str]] = TAGS, count: int = 1) -> None:

@@ -15,8 +15,6 @@ import boto3
 import pytest
 from botocore.exceptions import ClientError
 from moto.sagemaker.models import sagemaker_backends
-from tests.cloud import KEY, NETWORK, STACK, Recorder, aws, check_golden, refused
-from tests.test_inference import archive, artifact, classifier, photo
 
 from inference import inference
 from payload import RequestError
@@ -27,6 +25,8 @@ from pipelines.endpoint import deploy, expiry, invoke, rollout, shift_traffic
 from pipelines.endpoint import state as endpoints
 from pipelines.local import engine
 from pipelines.terminal import UserError
+from tests.cloud import KEY, NETWORK, STACK, Recorder, aws, check_golden, refused
+from tests.test_inference import archive, artifact, classifier, photo
 
 __all__ = ["archive", "artifact", "aws", "classifier"]  # fixtures
 NAME = project.name()
@@ -127,7 +127,7 @@ def settings(*overrides: str) -> config.Settings:
 
 def run(*overrides: str, **options: Any) -> None:
     names = ("run", "job", "package", "artifact", "endpoint", "weight", "rollback")
-    given = dict.fromkeys(names) | {"yes": True} | options
+    given = dict.fromkeys(names) | {"yes": True, "plan": False} | options
     deploy.deploy(Account(settings(*overrides)), Namespace(**given))
 
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 from botocore.exceptions import ClientError
-from tests.cloud import Recorder, aws, check_golden, described, refused
 
 from pipelines import project
 from pipelines import terminal as console
@@ -18,6 +17,7 @@ from pipelines.cloud.account import Account, Stack
 from pipelines.cloud.doctor import Line
 from pipelines.config import Settings, load
 from pipelines.local import engine, images
+from tests.cloud import Recorder, aws, check_golden, described, refused
 
 __all__ = ["aws"]  # a fixture
 NAME, ACCOUNT = project.name(), "123456789012"

@@ -21,10 +21,6 @@ import torch
 from botocore.session import get_session
 from botocore.validate import ParamValidator
 from PIL import Image
-from tests.cloud import KEY, NETWORK, STACK, Recorder, aws, check_golden
-from tests.helpers import CLASSES, Verb, draw
-from tests.test_deploy import NAME, Hosting, hosting, run, settings
-from tests.test_inference import archive, artifact, classifier
 
 import imaging
 from inference import inference
@@ -37,6 +33,10 @@ from pipelines.monitoring import monitor as verb_module
 from pipelines.terminal import UserError
 from processing import monitor
 from processing.preprocess import pack
+from tests.cloud import KEY, NETWORK, STACK, Recorder, aws, check_golden
+from tests.helpers import CLASSES, Verb, draw
+from tests.test_deploy import NAME, Hosting, hosting, run, settings
+from tests.test_inference import archive, artifact, classifier
 from training.config import Hyperparameters, resolve
 from training.data import load_channels
 from training.distributed import World

@@ -1,4 +1,4 @@
-"""`pipeline` and `pipeline-local`: the definition, each request in it, its gate, whole runs of it."""
+"""`pipeline`, `pipeline-local`: the definition, each request in it, its gate, whole runs of it."""
 
 from __future__ import annotations
 
@@ -21,13 +21,9 @@ import pytest
 import yaml
 from botocore.exceptions import ClientError
 from botocore.validate import ParamValidator
-from tests.cloud import KEY, STACK, Recorder, aws, check_golden
-from tests.graph import mermaid
-from tests.helpers import Verb, verb_environment
-from tests.test_training_local import NO_ENGINE
 
 from pipelines import ROOT, config, project, training_pipeline
-from pipelines.cloud import bootstrap_destroy, destroy, inventory, packages, prices
+from pipelines.cloud import destroy, inventory, packages, prices
 from pipelines.cloud.account import Account, Stack
 from pipelines.endpoint import deploy
 from pipelines.pipeline import cloud as pipeline
@@ -35,6 +31,10 @@ from pipelines.pipeline.local import Execution
 from pipelines.registry import package as registry
 from pipelines.terminal import UserError
 from pipelines.training_pipeline import LOCAL, Inputs
+from tests.cloud import KEY, STACK, Recorder, aws, check_golden
+from tests.graph import mermaid
+from tests.helpers import Verb, verb_environment
+from tests.test_training_local import NO_ENGINE
 
 __all__ = ["aws"]  # a fixture
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # the SDK's temporary folder
@@ -152,9 +152,18 @@ def test_the_pipeline_s_role_may_start_its_steps_and_gives_them_the_other_role()
     assert allowed["GiveToSageMaker"]["Resource"] == {"Fn::GetAtt": ["ExecutionRole", "Arn"]}
 
 
+PRINTED = """
+import json, pathlib, tempfile
+from pipelines.config import load
+from pipelines.training_pipeline import LOCAL, Inputs, definition
+with tempfile.TemporaryDirectory() as staged:
+    print(json.dumps(definition(load(), LOCAL, Inputs("s3://local/raw/"), pathlib.Path(staged))))
+"""
+
+
 def test_the_same_sources_give_the_same_bytes_wherever_they_lie(project: Path, tmp_path: Path) -> None:
     def printed(folder: Path) -> str:
-        command = [sys.executable, "-m", "pipelines.training_pipeline"]
+        command = [sys.executable, "-c", PRINTED]
         done = subprocess.run(command, cwd=folder, env=verb_environment(), capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
         return done.stdout
@@ -401,12 +410,12 @@ def test_status_shows_what_executes_and_destroy_stops_it(
     assert f"{NAME}/abc123" in shown
     account.clear()
     with pytest.raises(UserError, match=rf"still there: pipeline run {NAME}/"):
-        bootstrap_destroy.destroy(Account(settings()), everything=True, confirmed=NAME, yes=True)
+        destroy.destroy_stack(Account(settings()), everything=True, confirmed=NAME, yes=True)
     destroy.destroy(Account(settings()), None, yes=True)
     assert "nothing is left that costs by the hour" in capsys.readouterr().out
     check_golden("pipeline_stop", [call for call in account if "Pipeline" in call[0]])
     assert not account.named("DeletePipeline")
-    bootstrap_destroy.destroy(Account(settings()), everything=True, confirmed=NAME, yes=True)
+    destroy.destroy_stack(Account(settings()), everything=True, confirmed=NAME, yes=True)
     assert account.named("DeletePipeline")[0]["PipelineName"] == NAME
 
 

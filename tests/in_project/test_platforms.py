@@ -12,17 +12,18 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from tests.cloud import STACK
-from tests.programs import put_first
 from torch.overrides import TorchFunctionMode
 
 import imaging
+import model
 from pipelines import ROOT, config, environment, project
 from pipelines.cloud import images as image_push
 from pipelines.cloud.account import Account
 from pipelines.local import engine
 from pipelines.local import images as image
-from training import checkpoint, data, loop, model, optim, speed
+from tests.cloud import STACK
+from tests.programs import put_first
+from training import checkpoint, data, loop, optim, speed
 from training.config import Hyperparameters
 from training.distributed import World
 

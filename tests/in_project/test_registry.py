@@ -14,18 +14,18 @@ import boto3
 import pytest
 from botocore.exceptions import ClientError
 from moto.sagemaker.models import SageMakerModelBackend
-from tests.cloud import STACK, Recorder, aws, check_golden
-from tests.test_deploy import NAME, Hosting, hosting, run, settings, written
-from tests.test_inference import archive, artifact, classifier
 
 from pipelines import runs
 from pipelines.cloud import artifact as source
-from pipelines.cloud import bootstrap_destroy, packages, pull, status
+from pipelines.cloud import destroy, packages, pull, status
 from pipelines.cloud.account import Account
 from pipelines.cloud.packages import Package
 from pipelines.registry import approve, register
 from pipelines.registry import package as registry
 from pipelines.terminal import UserError
+from tests.cloud import STACK, Recorder, aws, check_golden
+from tests.test_deploy import NAME, Hosting, hosting, run, settings, written
+from tests.test_inference import archive, artifact, classifier
 
 __all__ = ["archive", "artifact", "aws", "classifier", "hosting"]  # fixtures
 FIRST, SECOND = "20261121-093000-a1b2", "20261121-103000-a1b2"
@@ -261,7 +261,7 @@ def test_everything_is_removed_only_with_all(calls: Recorder, capsys: pytest.Cap
     order: list[str] = []
     for operation in ("DeleteModelPackage", "DeleteModelPackageGroup"):
         calls.answers[operation] = lambda asked: order.append("/".join(str(v) for v in asked.values()))
-    bootstrap_destroy._delete_registry(Account(settings()), NAME)
+    destroy._delete_registry(Account(settings()), NAME)
     arn = f"arn:aws:sagemaker:us-east-1:123456789012:model-package/{NAME}"
     assert order == [f"{arn}/2", f"{arn}/1", NAME]
     assert f"deleted the model registry {NAME} with 2 packages" in capsys.readouterr().out
@@ -269,7 +269,7 @@ def test_everything_is_removed_only_with_all(calls: Recorder, capsys: pytest.Cap
 
 @pytest.mark.usefixtures("calls")
 def test_nothing_registered_is_nothing_to_delete() -> None:
-    bootstrap_destroy._delete_registry(Account(settings()), NAME)
+    destroy._delete_registry(Account(settings()), NAME)
 
 
 def test_the_local_registry_has_the_same_fields(calls: Recorder, tmp_path: Path) -> None:

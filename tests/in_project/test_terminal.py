@@ -15,17 +15,17 @@ import time
 from pathlib import Path
 
 import pytest
-from tests.cloud import STACK, Recorder, aws
-from tests.helpers import verb_environment
-from tests.programs import put_first
-from tests.test_training_local import NO_ENGINE, SHORT
 
+import progress
 from pipelines import config
 from pipelines.cloud import storage
 from pipelines.cloud.account import Account
 from pipelines.local import view as local_view
-from processing import progress
 from processing.preprocess import pack
+from tests.cloud import STACK, Recorder, aws
+from tests.helpers import verb_environment
+from tests.programs import put_first
+from tests.test_training_local import NO_ENGINE, SHORT
 
 __all__ = ["aws"]
 COLUMNS = 80
@@ -50,14 +50,14 @@ def screen(written: str) -> list[str]:
     return [line for line in lines if line]
 
 
-def on_a_terminal(project: Path, module: str, *arguments: str, **environment: str) -> tuple[str, list[str]]:
+def on_a_terminal(project: Path, verb: str, *arguments: str, **environment: str) -> tuple[str, list[str]]:
     """Run a verb on a terminal of 80 columns; what it wrote, and what is to be seen in the end."""
     main, side = pty.openpty()
     fcntl.ioctl(side, termios.TIOCSWINSZ, struct.pack("HHHH", 40, COLUMNS, 0, 0))
     variables = {**verb_environment(), "TERM": "xterm-256color", "NO_COLOR": "1", "PYTHONUTF8": "1", **environment}
     for name in ("COLUMNS", "LINES"):
         variables.pop(name, None)
-    command = [sys.executable, "-m", "pipelines", name, *arguments]
+    command = [sys.executable, "-m", "pipelines", verb, *arguments]
     with subprocess.Popen(command, cwd=project, env=variables, stdin=side, stdout=side, stderr=side) as process:
         os.close(side)
         written = b""
@@ -89,7 +89,7 @@ def test_bars_and_tables_on_a_terminal(project: Path, raw: Path) -> None:
     _, lines = on_a_terminal(project, "data", "--data", str(raw))
     bar("packing", 60, "images", lines)
     words = ["--data", str(raw), "--mode", "process", *SHORT]
-    written, lines = on_a_terminal(project, "train_local", *words, **NO_ENGINE)
+    written, lines = on_a_terminal(project, "train-local", *words, **NO_ENGINE)
     epochs = [line for line in lines if "epoch=" in line]
     assert epochs, lines
     assert all(re.fullmatch(r"epoch=\d+( \w+=[\d.]+){3} \d+ images/s", line) for line in epochs), epochs

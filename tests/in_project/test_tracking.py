@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.helpers import Verb, verb_environment
 
 from pipelines import ROOT
+from tests.helpers import Verb, verb_environment
 from training import board
 
 RUN = "20261121-093000-a1b2"
@@ -88,7 +88,7 @@ def test_a_run_is_logged_whole_and_once(run: Path, project: Path, verb: Verb) ->
 def test_a_run_that_was_logged_half_is_completed(call: str, project: Path, verb: Verb) -> None:
     """A kill at each place in between, and after the first half of the metrics."""
     code = (
-        "import os, sys, mlflow, pipelines.track as track; track.BATCH = 4; count = 0\n"
+        "import os, sys, mlflow, pipelines.tracking.track as track; track.BATCH = 4; count = 0\n"
         f"real = mlflow.MlflowClient.{call}\n"
         "def killed(*words, **options):\n"
         "    global count; count += 1\n"
@@ -189,7 +189,7 @@ STORES = {
 @needs_mlflow
 @pytest.mark.parametrize(("store", "reason"), STORES.values(), ids=STORES, indirect=["store"])
 def test_a_slow_or_lying_store_costs_seconds_and_one_line(store: str, reason: str, run: Path, project: Path) -> None:
-    code = "import pipelines.track as track; track.PATIENCE = 8.0; raise SystemExit(track.main())"
+    code = "import pipelines.tracking.track as track; track.PATIENCE = 8.0; raise SystemExit(track.main())"
     environment = verb_environment() | {"MLFLOW_TRACKING_URI": store, "MLFLOW_HTTP_REQUEST_TIMEOUT": "2"}
     command = [sys.executable, "-c", code, "--optional"]
     done = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True, timeout=60)
@@ -256,7 +256,7 @@ def test_an_arn_is_a_signed_conversation_with_sagemaker(
     run: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """MLflow's own server in this process behind AWS's plugin: what is sent is understood, signed and kept once."""
-    track: Any = importlib.import_module("pipelines.track")
+    track: Any = importlib.import_module("pipelines.tracking.track")
     import mlflow
     import requests
     from mlflow.server import app, handlers

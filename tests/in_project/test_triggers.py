@@ -11,6 +11,11 @@ from typing import Any
 import boto3
 import pytest
 import yaml
+
+from pipelines import ROOT, config
+from pipelines.cloud import stack, status
+from pipelines.cloud.account import Account
+from pipelines.terminal import UserError
 from tests.cloud import GOLDEN, Recorder, aws
 from tests.test_bootstrap import (
     ACCOUNT,
@@ -23,11 +28,6 @@ from tests.test_bootstrap import (
     make,
     statements,
 )
-
-from pipelines import ROOT, config
-from pipelines.cloud import stack, status
-from pipelines.cloud.account import Account
-from pipelines.terminal import UserError
 
 __all__ = ["_no_pauses_and_outputs", "aws"]
 pytestmark = pytest.mark.filterwarnings("ignore:Tried to parse:UserWarning")  # moto has not every resource

@@ -16,17 +16,18 @@ from typing import Any
 
 import boto3
 import pytest
-from tests.cloud import KEY, NETWORK, Recorder, aws, check_golden, refused
-from tests.helpers import Verb, verb_environment
-from tests.test_cloud_training import account, settings
 
-from pipelines.cloud import destroy, inventory, plan
+from pipelines import project
+from pipelines.cloud import destroy, inventory
 from pipelines.cloud.account import Account
 from pipelines.local import engine
 from pipelines.terminal import UserError
 from pipelines.tuning import cloud as tune
 from pipelines.tuning import local as tune_local
 from pipelines.tuning import results as tuning
+from tests.cloud import KEY, NETWORK, Recorder, aws, check_golden, refused
+from tests.helpers import Verb, verb_environment
+from tests.test_cloud_training import account, settings
 
 __all__ = ["account", "aws"]  # fixtures
 pytestmark = pytest.mark.filterwarnings(
@@ -75,14 +76,14 @@ def test_tuning_requests(search: Recorder, name: str, overrides: list[str]) -> N
     assert len(request["HyperParameterTuningJobName"]) <= 32
 
 
-@pytest.mark.parametrize("project", ["cats", "a-classifier-of-many-big-cats", "a-classifier-of-ca-and-of-dogs"])
-def test_names_fit_into_the_limit(monkeypatch: pytest.MonkeyPatch, project: str) -> None:
-    monkeypatch.setattr(project, "name", lambda: project)
+@pytest.mark.parametrize("called", ["cats", "a-classifier-of-many-big-cats", "a-classifier-of-ca-and-of-dogs"])
+def test_names_fit_into_the_limit(monkeypatch: pytest.MonkeyPatch, called: str) -> None:
+    monkeypatch.setattr(project, "name", lambda: called)
     name = tune.new_name()
     assert len(name) <= 32
     assert re.fullmatch(r"[a-z](-?[a-z0-9])+-\d{12}", name)
     assert name.startswith(f"{project.tuning_prefix()}-")
-    assert project.startswith(project.tuning_prefix())
+    assert called.startswith(project.tuning_prefix())
 
 
 @pytest.mark.parametrize(
@@ -258,12 +259,6 @@ def test_status_shows_a_search_that_runs_and_destroy_stops_it(
     destroy.destroy(Account(settings()), None, yes=True)
     assert search.named("StopHyperParameterTuningJob") == [{"HyperParameterTuningJobName": NAME}]
     assert "nothing is left" in capsys.readouterr().out
-
-
-def test_plan_has_a_line_for_tuning(search: Recorder) -> None:
-    (line,) = plan.tuning(Account(settings()))
-    assert line.startswith("make tune: at most 8 such jobs without warm pools, at most 48.00 USD; OVER aws.budget_usd")
-    assert search
 
 
 def downloaded(uri: str, folder: Path) -> None:

@@ -71,9 +71,10 @@ def deploy(account: Account, options: Namespace) -> None:
     print(f"{name} is in service, its {len(model.samples)} golden samples agree within {difference:.4f}")
     print(f"  {state.link(account, name)}")
     print(f"  {terminal.command('invoke', IMAGE='path/to/an/image', ENDPOINT=name)}")
+    if plan.weight and Path(__file__).with_name("shift_traffic.py").exists():
+        print(f"  {terminal.command('shift-traffic', VARIANT=SECOND, WEIGHT=50, ENDPOINT=name)}")
     if plan.weight:
-        shift = terminal.command("shift-traffic", VARIANT=SECOND, WEIGHT=50, ENDPOINT=name)
-        print(f"  {shift}; `make deploy` goes back to one variant")
+        print("  `make deploy` goes back to one variant")
     print(f"  it {ends}; {remove}", flush=True)
 
 
@@ -168,19 +169,17 @@ def _agree(account: Account, plan: Plan, label: str, yes: bool, only_plan: bool)
     each = [prices.cost(prices.hourly(account, kind, machine), count) for count, machine in fleet]
     hourly = None if None in each else sum(cost or 0.0 for cost in each)
     hours = (chosen.ttl_hours or prices.MONTH) + (rollout.UPDATE_HOURS if update else 0)
+    month, where = f"{prices.usd(hourly, prices.MONTH)} a month", prices.where(settings)
+    end = f"until it deletes itself after {chosen.ttl_hours:g} hours, {month} if it never did"
     lines = [
-        f"{'update' if update else 'create'} the {chosen.type} endpoint {plan.name} in {prices.where(account.settings)}: {label}"
+        f"{'update' if update else 'create'} the {chosen.type} endpoint {plan.name} in {where}: {label}"
         f"{f' as {SECOND} for {plan.weight} % of the requests' if plan.weight else ''}",
         f"  on {' and '.join(f'at most {count} x {machine}' for count, machine in fleet)}, in "
         f"{'the image of the package' if plan.package else plan.image}",
-        f"  {prices.usd(hourly)} an hour at most, {prices.usd(hourly, hours)} "
-        + (
-            f"until it deletes itself after {chosen.ttl_hours:g} hours, {prices.usd(hourly, prices.MONTH)} a month if it "
-            "never ended"
-            if chosen.ttl_hours
-            else "a month"
-        ),
+        f"  {prices.usd(hourly)} an hour at most, {prices.usd(hourly, hours)} {end if chosen.ttl_hours else 'a month'}",
     ]
+    if kind == "serverless":
+        lines.append("  it bills while it answers: that is the price of so many requests at once all the time")
     if not chosen.ttl_hours:
         lines.append(
             f"  WARNING: endpoint.ttl_hours is 0: it never deletes itself and costs {prices.usd(hourly, 24)} a day"
