@@ -1,6 +1,6 @@
 # The template's own verbs. The generated project has a Makefile of its own.
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-faults test-hosts lint bench record
+.PHONY: help demo test test-faults test-hosts try lint bench bench-train bench-serve record picture
 
 PYTHON ?= python3
 READY := .venv/.ready
@@ -24,6 +24,9 @@ demo: $(READY) ## bake the template into build/ and there: data, train-local, ev
 	@echo "in $(PROJECT):"
 	@cd $(PROJECT) && .venv/bin/python -c "from pipelines import runs; print(runs.describe(runs.find(None)))"
 
+try: $(READY) ## lint, types and tests of one room in about a minute: ROOM=cloud (without Docker; `make test` runs everything)
+	@.venv/bin/python -m tests.room "$$ROOM"
+
 test: $(READY) ## tests of the template, and those of the project that it generates
 	@.venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not faults and not hosts" $(ARGS)
 
@@ -33,14 +36,24 @@ test-faults: $(READY) ## kills, truncated checkpoints, full disks and hung peers
 test-hosts: $(READY) ## the handlers under Ray Serve, and under TorchServe with the PyTorch toolkit, which needs Java 17
 	@.venv/bin/python -m pytest -m hosts $(ARGS)
 
-bench: $(READY) ## start-up, the loop and the server, and others of their kind: keeps docs/benchmarks.md (ARGS="--runs 5")
+bench: $(READY) ## all benchmarks: start-up, training, other loaders, scaling, serving: keeps docs/benchmarks.md (ARGS="--rounds 5")
 	@.venv/bin/python benchmarks/startup.py $(ARGS)
+	@.venv/bin/python benchmarks/train.py $(ARGS)
 	@.venv/bin/python benchmarks/loaders.py $(ARGS)
 	@.venv/bin/python benchmarks/scaling.py $(ARGS)
-	@.venv/bin/python benchmarks/serving.py $(ARGS)
+	@.venv/bin/python benchmarks/serve.py $(ARGS)
+
+bench-train: $(READY) ## what training costs here, alone (ARGS="--rounds 5", ARGS="--cifar10 FOLDER")
+	@.venv/bin/python benchmarks/train.py $(ARGS)
+
+bench-serve: $(READY) ## what serving costs here, and other servers (ARGS="--rounds 5 --runs 2", ARGS="--soak 10")
+	@.venv/bin/python benchmarks/serve.py $(ARGS)
 
 record: $(READY) ## record README's commands in a terminal: keeps docs/recording.svg
 	@.venv/bin/uv run --quiet --no-project --python .venv/bin/python --with "pyte>=0.8,<0.9" benchmarks/record.py
+
+picture: $(READY) ## the top of the report that `make demo` wrote, for the READMEs; needs Chromium
+	@.venv/bin/python benchmarks/picture.py
 
 lint: $(READY) ## ruff and mypy on hooks, tests and benchmarks (the generated project is linted by the tests)
 	@.venv/bin/ruff check .

@@ -1,16 +1,16 @@
 """The generated project's loop against ImageFolder with workers, Lightning and timm's loader, in one run.
 
-    python benchmarks/loaders.py --runs 5
+    .venv/bin/python benchmarks/loaders.py --rounds 5       # a part of `make bench`
 
-Bakes the default project into a temporary folder, adds Lightning and timm to its environment, and there runs itself
-again (`--inside`) and `make bench`. Needs the network for the packages only. Each contender trains the same network
-with the same optimizer, precision and batch from the same JPEG files; ours packs them once, before, in the time shown.
+Bakes a project, adds Lightning and timm to its environment, and measures there. Needs the network for these only.
+Each contender trains the same network with the same optimizer, precision and batch from the same JPEG files; ours packs
+them once, before, in the time shown.
 """
 
 from __future__ import annotations
 
 import functools
-import json
+import importlib.metadata
 import os
 import subprocess
 import sys
@@ -20,27 +20,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from page import arguments, bake, keep, run_inside, spread
+from page import Book, again, bake, enter, parser, spread
 
-# Model, pixels a side of the files and of the training images, batch, steps an epoch.
-CASES = (("cnn", 32, 32, 128, 30), ("resnet18", 256, 64, 32, 20))
-CLASSES = 10
+Case = tuple[str, int, int, int, int]  # model, pixels a side of the files and of the images, batch, steps an epoch
+CASES: tuple[Case, ...] = (("cnn", 32, 32, 128, 30), ("resnet18", 256, 64, 32, 20))
 MEAN = STD = (0.5, 0.5, 0.5)
-
-
-def write_jpegs(folder: Path, size: int, images: int) -> None:
-    """Random low-frequency patterns of `size` pixels as JPEG files of quality 90, a folder a class."""
-    import numpy as np
-    from PIL import Image
-
-    random = np.random.default_rng(size)
-    for split, count in {"train": images, "val": 50, "test": CLASSES}.items():
-        for number in range(count):
-            label = number % CLASSES
-            (folder / split / f"class{label}").mkdir(parents=True, exist_ok=True)
-            grid = random.integers(0, 156, size=(9, 9, 3)) + np.array([label, 5, CLASSES - label]) * 9
-            picture = Image.fromarray(grid.astype(np.uint8)).resize((size, size), Image.Resampling.BICUBIC)
-            picture.save(folder / split / f"class{label}" / f"{number:06d}.jpg", quality=90)
 
 
 class Step:
@@ -48,8 +32,9 @@ class Step:
 
     def __init__(self, hyperparameters: Any, size: int) -> None:
         import torch
-        from training.loop import autocast
+        from material import CLASSES
         from model import build_model
+        from training.loop import autocast
         from training.optim import build_optimizer
 
         torch.manual_seed(0)
@@ -146,17 +131,19 @@ def lightning_seconds(batches: Any, step: Step) -> Callable[[], float]:
     return epoch
 
 
-def compete(case: tuple[str, int, int, int, int], folder: Path, rounds: int) -> Iterator[tuple[str, list[float]]]:
+def compete(case: Case, folder: Path, rounds: int) -> Iterator[tuple[str, list[float]]]:
     """Images a second of each contender, a value a round; the contenders take turns in every round."""
+    from material import CLASSES, write_images
+    from model import best_device, build_model
     from processing.preprocess import pack
     from training.config import Hyperparameters, resolve
     from training.data import load_channels
     from training.distributed import World
     from training.loop import fit
-    from model import best_device, build_model
 
     name, stored, size, batch, steps = case
-    write_jpegs(folder / "raw", stored, batch * steps)
+    counts = {"train": batch * steps, "val": 5 * CLASSES, "test": CLASSES}
+    write_images(folder / "raw", stored, counts, 9, ".jpg")
     started = time.perf_counter()
     pack(folder / "raw", folder / "packed", size)
     packing = time.perf_counter() - started
@@ -187,14 +174,14 @@ def compete(case: tuple[str, int, int, int, int], folder: Path, rounds: int) -> 
     yield "packing", [packing]
 
 
-def inside(project: Path, rounds: int) -> None:
-    """Run all cases with the packages and the code of a baked project; the last line printed is JSON."""
-    sys.path[:0] = [str(project / "src")]
+def measure(cases: tuple[Case, ...], rounds: int) -> str:
+    """Versions and tables, with the packages and the code of the project."""
+    names = ("torch", "torchvision", "lightning", "timm")
     results = {}
-    for case in CASES:
+    for case in cases:
         with tempfile.TemporaryDirectory() as folder:
             results["/".join(map(str, case))] = dict(compete(case, Path(folder), rounds))
-    print(json.dumps(results))
+    return f"{', '.join(f'{name} {importlib.metadata.version(name)}' for name in names)}\n{table(results)}"
 
 
 def table(results: dict[str, dict[str, list[float]]]) -> str:
@@ -214,28 +201,21 @@ def table(results: dict[str, dict[str, list[float]]]) -> str:
     return text
 
 
-def main() -> None:
-    """Measure and keep two sections of docs/benchmarks.md."""
-    options = arguments("The generated project's loop against others.")
-    if options.inside:
-        inside(options.inside, options.runs)
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        project, python = bake(folder)
-        command = [python, "-m", "benchmarks.train", "--rounds", str(options.runs)]
-        bench = subprocess.run(command, cwd=project, check=True, stdout=subprocess.PIPE, text=True).stdout
-        facts, _, rest = bench[bench.index("\ndate: ") :].partition("\n\n|")
-        rows = rest.partition("\n\n")[0]
-        conditions = "".join(f"- {line}\n" for line in facts.strip().splitlines())
-        keep("The generated project's `make bench`", f"{conditions}\n|{rows}")
+def main() -> int:
+    """Measure and keep a section of docs/benchmarks.md."""
+    options = parser("The generated project's loop against others.").parse_args()
+    if options.project is None:
+        project, python = bake()
         uv = str(Path(sys.executable).with_name("uv"))
         subprocess.run([uv, "pip", "install", "--quiet", "--python", python, "lightning", "timm"], check=True)
-        results = run_inside(python, __file__, project, options.runs)
-        names = "import importlib.metadata as m; print(', '.join(f'{n} {m.version(n)}' for n in "
-        names += "('torch', 'torchvision', 'lightning', 'timm')))"
-        versions = subprocess.run([python, "-c", names], check=True, stdout=subprocess.PIPE, text=True).stdout
-        keep("Against other loaders and loops", f"{versions}{table(results)}")
+        return again(python, project)
+    enter(options.project)
+    cases = tuple((name, stored, size, 8, 2) for name, stored, size, _, _ in CASES) if options.quick else CASES
+    text = measure(cases, 1 if options.quick else max(options.rounds, 1))
+    Book.of(options).keep("Against other loaders and loops", text)
+    print(text)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

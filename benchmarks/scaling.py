@@ -1,9 +1,9 @@
 """What more than one device meets: a ResNet-50 step, the exchange of its gradients, and what the data path gives.
 
-    python benchmarks/scaling.py --runs 5
+    .venv/bin/python benchmarks/scaling.py --rounds 5       # a part of `make bench`
 
-Bakes the default project into a temporary folder and runs itself there (`--inside`); on a CPU with gloo, so that the
-numbers say what this code costs, not what a GPU reaches. `docs/scaling.md` of the generated project counts with them.
+Bakes a project and measures there; on a CPU with gloo, so that the numbers say what this code costs, not what a GPU
+reaches. `docs/scaling.md` of the generated project counts with them.
 """
 
 from __future__ import annotations
@@ -18,18 +18,17 @@ import time
 from pathlib import Path
 from typing import Any
 
-from page import arguments, bake, keep, run_inside, spread
+from page import Book, Measured, again, bake, enter, parser, spread
 
 SIZE, BATCH, IMAGES = 224, 16, 4096
-Measured = dict[str, list[float]]
 
 
 def resnet50(rounds: int) -> Measured:
     """Seconds of one training step at 224 pixels, batch 16, and the bytes of its gradients."""
     import torch
+    from model import build_model
     from training.config import Hyperparameters
     from training.loop import autocast
-    from model import build_model
     from training.optim import build_optimizer
 
     model = build_model("resnet50", 1000, SIZE).to(memory_format=torch.channels_last).train()
@@ -115,25 +114,22 @@ def data_path(rounds: int, folder: Path) -> Measured:
             "pixels at 224 pixels, random rows from this machine's disk, images/s": speeds["disk"]}  # fmt: skip
 
 
-def inside(project: Path, rounds: int) -> None:
-    """Measure with the packages and the code of a baked project; the last line printed is JSON."""
-    sys.path[:0] = [str(project / "src")]
-    with tempfile.TemporaryDirectory() as folder:
-        print(json.dumps(resnet50(rounds) | all_reduce(rounds, Path(folder)) | data_path(rounds, Path(folder))))
-
-
-def main() -> None:
+def main() -> int:
     """Measure and keep a section of docs/benchmarks.md."""
-    options = arguments("What a step of ResNet-50 costs and its gradients send.")
-    if options.inside:
-        inside(options.inside, options.runs)
-        return
+    options = parser("What a step of ResNet-50 costs and its gradients send.").parse_args()
+    if options.project is None:
+        project, python = bake()
+        return again(python, project)
+    enter(options.project)
+    rounds = 1 if options.quick else max(options.rounds, 1)
     with tempfile.TemporaryDirectory() as folder:
-        project, python = bake(folder)
-        measured = run_inside(python, __file__, project, options.runs)
+        measured = resnet50(rounds) | all_reduce(rounds, Path(folder)) | data_path(rounds, Path(folder))
     rows = "".join(f"| {name} | {spread(values)} |\n" for name, values in measured.items())
-    keep("What scaling is counted from", f"| | median (range) |\n|---|---:|\n{rows}")
+    text = f"| | median (range) |\n|---|---:|\n{rows}"
+    Book.of(options).keep("What scaling is counted from", text)
+    print(text)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,194 +1,138 @@
-"""What the server costs on this machine: CPU a request over that of the bare handlers, throughput, latency, start.
+"""What the server costs on this machine, and what others cost: CPU a request over that of the bare handlers, and more.
 
-    make bench-serve                               # ARGS="--small" adds a network of 32 pixels, which has no limit
+    make bench-serve                               # ARGS="--rounds 2 --runs 1 --small": also a network of 32 pixels
     make bench-serve ARGS="--soak 10"              # instead: so many minutes of more clients than the server lets in
 
-CPU is user and system time of the server's whole process tree, from /proc (so Linux only); the clients' does not count.
-Bare handlers are called in a process of their own, with as many torch threads. Each round has a fresh server and fresh
-bare handlers; each load on the server lies between two loads on the handlers and is compared with their mean.
-Prints a table (median, lowest and highest of all rounds), puts it into `benchmarks/results.json` beside what others
-wrote there, and ends with exit code 1 where the median of a ratio is above its limit.
+Each round has a fresh server and fresh bare handlers; each load on the server lies between two loads on the handlers
+and is compared with their mean. The exit code is 1 where the median of a ratio is above its limit. Then `--runs` rounds
+of the same with TorchServe under SageMaker's PyTorch toolkit, and with Ray Serve (`--runs 0`: none). These two get
+environments of their own in `.cache/hosts`, as for `make test-hosts`, which needs the network and Java; they serve the
+same artifact and handlers with their own number of workers and a torch thread in each. CPU and memory come from /proc,
+so it runs on Linux only.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import http.client
+import functools
 import importlib.metadata
-import socket
+import os
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from benchmarks.train import machine, publish  # isort: skip  (it puts src on the path)
-from benchmarks.process import ROOT, Measured, children, cpu_seconds, make_artifact, memory_mb
-from inference.serve import Settings
-from pipelines.local import serve as serve_local
+from page import TEMPLATE, Book, Measured, again, bake, enter, parser, spread
+from tree import memory_mb
 
-KIND = "application/x-image"
+TITLE, OTHERS_TITLE = "What serving costs: `make bench-serve`", "Against other servers"
 CASES = {"serve": ("resnet18", 224), "serve.small": ("cnn", 32)}  # model, pixels a side
 LIMITS = {"serve.cpu_over_bare_c1": 1.20, "serve.cpu_over_bare_c8": 1.10}
-Host = Callable[[Path, int], contextlib.AbstractContextManager[Any]]  # serves a folder's artifact on a port
 GROWTH = 1.05  # of memory, from the second quarter of a soak to its last
-BARE = """
-import sys, time
-sys.path.insert(0, "src")
-from pathlib import Path
-import torch
-from inference.batcher import import_handlers
-folder, threads, photo, kind = Path(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4]
-handlers, body = import_handlers(folder / "code"), photo.read_bytes()
-torch.set_num_threads(threads)
-model = handlers.model_fn(str(folder))
-for seconds in sys.stdin:
-    requests, end = 0, time.perf_counter() + float(seconds)
-    while time.perf_counter() < end:
-        handlers.output_fn(handlers.predict_fn(handlers.input_fn(body, kind), model), "application/json")
-        requests += 1
-    print(requests, flush=True)
-"""
+OTHERS = {"TORCHSERVE_PYTHON": "torchserve", "RAY_PYTHON": "ray"}  # variable with the interpreter, name of the host
+ROWS = {
+    "CPU of a request over the bare handlers, 1 client": ("cpu_over_bare_c1", 2),
+    "the same, 8 clients": ("cpu_over_bare_c8", 2),
+    "requests/s, 1 client": ("requests_per_second_c1", 1),
+    "requests/s, 8 clients": ("requests_per_second_c8", 1),
+    "p50, 1 client, ms": ("p50_ms_c1", 0),
+    "p99, 1 client, ms": ("p99_ms_c1", 0),
+    "p50, 8 clients, ms": ("p50_ms_c8", 0),
+    "p99, 8 clients, ms": ("p99_ms_c8", 0),
+    "from the start to the first answer of all workers, s": ("cold_start_seconds", 1),
+    "memory, MB": ("memory_mb", 0),
+}
 
 
-def fire(port: int, body: bytes, clients: int, seconds: float) -> list[tuple[int | str, float]]:
-    """Let clients send one request after the other, each on a connection of its own that stays open.
+def hosts() -> dict[str, str]:
+    """The interpreters of the other servers' environments, which are made where they are missing, by variable."""
+    if shutil.which("java") is None:
+        sys.exit("error: TorchServe, which this compares with, needs java, which is not on PATH: install it (Debian: "
+                 "apt-get install default-jre-headless), or leave the comparison out with --runs 0")  # fmt: skip
+    threads = os.environ.get("OMP_NUM_THREADS")
+    sys.path.append(str(TEMPLATE))
+    from tests.conftest import host_environment  # which sets the number of threads, for tests
 
-    Returns:
-        Of every request the status, or the error in its place, and the seconds that it took.
-    """
-    answers: list[tuple[int | str, float]] = []
-    end = time.perf_counter() + seconds
-
-    def client(_: int) -> None:
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
-        while (begun := time.perf_counter()) < end:
-            status: int | str
-            rest = 0.0
-            try:
-                connection.request("POST", "/invocations", body, {"Content-Type": KIND})
-                response = connection.getresponse()
-                response.read()
-                status, rest = response.status, float(response.headers.get("Retry-After", 0))
-            except (OSError, http.client.HTTPException) as error:
-                status = repr(error)
-                connection.close()
-                rest = 0.1
-            answers.append((status, time.perf_counter() - begun))
-            time.sleep(rest)
-        connection.close()
-
-    with ThreadPoolExecutor(clients) as pool:
-        list(pool.map(client, range(clients)))
-    return answers
+    if threads is None:
+        os.environ.pop("OMP_NUM_THREADS", None)
+    uv, found = str(Path(sys.executable).with_name("uv")), {}
+    for variable, name in OTHERS.items():
+        found[variable] = str(host_environment(name))
+        subprocess.run([uv, "pip", "install", "--quiet", "--python", found[variable], "torchvision"], check=True)
+    return found
 
 
-def measure(roots: Iterable[int], port: int, body: bytes, clients: int, seconds: float) -> dict[str, float]:
-    """What so many clients cost the server and see; every answer must be 200."""
-    before, started = cpu_seconds(roots), time.perf_counter()
-    answers = fire(port, body, clients, seconds)
-    passed, cpu = time.perf_counter() - started, cpu_seconds(roots) - before
-    statuses = Counter(status for status, _ in answers)
-    if set(statuses) != {200}:
-        sys.exit(f"error: {clients} clients got {dict(statuses)}; every answer must be 200")
-    latencies = sorted(latency for _, latency in answers)
-    return {
-        "cpu_ms": 1000 * cpu / len(latencies),
-        "requests_per_second": len(latencies) / passed,
-        "p50_ms": 1000 * statistics.median(latencies),
-        "p99_ms": 1000 * latencies[int(0.99 * len(latencies))],
+def rounds_of(name: str, rounds: int, seconds: float, folder: Path) -> Measured:
+    """What a case measures, a value a round."""
+    from load import compare
+    from material import make_artifact
+
+    measured: Measured = {}
+    model = make_artifact(folder / name, *CASES[name])
+    print("{} at {} pixels".format(*CASES[name]) + f": {rounds} rounds of {seconds:g} s a load", flush=True)
+    for found in (compare(model, seconds) for _ in range(rounds)):
+        for key, value in found.items():
+            measured.setdefault(f"{name}.{key}", []).append(value)
+    return measured
+
+
+def comparison(case: str, runs: int, seconds: float, folder: Path) -> str:
+    """A Markdown table, a column a server; the servers take turns in every round."""
+    if missing := [variable for variable in OTHERS if not os.environ.get(variable)]:
+        sys.exit(f"error: {missing[0]} names no interpreter of that server's environment; start this as "
+                 "`make bench-serve`, which makes it, or leave the comparison out with --runs 0")  # fmt: skip
+    sys.path.append(str(TEMPLATE / "tests" / "in_project"))
+    from host_ray import ray_host
+    from host_torchserve import torchserve_host
+    from inference.serve import Settings
+    from load import Host, compare, our_server
+    from material import make_artifact
+
+    threads = {"OMP_NUM_THREADS": str(Settings().threads)}
+    python = {name: Path(os.environ[variable]) for variable, name in OTHERS.items()}
+    servers: dict[str, Host] = {
+        "this template": our_server,
+        "TorchServe, PyTorch toolkit": functools.partial(torchserve_host, python["torchserve"], **threads),
+        "Ray Serve, our bridge": functools.partial(ray_host, python["ray"], **threads),
     }
+    results: dict[str, list[dict[str, float]]] = {name: [] for name in servers}
+    model = make_artifact(folder / "others", *CASES[case])
+    for _ in range(runs):
+        for name, server in servers.items():
+            print(f"against others: {name}", flush=True)
+            results[name].append(compare(model, seconds, server))
+    about = [versions(sys.executable, ("torch", "starlette", "uvicorn"))]
+    about += [versions(os.environ[variable], (name, "torch")) for variable, name in OTHERS.items()]
+    return f"{'; '.join(about)}; rounds: {runs}\n\n{table(results)}"
 
 
-class Bare:
-    """The handlers in a process of their own, which computes only while it is asked to."""
-
-    def __init__(self, model: Path, threads: int) -> None:
-        command = [sys.executable, "-c", BARE, str(model), str(threads), str(model.with_name("photo.jpg")), KIND]
-        pipe = subprocess.PIPE
-        self.process = subprocess.Popen(command, cwd=ROOT, stdin=pipe, stdout=pipe, text=True)
-
-    def cpu_ms(self, seconds: float) -> float:
-        """Milliseconds of CPU for a request, over so many seconds."""
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        before = cpu_seconds([self.process.pid])
-        self.process.stdin.write(f"{seconds}\n")
-        self.process.stdin.flush()
-        requests = self.process.stdout.readline()
-        if not requests:
-            sys.exit("error: the bare handlers failed; their messages are above")
-        return 1000 * (cpu_seconds([self.process.pid]) - before) / int(requests)
+def versions(python: str, names: tuple[str, ...]) -> str:
+    """Packages of an interpreter, with their versions."""
+    code = f"import importlib.metadata as m; print(', '.join(f'{{n}} {{m.version(n)}}' for n in {names}))"
+    return subprocess.run([python, "-c", code], check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
 
 
-@contextlib.contextmanager
-def bare_handlers(model: Path, threads: int) -> Iterator[Bare]:
-    """The bare handlers of an artifact, loaded and warm."""
-    bare = Bare(model, threads)
-    try:
-        bare.cpu_ms(0.5)
-        yield bare
-    finally:
-        bare.process.kill()
-        bare.process.communicate()
-
-
-def free_port() -> int:
-    """A port of 127.0.0.1 that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-@contextlib.contextmanager
-def our_server(model: Path, port: int) -> Iterator[int]:
-    """The server as `make serve-local LOCAL_MODE=process` starts it, once it is ready; gives its process."""
-    log = model.with_name("server.log")
-    with log.open("wb") as file:
-        started = time.monotonic()
-        process = subprocess.Popen(serve_local.command(None, model, port), stdout=file, stderr=subprocess.STDOUT)
-    try:
-        while True:
-            with contextlib.suppress(OSError, http.client.HTTPException):
-                if serve_local.ask(port, "GET", "/ping")[0] == 200:
-                    break
-            if process.poll() is not None or time.monotonic() > started + serve_local.PATIENCE:
-                sys.exit(f"error: the server did not get ready:\n{log.read_text(encoding='utf-8')}")
-            time.sleep(0.02)
-        yield process.pid
-    finally:
-        process.terminate()
-        process.wait()
-
-
-def compare(model: Path, seconds: float, host: Host = our_server) -> dict[str, float]:
-    """One round: a server between bare handlers, at one client and at eight."""
-    body, port, others = model.with_name("photo.jpg").read_bytes(), free_port(), children()
-    started = time.monotonic()
-    with host(model, port):
-        found, roots = {"cold_start_seconds": time.monotonic() - started}, children() - others
-        with bare_handlers(model, Settings().threads) as bare:
-            for clients in (8, 1):
-                fire(port, body, clients, min(seconds, 2))  # warms up
-            before = bare.cpu_ms(seconds)
-            for clients in (1, 8):
-                cost = measure(roots, port, body, clients, seconds)
-                after = bare.cpu_ms(seconds)
-                found[f"cpu_over_bare_c{clients}"] = cost["cpu_ms"] / ((before + after) / 2)
-                found |= {f"{name}_c{clients}": value for name, value in cost.items()}
-                before = after
-        return found | {"bare_cpu_ms": before, "memory_mb": memory_mb(roots)}
+def table(results: dict[str, list[dict[str, float]]]) -> str:
+    """A Markdown table, a column a server."""
+    text = f"| median (range) | {' | '.join(results)} |\n|---|{'---:|' * len(results)}\n"
+    for title, (key, digits) in ROWS.items():
+        cells = [spread([each[key] for each in rounds], digits) for rounds in results.values()]
+        text += f"| {title} | {' | '.join(cells)} |\n"
+    return text
 
 
 def soak(model: Path, minutes: float) -> dict[str, float]:
     """Twice as many clients as the server lets in: every answer must be 200 or 503, and its memory must not grow."""
+    from inference.serve import Settings
+    from load import fire, free_port, our_server
+
     body, port, clients = model.with_name("photo.jpg").read_bytes(), free_port(), 2 * Settings().queue
     print(f"saturation: {clients} clients for {minutes:g} minutes", flush=True)
     with our_server(model, port) as pid, ThreadPoolExecutor(1) as pool:
@@ -226,38 +170,51 @@ def above_limits(measured: Measured) -> list[str]:
     ]
 
 
-def main() -> int:
-    """Command line; see the module's docstring."""
-    parser = argparse.ArgumentParser(description="What the server costs on this machine.")
-    parser.add_argument("--rounds", type=int, default=5, help="of each measurement (default: 5)")
-    parser.add_argument("--seconds", type=float, default=4, help="of each load (default: 4)")
-    parser.add_argument("--small", action="store_true", help="also a network of 32 pixels: the overhead shows most")
-    parser.add_argument("--soak", type=float, metavar="MINUTES", help="instead: saturate the server for so long")
-    parser.add_argument("--quick", action="store_true", help="one round of almost nothing: shows only that it works")
-    options = parser.parse_args()
-    if not Path("/proc/self/stat").exists():
-        sys.exit("error: the CPU of a process tree is read from /proc, which this system does not have; run on Linux")
+def measure(options: argparse.Namespace, book: Book) -> int:
+    """Measure inside the project, keep what was found, and give the exit code."""
+    from inference.serve import Settings
+    from material import machine, make_artifact
+
     rounds, seconds = (1, 0.3) if options.quick else (max(options.rounds, 1), options.seconds)
     facts: dict[str, Any] = {"date": f"{datetime.now(UTC):%Y-%m-%d}"} | machine()
     facts |= {"hardware.threads": Settings().threads}
     facts |= {f"versions.{name}": importlib.metadata.version(name) for name in ("starlette", "uvicorn")}
-    measured: Measured = {}
     with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
         if options.soak:
-            found = soak(make_artifact(Path(temporary), *CASES["serve"]), options.soak)
-            publish(facts, {f"serve.soak.{key}": [value] for key, value in found.items()}, options.quick, "serve.soak.")
+            found = soak(make_artifact(folder, *CASES["serve"]), options.soak)
+            soaked = {f"serve.soak.{key}": [value] for key, value in found.items()}
+            book.publish("What a soak shows: `make bench-serve`", facts, soaked, "serve.soak.")
             return 0
-        for prefix in CASES if options.small else ["serve"]:
-            model = make_artifact(Path(temporary) / prefix, *CASES[prefix])
-            print("{} at {} pixels".format(*CASES[prefix]) + f": {rounds} rounds of {seconds:g} s a load", flush=True)
-            for found in (compare(model, seconds) for _ in range(rounds)):
-                for key, value in found.items():
-                    measured.setdefault(f"{prefix}.{key}", []).append(value)
-    publish(facts | {"rounds": rounds}, measured, options.quick, "serve.")
+        measured: Measured = {}
+        for name in CASES if options.small else ["serve"]:
+            measured |= rounds_of(name, rounds, seconds, folder)
+        book.publish(TITLE, facts | {"rounds": rounds}, measured, "serve.")
+        if options.runs:
+            text = comparison("serve.small" if options.quick else "serve", options.runs, seconds, folder)
+            book.keep(OTHERS_TITLE, text)
+            print(text, flush=True)
     wrong = [] if options.quick else above_limits(measured)
     for each in wrong:
         print(f"error: {each}", file=sys.stderr)
-    return bool(wrong)
+    return int(bool(wrong))
+
+
+def main() -> int:
+    """Command line; see the module's docstring."""
+    made = parser("What the server costs on this machine, and what others cost.")
+    made.add_argument("--seconds", type=float, default=4, help="of each load (default: 4)")
+    made.add_argument("--small", action="store_true", help="also a network of 32 pixels: the overhead shows most")
+    made.add_argument("--soak", type=float, metavar="MINUTES", help="instead: saturate the server for so long")
+    options = made.parse_args()
+    if not Path("/proc/self/stat").exists():
+        sys.exit("error: the CPU of a process tree is read from /proc, which this system does not have; run on Linux")
+    if options.project is None:
+        os.environ |= hosts() if options.runs and not options.soak else {}
+        project, python = bake()
+        return again(python, project)
+    enter(options.project)
+    return measure(options, Book.of(options))
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
 """Seconds from the command `make train-local` to the first training step and to the end, first and later runs.
 
-    python benchmarks/startup.py --runs 5
+    .venv/bin/python benchmarks/startup.py --rounds 5       # a part of `make bench`
 
-Bakes the default project into a temporary folder. The first run has an empty uv cache, no environment, no data and no
-image, so it also measures the network. Needs no engine: the container's rows are left out without one.
+Bakes the default project into a temporary folder, as nothing may be left of an earlier run. The first run has an empty
+uv cache, no environment, no data and no image, so it also measures the network. Needs no engine: the container's rows
+are left out without one.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import platform
@@ -21,7 +21,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from cookiecutter.main import cookiecutter
-from page import TEMPLATE, keep, own_environment, spread
+from page import TEMPLATE, Book, own_environment, parser, spread
 
 SLUG = "startup_benchmark"
 
@@ -67,9 +67,8 @@ def processor() -> str:
 
 def main() -> None:
     """Measure, print a Markdown table and keep it in docs/benchmarks.md."""
-    parser = argparse.ArgumentParser(description="Seconds to the first step of make train-local.")
-    parser.add_argument("--runs", type=int, default=5, help="later runs of each mode")
-    runs = parser.parse_args().runs
+    options = parser("Seconds to the first step of make train-local.").parse_args()
+    runs = 1 if options.quick else max(options.rounds, 1)
     engine = shutil.which("docker") and subprocess.run(["docker", "version"], capture_output=True).returncode == 0
     modes = ["container", "process"] if engine else ["process"]
     rows = []
@@ -95,7 +94,7 @@ def main() -> None:
     for name, results in rows:
         text += f"| {name} | {spread([step for step, _ in results], 1)} | {spread([end for _, end in results], 1)} |\n"
     print(text)
-    keep("From the command to the first step", text)
+    Book.of(options).keep("From the command to the first step", text)
 
 
 if __name__ == "__main__":

@@ -103,6 +103,8 @@ def test_no_file_of_the_template_belongs_to_no_option(baked: Baked) -> None:
 
 def test_text_is_clean_and_no_template_syntax_is_left(baked: Baked) -> None:
     for path, data in {(project.path / name, data) for _, project in baked for name, data in contents(project).items()}:
+        if path.suffix == ".png":
+            continue
         assert data.endswith(b"\n"), f"{path} has no final newline"
         assert not data.endswith(b"\n\n"), f"{path} ends with blank lines"
         assert b"\r" not in data, f"{path} has a carriage return"
@@ -116,6 +118,8 @@ def test_text_is_clean_and_no_template_syntax_is_left(baked: Baked) -> None:
 
 
 def parse(path: Path) -> Any:
+    if path.suffix == ".png":
+        return path.read_bytes().startswith(b"\x89PNG")
     text = path.read_text(encoding="utf-8")
     if path.suffix in (".yml", ".yaml"):
         return yaml.safe_load(text)
@@ -135,8 +139,6 @@ def test_every_file_parses_and_every_choice_appears(baked: Baked) -> None:
         licence = (project.path / "LICENSE").read_text(encoding="utf-8")
         assert licence.strip().startswith(LICENCES[answers["licence"]])
         assert "Your Name" in licence
-        phony = (project.path / "Makefile").read_text(encoding="utf-8").partition(".PHONY:")[2].partition("\n")[0]
-        assert ("track" in phony.split()) == answers["mlflow"]
 
 
 def test_an_option_changes_nothing_else(baked: Baked) -> None:

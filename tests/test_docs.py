@@ -1,18 +1,27 @@
-"""The generated project's pages: every command in them runs, or expands where it needs AWS; every message exists."""
+"""The project's pages: commands run, or are known where they need AWS; every message, verb and setting exists."""
 
 from __future__ import annotations
 
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 from tests.conftest import NO_ENGINE, TREE, Bake, Project
 
 PAGES = sorted(path.name for path in (TREE / "docs").glob("*.md"))
-LONG = {"bench", "bench-serve", "lint", "test", "update-template"}  # run by tests of their own
+SCOPES: dict[str, dict[str, Any]] = {
+    "local": {"scope": "local"},
+    "cloud": {"scope": "cloud"},
+    "full": {"scope": "full", "mlflow": True},
+}
+LONG = {"audit", "image", "lint", "setup", "test", "update-template"}  # run by tests of their own
 QUICK = {  # few epochs, no container: for tests of what a page says, not of what a verb does
     "TRAINING__EPOCHS": "1", "COMPUTE__LOCAL_MODE": "process", "TUNING__MAX_JOBS": "2", "PIPELINE__MIN_ACCURACY": "0",
     **NO_ENGINE,
@@ -27,18 +36,37 @@ def commands(page: Path) -> list[list[str]]:
             for line in lines if line.startswith("make ")]  # fmt: skip
 
 
+def stages(project: Project) -> dict[str, list[str]]:
+    """The verbs of a project by stage, as `make help` shows them."""
+    command = [sys.executable, "-m", "pipelines", "help"]
+    said = subprocess.run(command, cwd=project.path, capture_output=True, text=True, check=True).stdout
+    parts = re.split(r"(?m)^(?=\S)", said)
+    return {part.splitlines()[0]: re.findall(r"(?m)^  make ([a-z-]+) ", part) for part in parts if part}
+
+
 def cloud(project: Project) -> set[str]:
-    """The verbs under a heading of `make help` that says that they were not run on AWS."""
-    makefile = (project.path / "Makefile").read_text(encoding="utf-8")
-    parts = re.split(r"(?m)^##@ ", makefile)[1:]
-    return {verb for part in parts if "not run on AWS" in part.splitlines()[0]
-            for verb in re.findall(r"(?m)^([a-z-]+):.* ## ", part)}  # fmt: skip
+    """The verbs of the stages that run on SageMaker."""
+    return {verb for stage, verbs in stages(project).items() if "SageMaker" in stage for verb in verbs}
+
+
+def settings(project: Project) -> set[str]:
+    """Every `section.key` that a project has."""
+    folder = project.path / "configs"
+    found = yaml.safe_load((folder / "infrastructure.yaml").read_text(encoding="utf-8"))
+    found["training"] = yaml.safe_load((folder / "training.yaml").read_text(encoding="utf-8"))
+    return {f"{section}.{key}" for section, keys in found.items() for key in keys}
+
+
+@pytest.fixture(scope="module")
+def baked(bake: Bake) -> dict[str, Project]:
+    """A project of each scope."""
+    return {scope: bake(**answers) for scope, answers in SCOPES.items()}
 
 
 @pytest.fixture(scope="module")
 def project(bake: Bake, ready: Project) -> Project:
-    """A project with a finished run, and the folder `photos` that the pages speak of."""
-    made = bake()
+    """A full project with a finished run, and the folder `photos` that the pages speak of."""
+    made = bake(**SCOPES["full"] | {"mlflow": False})
     (made.path / ".venv").symlink_to(ready.path / ".venv")
     made.make("train-local", **QUICK)
     for label, digit in (("cat", "4"), ("dog", "7")):
@@ -48,17 +76,58 @@ def project(bake: Bake, ready: Project) -> Project:
     return made
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", [page for page in PAGES if page != "tracking.md"])  # that one is in test_tracking.py
 def test_every_command_of_a_page_works(page: str, project: Project) -> None:
     asks = cloud(project)
     assert {"deploy", "train", "status"} <= asks
-    for verb, *words in commands(TREE / "docs" / page):
+    listed = project.run(sys.executable, "-m", "pipelines", "help").stdout
+    for verb, *words in commands(project.path / "docs" / page):
         here = verb not in asks or any(word.startswith("DATA=<") for word in words)
+        if verb == "serve-local" and not any(word.startswith("IMAGE=") for word in words):
+            here = False  # it would serve until Ctrl-C
         if here and verb not in LONG and not any(sign in " ".join(words) for sign in ("<", "weights")):
             done = project.run("make", verb, *words, **QUICK)
             assert done.returncode == 0, done.stdout + done.stderr
         else:
-            assert ".venv/bin/python -m " in project.make("-n", verb, *words).stdout
+            done = project.run("make", "-n", verb, *words)
+            assert done.returncode == 0, done.stderr
+            assert "-m pipelines" in done.stdout
+            (row,) = (part for part in re.split(r"(?m)^(?=  make )", listed)[1:] if part.split()[1] == verb)
+            given = {word.partition("=")[0] for word in words} - {"ARGS"}
+            assert given <= {*re.findall(r"\b([A-Z_]+)=", row)}, f"make {verb} does not take all of {given}"
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_a_page_speaks_of_no_verb_setting_file_or_page_that_the_scope_lacks(
+    scope: str, baked: dict[str, Project]
+) -> None:
+    made = baked[scope]
+    known, keys = {verb for verbs in stages(made).values() for verb in verbs}, settings(made)
+    sections = {key.partition(".")[0] for key in settings(baked["full"])}
+    assert len(known) > 15
+    for path in [made.path / "README.md", *sorted((made.path / "docs").glob("*.md"))]:
+        text = path.read_text(encoding="utf-8")
+        named = {*re.findall(r"`make\s+([a-z-]+)", text), *(words[0] for words in commands(path))}
+        assert named <= known, f"{path.name} speaks of {named - known}"
+        words = re.findall(r"\b([a-z]+)\.([a-z_]+)\b(?!\()", re.sub(r"(?ms)^```python\n.*?^```", "", text))
+        files = ("md", "py", "yaml", "jsonl", "txt", "safetensors")
+        said = {f"{section}.{key}" for section, key in words if section in sections and key not in files}
+        assert said <= keys, f"{path.name} speaks of {said - keys}"
+        for target in re.findall(r"\]\(([^)#]+)\)", text):
+            assert target.startswith("https://") or (path.parent / target).is_file(), f"{path.name} links {target}"
+        for name in re.findall(r"`((?:src|pipelines|configs|docker|infrastructure|\.github)/[\w./-]*)`", text):
+            assert (made.path / name).exists() or "/my_" in name, f"{path.name} speaks of {name}"
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_the_readme_is_one_page(scope: str, baked: dict[str, Project]) -> None:
+    text = (baked[scope].path / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 80
+    assert len(text.split()) <= 500
+    assert max(map(len, text.splitlines())) <= 120
+    pages = {f"docs/{path.name}" for path in (baked[scope].path / "docs").glob("*.md")}
+    assert pages <= set(re.findall(r"\]\(([^)]+)\)", text)), "the README leads to every page"
+    assert (baked[scope].path / "docs" / "report.png").stat().st_size < 150_000
 
 
 def test_every_message_exists() -> None:

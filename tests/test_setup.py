@@ -54,7 +54,8 @@ def test_a_laptop_without_torch_reaches_the_job(bake: Bake) -> None:
     """Everything that `pipelines` imports is in the group `laptop`."""
     project = bake()
     project.make("setup", "ARGS=--group laptop")
-    code = "import " + ", ".join(f"pipelines.{path.stem}" for path in (project.path / "pipelines").glob("[!_]*.py"))
+    files = [path.relative_to(project.path) for path in (project.path / "pipelines").rglob("[!_]*.py")]
+    code = "import " + ", ".join(".".join(path.with_suffix("").parts) for path in files)
     done = project.run(project.program("python"), "-c", code)
     assert done.returncode == 0, done.stderr
 
@@ -63,7 +64,7 @@ def test_pre_commit_hooks_pass_and_can_fail(ready: Project, tmp_path: Path) -> N
     command = (ready.program("pre-commit"), "run", "--all-files")
     done = ready.run(*command, PRE_COMMIT_HOME=str(tmp_path))
     assert done.returncode == 0, done.stdout
-    module = ready.path / "pipelines" / "image.py"
+    module = ready.path / "pipelines" / "local" / "images.py"
     text = module.read_text(encoding="utf-8")
     module.write_text(text + "import os   \n", encoding="utf-8")
     try:

@@ -134,7 +134,7 @@ def test_nothing_is_delivered_unasked(default: Project) -> None:
 
 def test_the_stack_lets_in_what_the_workflow_is(default: Project) -> None:
     """The environment's name is part of what GitHub calls a job; the stack has to know it."""
-    stack = (default.path / "infrastructure" / "stack.yaml").read_text(encoding="utf-8")
+    stack = (default.path / "infrastructure" / "automation.yaml").read_text(encoding="utf-8")
     environment = workflow(default, "deliver.yml")["jobs"]["deploy"]["environment"]
     assert stack.count(f'"repo:${{Name}}:environment:{environment}"') == 2
     assert stack.count('"repo:${Name}:ref:refs/heads/${GitHubBranch}"') == 2

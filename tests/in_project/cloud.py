@@ -10,7 +10,7 @@ import json
 import os
 import re
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,14 @@ STACK = Stack(
 )  # fmt: skip
 KEY = "arn:aws:kms:us-east-1:123456789012:key/1234abcd-12ab-34cd-56ef-1234567890ab"
 NETWORK = ["aws.subnets=[subnet-0a, subnet-0b]", "aws.security_groups=[sg-0a]"]
+
+
+def described(stack: Stack, parameters: Sequence[dict[str, str]] = ()) -> dict[str, Any]:
+    """What CloudFormation says of a stack."""
+    names = {"Bucket": stack.bucket, "ExecutionRole": stack.role, "Repository": stack.repository, "Topic": stack.topic,
+             "SchedulerRole": stack.scheduler_role, "PipelineRole": stack.pipeline_role}  # fmt: skip
+    outputs = [{"OutputKey": key, "OutputValue": value} for key, value in names.items()]
+    return {"Stacks": [{"StackStatus": "UPDATE_COMPLETE", "Parameters": [*parameters], "Outputs": outputs}]}
 
 
 def refused(code: str, message: str = "it says no", operation: str = "Operation") -> ClientError:

@@ -22,10 +22,10 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from tests.helpers import free_port, verb_environment
 
 from inference.export import checksums
 from pipelines.local.serve import command
+from tests.helpers import free_port, verb_environment
 
 JSON, NPY, ANY_IMAGE = "application/json", "application/x-npy", "application/x-image"
 READY_SECONDS = 120

@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.test_inference import archive, artifact, photo
 
 from inference.artifact import ArtifactError, open_artifact
 from pipelines import SOURCE, runs
 from processing.evaluate import evaluate, metrics, wilson
+from tests.test_inference import archive, artifact, photo
 
 __all__ = ["archive", "artifact"]  # fixtures
 

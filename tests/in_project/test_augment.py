@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.test_loop import same, train
 from torch.nn import functional
 
 from imaging import normalise
+from tests.test_loop import same, train
 from training import augment
 from training.augment import Augmentation
 from training.config import ConfigurationError, Hyperparameters

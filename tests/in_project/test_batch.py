@@ -19,12 +19,12 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from tests.helpers import CLASSES, Verb, draw, verb_environment
-from tests.test_inference import archive, artifact, classifier
 
 from inference import batch, inference
 from inference.export import checksums
 from pipelines import SOURCE, runs
+from tests.helpers import CLASSES, Verb, draw, verb_environment
+from tests.test_inference import archive, artifact, classifier
 
 __all__ = ["archive", "artifact", "classifier"]  # fixtures
 IMAGES = 200  # three whole batches and a part of one

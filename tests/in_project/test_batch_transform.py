@@ -13,17 +13,17 @@ from typing import Any
 
 import boto3
 import pytest
-from tests.cloud import KEY, NETWORK, STACK, Recorder, aws, check_golden
-from tests.test_deploy import NAME, Hosting, hosting, quota, settings, written
-from tests.test_inference import archive, artifact, classifier, photo
 
 from inference import batch
 from pipelines import runs
 from pipelines.batch import transform as batch_transform
-from pipelines.cloud import account as cloud
 from pipelines.cloud import destroy, inventory, prices
 from pipelines.cloud import jobs as logs
+from pipelines.cloud.account import Account
 from pipelines.terminal import UserError
+from tests.cloud import KEY, NETWORK, STACK, Recorder, aws, check_golden
+from tests.test_deploy import NAME, Hosting, hosting, quota, settings, written
+from tests.test_inference import archive, artifact, classifier, photo
 
 __all__ = ["archive", "artifact", "aws", "classifier", "hosting"]  # fixtures
 PHOTOS = {"cats/a up.png": "up", "cats/b.PNG": "left", "ünï/c.png": "up"}
@@ -95,8 +95,12 @@ def read(uri: str) -> bytes:
 
 
 def start(images: Path | str, *overrides: str, **options: Any) -> str:
-    given = dict.fromkeys(("run", "job", "package", "artifact")) | {"data": str(images), "yes": True, "plan": False} | options
-    return batch_transform.start(settings(*overrides), Namespace(**given))
+    given = (
+        dict.fromkeys(("run", "job", "package", "artifact"))
+        | {"data": str(images), "yes": True, "plan": False}
+        | options
+    )
+    return batch_transform.start(Account(settings(*overrides)), Namespace(**given))
 
 
 def verb(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
@@ -158,7 +162,7 @@ def test_answers_are_found_whether_or_not_their_names_have_the_prefix(
     hosting: Hosting, prefix: str, inside: str
 ) -> None:
     Transform(hosting).inside = inside
-    assert batch_transform.join(settings(), start(f"{prefix}/")) == 0
+    assert batch_transform.join(Account(settings()), start(f"{prefix}/")) == 0
 
 
 def test_everything_that_a_job_can_have(hosting: Hosting, prefix: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,17 +195,17 @@ def test_a_failed_job_still_gives_what_it_answered(
     assert "no answer; see `make logs JOB=" in lines[0]["error"]
     assert "what batch transform wrote is no answer" in lines[2]["error"]
     assert left() == []
-    assert batch_transform.join(settings(), name) == 1, "it can be fetched again"
+    assert batch_transform.join(Account(settings()), name) == 1, "it can be fetched again"
 
 
 def test_a_job_without_any_answer(hosting: Hosting, prefix: str) -> None:
     transform = Transform(hosting, TransformJobStatus="Failed", FailureReason="the model does not load")
     transform.bad = {*PHOTOS}
     with pytest.raises(UserError, match="failed: the model does not load"):
-        batch_transform.join(settings(), start(prefix))
+        batch_transform.join(Account(settings()), start(prefix))
     transform.said = {"TransformJobStatus": "Completed"}
     with pytest.raises(UserError, match="wrote no answer to s3://the-bucket/batch/"):
-        batch_transform.join(settings(), start(prefix))
+        batch_transform.join(Account(settings()), start(prefix))
     assert not (runs.ARTIFACTS / "batch").exists()
 
 
@@ -209,11 +213,11 @@ def test_jobs_that_cannot_be_fetched(hosting: Hosting, prefix: str, monkeypatch:
     Transform(hosting, TransformJobStatus="InProgress")
     name = start(prefix)
     with pytest.raises(UserError, match="is InProgress; wait for it with `make logs JOB="):
-        batch_transform.join(settings(), name)
+        batch_transform.join(Account(settings()), name)
     assert len(left()) == 2, "what a running job needs stays"
     del hosting.calls.answers["DescribeTransformJob"]
     with pytest.raises(UserError, match=f"{NAME}-none is no transform job that `make batch` started"):
-        batch_transform.join(settings(), f"{NAME}-none")
+        batch_transform.join(Account(settings()), f"{NAME}-none")
     with pytest.raises(UserError, match="DATA is missing"):
         verb(monkeypatch)
 
@@ -276,13 +280,13 @@ def test_status_shows_and_destroy_stops_and_removes(
     hosting.calls.answers["ListTransformJobs"] = lambda asked: {
         "TransformJobSummaries": running if asked["StatusEquals"] == "InProgress" else []
     }
-    hosting.calls.answers["ListTags"] = {"Tags": cloud.tags(settings())}
-    found = {item.kind: item for item in inventory.everything(settings())}
+    hosting.calls.answers["ListTags"] = {"Tags": Account(settings()).tags()}
+    found = {item.kind: item for item in inventory.everything(Account(settings()))}
     assert set(found) == {"transform job", "model", "end schedule"}
     assert (found["transform job"].usd, found["end schedule"].of) == (0.5, name)
     hosting.calls.answers["StopTransformJob"] = lambda _: running.clear()  # moto cannot stop one
     start_of = len(hosting.calls)
-    destroy.destroy(settings(), None, yes=True)
+    destroy.destroy(Account(settings()), None, yes=True)
     assert left() == []
     check_golden("batch_destroy", written(Recorder(hosting.calls[start_of:])))
 
@@ -328,6 +332,6 @@ def test_the_request_in_a_real_container(local: Any, hosting: Hosting, tmp_path:
     )  # fmt: skip
     for path in output.rglob("*.out"):
         boto3.client("s3").upload_file(str(path), STACK.bucket, f"batch/{name}/output/{path.relative_to(output)}")
-    assert batch_transform.join(settings(), name) == 0
+    assert batch_transform.join(Account(settings()), name) == 0
     lines = [json.loads(line) for line in (runs.ARTIFACTS / "batch" / f"{name}.jsonl").read_text().splitlines()]
     assert {line["file"]: line["label"] for line in lines} == {Path(name).name: PHOTOS[name] for name in PHOTOS}

@@ -8,6 +8,7 @@ import itertools
 import json
 import logging
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,13 +18,13 @@ from typing import Any
 import boto3
 import pytest
 import yaml
-from tests.cloud import GOLDEN, Recorder, aws, check_golden, refused
-from tests.test_costs import THEIRS, make_endpoint
 
 from pipelines import ROOT, config
 from pipelines.cloud import bootstrap, destroy, stack
-from pipelines.cloud.account import stack as outputs
+from pipelines.cloud.account import Account
 from pipelines.terminal import UserError
+from tests.cloud import GOLDEN, Recorder, aws, check_golden, refused
+from tests.test_costs import THEIRS, make_endpoint
 
 __all__ = ["aws"]  # fixture
 pytestmark = pytest.mark.filterwarnings("ignore:Tried to parse AWS:UserWarning")  # kinds that moto does not make
@@ -62,6 +63,8 @@ OTHER_NAMES = {  # of a permission, where it is not that of the call
     "DeleteObjects": "DeleteObject", "InvokeEndpointWithResponseStream": "InvokeEndpoint",
 }  # fmt: skip
 NO_PERMISSION = {"GetCallerIdentity"}
+ROOMS_OF_FULL = {"tuning", "batch", "monitoring", "tracking", "shift_traffic"}  # rooms of `pipelines`, and a module
+VERBS_OF_FULL = ("tune", "batch", "monitor", "shift")  # what the names of their golden files begin with
 
 
 @pytest.fixture(autouse=True)
@@ -81,17 +84,27 @@ def _no_pauses_and_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
     logging.getLogger("moto").setLevel(logging.ERROR)
 
 
-def document() -> dict[str, Any]:
-    found: dict[str, Any] = yaml.safe_load(stack.TEMPLATE.read_text(encoding="utf-8"))
-    return found
+@pytest.fixture
+def cloud_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As in a project of the scope `cloud`, which has no automation.yaml."""
+    monkeypatch.setattr(stack, "AUTOMATION", tmp_path / "automation.yaml")
+
+
+@pytest.fixture
+def copies(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> tuple[Path, Path]:
+    """Copies of stack.yaml and automation.yaml, for tests that change them."""
+    files = tuple(Path(shutil.copy(file, tmp_path)) for file in (stack.TEMPLATE, stack.AUTOMATION))
+    monkeypatch.setattr(stack, "TEMPLATE", files[0])
+    monkeypatch.setattr(stack, "AUTOMATION", files[1])
+    return files[0], files[1]
 
 
 def make(*overrides: str, yes: bool = True) -> None:
-    bootstrap.bootstrap(config.load(overrides), yes)
+    bootstrap.bootstrap(Account(config.load(overrides)), yes)
 
 
 def remove(everything: bool = False, confirmed: str = "", yes: bool = True) -> None:
-    destroy.destroy_stack(config.load(), everything, confirmed, yes)
+    destroy.destroy_stack(Account(config.load()), everything, confirmed, yes)
 
 
 def statements(node: Any, path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
@@ -138,9 +151,9 @@ def problems(template: dict[str, Any]) -> list[str]:
 
 
 def test_policies_allow_no_more_than_needed() -> None:
-    assert problems(document()) == []
-    assert len(list(statements(document()))) == 49 + (ROOT / "pipelines" / "track.py").exists()
-    text = stack.TEMPLATE.read_text(encoding="utf-8")
+    assert problems(stack.joined()) == []
+    text = "".join(file.read_text(encoding="utf-8") for file in (stack.TEMPLATE, stack.AUTOMATION))
+    assert len(list(statements(stack.joined()))) == 49 + ("Sid: Tracking" in text)
     assert "FullAccess" not in text
     assert not re.search(r"arn:aws[:-]|amazonaws\.com/|\d{12}", text), "a partition or an account is written out"
 
@@ -153,20 +166,91 @@ def test_policies_allow_no_more_than_needed() -> None:
         ('"sagemaker:ListEndpoints"', '"sagemaker:DeleteModel"', "sagemaker:DeleteModel on every resource"),
         ('"cloudwatch:namespace": [', '"aws:RequestedRegion": [', "metrics without a namespace"),
         ('"aws:SourceAccount"', '"aws:CurrentTime"', "principal is not pinned"),
-        ('"aws:SourceArn"', '"aws:CurrentTime"', "principal is not pinned"),
+        ("aws:SourceArn", "aws:CurrentTime", "principal is not pinned"),
         ('"token.actions.githubusercontent.com:sub"', '"other"', "principal is not pinned"),
         ('"iam:PassedToService": sagemaker', '"other": sagemaker', "passes a role to any service"),
         ('Resource: {Ref: KmsKey}', 'Resource: "*"', "kms:Decrypt on every resource"),
     ],
 )  # fmt: skip
-def test_the_policy_test_can_fail(old: str, new: str, words: str) -> None:
-    text = stack.TEMPLATE.read_text(encoding="utf-8")
-    assert old in text
-    assert words in "\n".join(problems(yaml.safe_load(text.replace(old, new))))
+def test_the_policy_test_can_fail(copies: tuple[Path, Path], old: str, new: str, words: str) -> None:
+    assert sum(replace(file, old, new) for file in copies)
+    assert words in "\n".join(problems(stack.joined()))
+
+
+def replace(file: Path, old: str, new: str) -> int:
+    """How often it was there."""
+    text = file.read_text(encoding="utf-8")
+    file.write_text(text.replace(old, new), encoding="utf-8")
+    return text.count(old)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("  HasGitHub:", "  HasKey:", "Conditions: HasKey is in infrastructure/stack.yaml and in automation.yaml"),
+        ("\n  TriggerRole:\n", "\n  Topic:\n", "Resources: Topic is in infrastructure/stack.yaml and in"),
+        ("    NotificationConfiguration:", "    OwnershipControls:", "Bucket.Properties: OwnershipControls is in"),
+        ("  Bucket.Properties:", "  Bukket.Properties:", "adds to Bukket.Properties, which is not in stack.yaml"),
+        (".delete-endpoints.", ".delete-everything.", ".delete-everything.PolicyDocument.Statement, which is not in"),
+        ("Statement.0.Condition", "Statement.9.Condition", "which is not in stack.yaml; mend the path under Additions"),
+        ("  KeyPolicy.Properties.Roles:", "  KeyPolicy.Type:", "cannot add to KeyPolicy.Type: the two are not"),
+        ("  KeyPolicy.Properties.Roles:", "  KeyPolicy.Properties:", "add to KeyPolicy.Properties: the two are not"),
+    ],
+)  # fmt: skip
+def test_what_automation_adds_must_fit(copies: tuple[Path, Path], old: str, new: str, words: str) -> None:
+    """Nothing of the reviewed stack.yaml is replaced, and nothing lands elsewhere."""
+    assert replace(copies[1], old, new) == 1
+    with pytest.raises(UserError, match=re.escape(words)):
+        stack.joined()
+
+
+@pytest.mark.usefixtures("cloud_only")
+def test_a_stack_without_automation(aws: Recorder, capsys: pytest.CaptureFixture[str]) -> None:
+    """Scope `cloud`: no word of schedules, GitHub and delivery, and no permission for the verbs of `full`."""
+    make()
+    assert Account(config.load()).stack().bucket == BUCKET
+    assert "GitHub" not in capsys.readouterr().out
+    writing = ("CreateChangeSet", "ExecuteChangeSet")
+    sent = [(name, {key: value for key, value in call.items() if key != "TemplateBody"}) for name, call in aws]
+    check_golden("bootstrap_cloud", [call for call in sent if call[0] in writing])
+    body = aws.named("CreateChangeSet")[0]["TemplateBody"]
+    words = r"GitHub|Trigger|states:|codebuild|Connection|Watch|Approv|EventBridgeE|mlflow"
+    of_full = re.findall(rf"{words}|\w*Tuning|\w*TransformJob|\w*Dashboards", body)
+    assert sorted(of_full) == ["ListDashboards", "ListHyperParameterTuning", "ListTransformJob"]  # they read only
+    template = json.loads(body)
+    assert {"Parameters", "Conditions", "Resources", "Outputs"} < set(template)
+    values = {item["ParameterKey"] for item in aws.named("CreateChangeSet")[0]["Parameters"]}
+    assert values == set(template["Parameters"])
+
+
+@pytest.mark.parametrize(
+    "setting",
+    ["aws.github=octo/cats", "aws.github=auto", "pipeline.schedule=rate(7 days)", "pipeline.watch=incoming",
+     "pipeline.deploy_on_approval=true"],
+)  # fmt: skip
+@pytest.mark.usefixtures("cloud_only")
+def test_a_setting_that_only_automation_can_serve_is_refused(aws: Recorder, setting: str) -> None:
+    with pytest.raises(UserError, match=r"has no infrastructure/automation.yaml.* SCOPE=full` brings it") as error:
+        make(setting)
+    assert setting.partition("=")[0] in str(error.value)
+    assert not aws.named("CreateChangeSet")
+
+
+def test_growing_updates_the_stack(aws: Recorder, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """`make bootstrap` of `cloud`, then of `full`."""
+    with monkeypatch.context() as patch:
+        patch.setattr(stack, "AUTOMATION", tmp_path / "automation.yaml")
+        make()
+    make()
+    first, second = aws.named("CreateChangeSet")
+    assert (first["ChangeSetType"], second["ChangeSetType"]) == ("CREATE", "UPDATE")
+    added = json.loads(second["TemplateBody"])["Resources"].keys() - json.loads(first["TemplateBody"])["Resources"]
+    assert added == {"GitHubProvider", "GitHubRole", "TriggerRole", "Schedule", "Uploaded", "Watcher", "Approved",
+                     "DeployRole", "Deployed"}  # fmt: skip
 
 
 def test_data_and_images_are_private_encrypted_and_outlive_the_stack() -> None:
-    resources = document()["Resources"]
+    resources = stack.joined()["Resources"]
     for name in ("Bucket", "ImageRepository"):
         assert resources[name]["DeletionPolicy"] == resources[name]["UpdateReplacePolicy"] == "Retain"
     bucket = resources["Bucket"]["Properties"]
@@ -182,37 +266,56 @@ def test_data_and_images_are_private_encrypted_and_outlive_the_stack() -> None:
     assert resources["ImageRepository"]["Properties"]["ImageTagMutability"] == "IMMUTABLE"
 
 
-def test_the_verbs_policy_allows_every_call_that_the_verbs_make() -> None:
-    """All calls in golden files, those of this topic apart: who makes the stack is its account's administrator."""
-    policy = document()["Resources"]["VerbsPolicy"]
-    allowed = {action.split(":")[1] for _, statement in statements(policy) for action in listed(statement["Action"])}
-    calls = {
-        operation
-        for file in GOLDEN.glob("*.json")
-        if not file.name.startswith(("bootstrap", "recipe"))  # pages of recipes name what they need beyond it
-        for operation, *_ in json.loads(file.read_text(encoding="utf-8"))
-    }
-    assert {OTHER_NAMES.get(call, call) for call in calls - NO_PERMISSION} <= allowed
+def golden_files(scope: str) -> list[Path]:
+    """Those of the verbs of a scope, but for this topic's: who makes the stack is its account's administrator.
+
+    Pages of recipes name what they need beyond that.
+    """
+    others = ("bootstrap", "recipe", *(VERBS_OF_FULL if scope == "cloud" else ()))
+    return [file for file in GOLDEN.glob("*.json") if not file.name.startswith(others)]
 
 
-def test_the_verbs_policy_allows_nothing_that_no_verb_does() -> None:
-    policy = document()["Resources"]["VerbsPolicy"]
-    source = "".join(file.read_text(encoding="utf-8") for file in (ROOT / "pipelines").glob("*.py"))
-    golden = "".join(file.read_text(encoding="utf-8") for file in GOLDEN.glob("*.json"))
+def allowed() -> set[str]:
+    """The actions of the policy for who runs the verbs, without their services."""
+    policy = stack.joined()["Resources"]["VerbsPolicy"]
+    return {action.split(":")[1] for _, statement in statements(policy) for action in listed(statement["Action"])
+            if not action.startswith("sagemaker-mlflow:")}  # fmt: skip
+
+
+@pytest.fixture(params=["full", "cloud"])
+def scope(request: pytest.FixtureRequest) -> str:
+    """With automation.yaml and without."""
+    if request.param == "cloud":
+        request.getfixturevalue("cloud_only")
+    return str(request.param)
+
+
+def test_the_verbs_policy_allows_every_call_that_the_verbs_make(scope: str) -> None:
+    """All calls in golden files."""
+    calls = {call for file in golden_files(scope) for call, *_ in json.loads(file.read_text(encoding="utf-8"))}
+    if scope == "cloud":  # `status` and `destroy` ask so only of jobs that `tune` and `batch` have made
+        calls = {call for call in calls if not re.fullmatch("(Describe|Stop)(HyperParameterTuning|Transform)Job", call)}
+    assert {OTHER_NAMES.get(call, call) for call in calls - NO_PERMISSION} <= allowed()
+
+
+def test_the_verbs_policy_allows_nothing_that_no_verb_does(scope: str) -> None:
+    files = [file for file in (ROOT / "pipelines").rglob("*.py")
+             if scope == "full" or not {*file.relative_to(ROOT).parts, file.stem} & ROOMS_OF_FULL]  # fmt: skip
+    source = "".join(file.read_text(encoding="utf-8") for file in files)
+    golden = "".join(file.read_text(encoding="utf-8") for file in golden_files(scope))
     implied = {  # by tags, roles, uploads, `docker push`
         "AddTags", "TagResource", "PassRole", "CreateServiceLinkedRole", "AbortMultipartUpload", "GetBucketLocation",
         "ListBucket", "InvokeEndpointAsync", "UpdatePipeline", "BatchCheckLayerAvailability", "BatchGetImage",
         "CompleteLayerUpload", "GetDownloadUrlForLayer", "InitiateLayerUpload", "PutImage", "UploadLayerPart",
     }  # fmt: skip
-    actions = {action.split(":")[1] for _, statement in statements(policy) for action in listed(statement["Action"])
-               if not action.startswith("sagemaker-mlflow:")}  # fmt: skip
+    actions = allowed()
     called = {action for action in actions if re.sub(r"(?<!^)([A-Z])", r"_\1", action).lower() in source}
     asked = {action for action in actions if f'"{action}"' in golden}
     assert actions - called - asked - implied == set()
 
 
 @pytest.mark.parametrize("budgets", [True, False])
-def test_the_template_is_valid_in_every_region(budgets: bool) -> None:
+def test_the_template_is_valid_in_every_region(scope: str, budgets: bool) -> None:
     """As it is sent. Each region is linted with the kinds of resources that it has."""
     lint, every = importlib.import_module("cfnlint.api").lint, importlib.import_module("cfnlint.helpers").REGIONS
     chosen = [name for name in sorted(every) if (name in stack.BUDGET_REGIONS) == budgets]
@@ -220,10 +323,11 @@ def test_the_template_is_valid_in_every_region(budgets: bool) -> None:
     settings = config.load([f"aws.region={chosen[0]}"])
     text = stack.template(settings, ACCOUNT)
     assert ("AWS::Budgets" in text) == budgets
+    assert ("AWS::StepFunctions" in text) == (scope == "full")
     assert len(text) < 51_200  # CloudFormation's limit
     assert [str(match) for match in lint(text, regions=chosen)] == []
     if not budgets:  # and the lint can fail
-        assert lint(stack.TEMPLATE.read_text(encoding="utf-8"), regions=chosen)
+        assert lint(stack.TEMPLATE.read_text(encoding="utf-8"), regions=chosen[:1])
 
 
 def policy_size() -> int:
@@ -236,13 +340,30 @@ def policy_size() -> int:
     return max(len(re.sub(r"\s", "", json.dumps(version["Document"]))) for version in versions)
 
 
+def test_one_account_sees_a_stack_that_is_made_changed_and_removed(
+    aws: Recorder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    account = Account(config.load())
+    with pytest.raises(UserError, match="make it with `make bootstrap`"):
+        account.stack()  # that there is none is not kept
+    bootstrap.bootstrap(account, yes=True)
+    assert account.stack().bucket == BUCKET
+    bootstrap.bootstrap(account, yes=True)
+    assert "is up to date" in capsys.readouterr().out
+    destroy.destroy_stack(account, everything=False, confirmed="", yes=True)
+    destroy.destroy_stack(account, everything=False, confirmed="", yes=True)
+    assert f"there is no stack {NAME}" in capsys.readouterr().out
+    bootstrap.bootstrap(account, yes=True)
+    assert len(aws.named("ExecuteChangeSet")) == 2
+
+
 def test_make_again_update_and_destroy(aws: Recorder, capsys: pytest.CaptureFixture[str]) -> None:
     make()
     shown = capsys.readouterr().out
     assert f"stack {NAME} in us-east-1, account {ACCOUNT}, bucket {BUCKET}" in shown
     assert re.search(r"  Add +AWS::S3::Bucket +Bucket\n", shown)
     assert "by itself it costs nothing" in shown
-    found = outputs(config.load())
+    found = Account(config.load()).stack()
     assert found.bucket == BUCKET
     assert found.repository == f"{ACCOUNT}.dkr.ecr.us-east-1.amazonaws.com/{NAME}"
     assert all(value.startswith("arn:aws:iam::") for value in (found.role, found.scheduler_role))
@@ -275,7 +396,7 @@ def test_make_again_update_and_destroy(aws: Recorder, capsys: pytest.CaptureFixt
     assert s3.list_objects_v2(Bucket=BUCKET)["KeyCount"] == 1
     assert boto3.client("ecr").describe_repositories(repositoryNames=[NAME])
     with pytest.raises(UserError, match="there is no stack image-classifier in us-east-1; make it with"):
-        outputs(config.load())
+        Account(config.load()).stack()
     remove()
     assert f"there is no stack {NAME}" in capsys.readouterr().out
 
@@ -291,7 +412,7 @@ def test_destroy_with_all(aws: Recorder, capsys: pytest.CaptureFixture[str], mon
     for confirmed in ("", "cats", "y"):
         with pytest.raises(UserError, match=f"nothing was deleted: .* say CONFIRM={NAME}"):
             remove(everything=True, confirmed=confirmed)
-    assert outputs(config.load())
+    assert Account(config.load()).stack()
     monkeypatch.setattr("sys.stdin", Terminal("yes\n"))
     with pytest.raises(UserError, match="'yes' is not the project's name"):
         remove(everything=True)
@@ -357,7 +478,7 @@ def test_everything_that_can_be_asked_for(aws: Recorder, capsys: pytest.CaptureF
         "PipelineSchedule": "", "Watch": "", "DeployOnApproval": "false", "Connection": "",
         "MoreRepositories": "arn:aws:ecr:us-east-1:999999999999:repository/other",
     }  # fmt: skip
-    assert {*values} == {*document()["Parameters"]}
+    assert {*values} == {*stack.joined()["Parameters"]}
     shown = capsys.readouterr().out
     assert "workflows of octo/cats, branch release, may run the verbs" in shown
     assert "AWS sends a mail to me@example.com" in shown
@@ -370,7 +491,7 @@ def test_everything_that_can_be_asked_for(aws: Recorder, capsys: pytest.CaptureF
         "StringLike": {f"{token}:sub": [f"{name}:{where}" for where in ("ref:refs/heads/release",
                                         "environment:production") for name in names]},
     }  # fmt: skip
-    execution = outputs(config.load()).role.split("/")[1]
+    execution = Account(config.load()).stack().role.split("/")[1]
     text = boto3.client("iam").get_role_policy(RoleName=execution, PolicyName="job")["PolicyDocument"]
     policy = yaml.safe_load(text)  # moto gives a dictionary's text, not JSON
     granted = {action for statement in policy["Statement"] for action in listed(statement["Action"])}
@@ -434,7 +555,7 @@ def test_no_is_an_answer(aws: Recorder, monkeypatch: pytest.MonkeyPatch) -> None
         make("compute.remote_debug=true", yes=False)
     with pytest.raises(UserError, match="nothing was done"):
         remove(yes=False)
-    assert outputs(config.load())  # a plan taken back leaves the stack alone
+    assert Account(config.load()).stack()  # a plan taken back leaves the stack alone
 
 
 @pytest.mark.parametrize(

@@ -17,19 +17,19 @@ from typing import Any
 import boto3
 import pytest
 from botocore.exceptions import NoCredentialsError
-from tests.cloud import KEY, NETWORK, STACK, Recorder, aws, check_golden, refused
-from tests.helpers import verb_environment
-from tests.programs import put_first
 
 from pipelines import ROOT, config, project, runs
-from pipelines.cloud import account as cloud
 from pipelines.cloud import images as image_push
 from pipelines.cloud import jobs as logs
 from pipelines.cloud import prices, pull, storage, train
 from pipelines.cloud import processing as process_job
+from pipelines.cloud.account import Account
 from pipelines.local import data
 from pipelines.local import images as local_images
 from pipelines.terminal import UserError
+from tests.cloud import KEY, NETWORK, STACK, Recorder, aws, check_golden, refused
+from tests.helpers import verb_environment
+from tests.programs import put_first
 
 __all__ = ["aws"]  # a fixture
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # the SDK's temporary folder
@@ -45,7 +45,7 @@ def settings(*overrides: str) -> config.Settings:
 def account(aws: Recorder, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, packed: Path) -> Recorder:
     """An account with the stack, an image in its repository, and a packed data set on this machine."""
     boto3.client("s3").create_bucket(Bucket=STACK.bucket)
-    monkeypatch.setattr(cloud, "stack", lambda _settings: STACK)
+    monkeypatch.setattr(Account, "stack", lambda _settings: STACK)
     monkeypatch.setattr(prices, "hourly", lambda *_: 1.5)
     monkeypatch.setattr(project, "git_commit", lambda: "abc")
     monkeypatch.setattr(runs, "ARTIFACTS", tmp_path / "artifacts")
@@ -53,13 +53,13 @@ def account(aws: Recorder, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, pack
     monkeypatch.setattr(data, "prepare", lambda *_: ROOT / "data" / "edges")
     monkeypatch.setattr(train, "ROOT", ROOT)
     monkeypatch.setattr(logs, "POLL", 0.01)
-    monkeypatch.setattr(storage, "dataset", lambda s, k, _: storage.upload(s, packed, k.bucket, "data/" + "f" * 64))
+    monkeypatch.setattr(storage, "dataset", lambda account, _: storage.upload(account, packed, "data/" + "f" * 64))
     aws.answers["DescribeImages"] = {"imageDetails": []}
     return aws
 
 
 def started(_: Recorder, *overrides: str, source: str | None = None, run: str | None = None) -> str:
-    return train.train(settings(*overrides), source, run, yes=False)
+    return train.train(Account(settings(*overrides)), source, run, yes=False)
 
 
 @pytest.mark.parametrize(
@@ -180,7 +180,7 @@ def test_what_is_over_budget_is_refused_unless_told(
     assert words in str(error.value)
     assert "YES=1" in str(error.value)
     assert not [call for call in account if call[0].startswith(("Create", "Put"))][1:]  # the fixture's bucket
-    train.train(settings(*overrides), None, None, yes=True)
+    train.train(Account(settings(*overrides)), None, None, yes=True)
     assert len(account.named("CreateTrainingJob")) == 1
 
 
@@ -205,7 +205,7 @@ def test_an_image_that_is_not_in_the_repository_comes_first(
     account: Recorder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pushed: list[str] = []
-    monkeypatch.setattr(image_push, "push", lambda *words: pushed.append(words[2]))
+    monkeypatch.setattr(image_push, "push", lambda *words: pushed.append(words[1]))
     account.answers["DescribeImages"] = refused("ImageNotFoundException")
     started(account)
     assert pushed == ["training"]
@@ -411,7 +411,7 @@ def test_the_end_of_starting_names_the_console_and_the_log(
     out = capsys.readouterr().out
     assert f"https://us-east-1.console.aws.amazon.com/sagemaker/home?region=us-east-1#/jobs/{job}" in out
     assert f"make logs JOB={job}" in out
-    china = logs.after(settings("aws.region=cn-north-1"), "Training", "j")
+    china = logs.after(Account(settings("aws.region=cn-north-1")), "Training", "j")
     assert "https://cn-north-1.console.amazonaws.cn/" in china
     with pytest.raises(UserError, match="leave the other options out"):
         run_main(monkeypatch, train, "--run", "r", "--data", "d")
@@ -498,12 +498,12 @@ def test_an_interrupted_download_is_continued(account: Recorder, tmp_path: Path)
     s3.copy_object(Bucket=STACK.bucket, Key="kept", CopySource=f"{STACK.bucket}/jobs/{job}/output/output.tar.gz")
     s3.delete_object(Bucket=STACK.bucket, Key=f"jobs/{job}/output/output.tar.gz")
     with pytest.raises(UserError, match=rf"downloading s3://.*/{job}/output/output\.tar\.gz failed: Not Found"):
-        pull.pull(settings(), job)
+        pull.pull(Account(settings()), job)
     assert [path.name for path in (pull.WORK / job).iterdir()] == ["model.tar.gz"]
     assert not runs.ARTIFACTS.exists()
     s3.copy_object(Bucket=STACK.bucket, Key=f"jobs/{job}/output/output.tar.gz", CopySource=f"{STACK.bucket}/kept")
     account.clear()
-    assert (pull.pull(settings(), job) / "model.tar.gz").is_file()
+    assert (pull.pull(Account(settings()), job) / "model.tar.gz").is_file()
     assert {request["Key"].rpartition("/")[2] for request in account.named("GetObject")} == {"output.tar.gz"}
 
 
@@ -523,7 +523,7 @@ def test_what_is_damaged_is_not_published(account: Recorder, tmp_path: Path, dam
                 tar.add(tmp_path / "output.tar.gz", "../../evil")
         s3.upload_file(str(path), STACK.bucket, key)
     with pytest.raises(UserError, match=f"^{job} was not published: ") as error:
-        pull.pull(settings(), job)
+        pull.pull(Account(settings()), job)
     assert "\n" not in str(error.value)
     assert not runs.ARTIFACTS.exists() or not list(runs.ARTIFACTS.iterdir())
     assert not (pull.WORK / job).exists()
@@ -536,7 +536,7 @@ def test_a_job_without_a_result_is_not_pulled(account: Recorder, status: str, wo
     job = started(account)
     described(account, TrainingJobStatus=status, SecondaryStatus=status, FailureReason="AlgorithmError: no")
     with pytest.raises(UserError, match=words):
-        pull.pull(settings(), job)
+        pull.pull(Account(settings()), job)
     assert not account.named("GetObject", "HeadObject")
 
 
@@ -550,7 +550,7 @@ def docker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     )
     put_first("docker", script, tmp_path, monkeypatch)
     monkeypatch.delenv("ARCH", raising=False)
-    monkeypatch.setattr(cloud, "stack", lambda _settings: STACK)
+    monkeypatch.setattr(Account, "stack", lambda _settings: STACK)
     return tmp_path
 
 
@@ -564,7 +564,10 @@ def test_jobs_have_names_that_the_stack_allows(monkeypatch: pytest.MonkeyPatch, 
     name = "classifier-of-so-many-animals1"[:length]
     monkeypatch.setattr(project, "name", lambda: name)
     assert len(project.job_prefix()) <= 27
-    assert project.job_prefix() in (name, project.tuning_prefix())  # Project and ShortProject of infrastructure/stack.yaml
+    assert project.job_prefix() in (
+        name,
+        project.tuning_prefix(),
+    )  # Project and ShortProject of infrastructure/stack.yaml
     assert len(project.tuning_prefix()) <= 19
 
 
@@ -615,14 +618,14 @@ def test_a_push_that_fails_says_why_and_logs_out(
                             "compute.max_wait_hours=200"]),
 ])  # fmt: skip
 def test_processing_requests(account: Recorder, name: str, overrides: list[str]) -> None:
-    job, packed = process_job.process(settings(*overrides), "s3://the-bucket/photos/", yes=False)
+    job, packed = process_job.process(Account(settings(*overrides)), "s3://the-bucket/photos/", yes=False)
     assert packed == f"s3://the-bucket/data/{job}/images"
     check_golden(name, [call for call in account if call[0] in CREATE])
 
 
 def test_the_processing_job_runs_on_the_files_that_are_sent(account: Recorder, raw: Path, tmp_path: Path) -> None:
     """The code archive and the arguments of the request pack the images that were uploaded."""
-    process_job.process(settings(), str(raw), yes=False)
+    process_job.process(Account(settings()), str(raw), yes=False)
     request = account.named("CreateProcessingJob")[0]
     places = {item["InputName"]: item["S3Input"] for item in request["ProcessingInputs"]}
     s3 = boto3.client("s3")

@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import yaml
-from tests.helpers import Verb
 
 from pipelines import ROOT
 from pipelines.config import Settings, _keys, load
@@ -21,6 +20,7 @@ from pipelines.local import container
 from pipelines.local.job import Job
 from pipelines.local.view import TrainingView
 from pipelines.terminal import UserError
+from tests.helpers import Verb
 
 ODD = [
     None, True, False, 0, -1, 1, 10**30, 1.5, math.nan, math.inf, "", "  ", "x", "ä🐈\n", "$(touch x)", "auto", "1e-3",

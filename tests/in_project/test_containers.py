@@ -9,13 +9,14 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from tests.helpers import Verb
-from tests.test_training_local import NO_ENGINE, SHORT, published, read
 
 from pipelines import config
+from pipelines import project as project_names
 from pipelines.local import container, images, process
 from pipelines.local.job import Job
 from pipelines.local.view import TrainingView
+from tests.helpers import Verb
+from tests.test_training_local import NO_ENGINE, SHORT, published, read
 
 
 @pytest.mark.parametrize(
@@ -108,7 +109,7 @@ def test_stale_images_have_another_name(project: Path, tmp_path: Path, monkeypat
     changed = [config.load([override], {}) for override in ("images.base=other", "images.packages=[torch]")]
     names = [images.image_name(each, target) for each in (settings, *changed) for target in ("training", "serving")]
     assert len({*names}) == 6
-    assert all(name.startswith(f"{project.name()}:") for name in names)
+    assert all(name.startswith(f"{project_names.name()}:") for name in names)
     assert images.image_name(config.load((), {}), "serving") == names[1]
     other = tmp_path / "serve.py"
     other.write_text(images.SERVER[0].read_text(encoding="utf-8") + "# changed\n", encoding="utf-8")

@@ -14,12 +14,11 @@ from typing import Any
 
 import pytest
 from botocore.exceptions import EndpointConnectionError
-from tests.cloud import NETWORK, STACK, Recorder, aws, check_golden, refused
 
 from pipelines import project, runs
 from pipelines.batch import transform
-from pipelines.cloud import account as cloud
 from pipelines.cloud import destroy, inventory, prices, processing, status, train
+from pipelines.cloud.account import Account, Stack
 from pipelines.cloud.inventory import Item
 from pipelines.config import Settings, load
 from pipelines.endpoint import deploy
@@ -27,6 +26,7 @@ from pipelines.monitoring import monitor
 from pipelines.pipeline import cloud as pipeline
 from pipelines.terminal import Finished, UserError
 from pipelines.tuning import cloud as tuning
+from tests.cloud import NETWORK, STACK, Recorder, aws, check_golden, refused
 
 __all__ = ["aws"]  # a fixture
 NAME = project.name()
@@ -58,26 +58,26 @@ def list_prices(parameters: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.fixture
-def settings(aws: Recorder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
+def account(aws: Recorder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Account:
     monkeypatch.setattr(prices, "CACHE", tmp_path / "cache" / "prices.json")
     monkeypatch.setattr(destroy, "PAUSE", 0.0)
     aws.answers["GetProducts"] = list_prices
-    return load(["aws.region=us-east-1"], {})
+    return Account(load(["aws.region=us-east-1"], {}))
 
 
 def test_a_price_is_found_on_any_page_and_asked_once_a_day(
-    aws: Recorder, settings: Settings, monkeypatch: pytest.MonkeyPatch
+    aws: Recorder, account: Account, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert prices.hourly(settings, "training", "ml.g5.xlarge") == 1.408
-    assert prices.hourly(settings, "training", "ml.g5.xlarge") == 1.408
-    assert prices.hourly(settings, "hosting", "ml.m5.large") == 0.115
+    assert prices.hourly(account, "training", "ml.g5.xlarge") == 1.408
+    assert prices.hourly(account, "training", "ml.g5.xlarge") == 1.408
+    assert prices.hourly(account, "hosting", "ml.m5.large") == 0.115
     assert len(aws.named("GetProducts")) == 4
     later = time.time() + prices.DAY
     monkeypatch.setattr(time, "time", lambda: later)
     aws.answers["GetProducts"] = {"PriceList": [offer("Train:ml.g5.xlarge", 2)]}
-    assert prices.hourly(settings, "training", "ml.g5.xlarge") == 2.0
+    assert prices.hourly(account, "training", "ml.g5.xlarge") == 2.0
     prices.CACHE.write_text("half a fi")
-    assert prices.hourly(settings, "training", "ml.g5.xlarge") == 2.0
+    assert prices.hourly(account, "training", "ml.g5.xlarge") == 2.0
     check_golden("prices", aws[:1])
 
 
@@ -92,26 +92,26 @@ def test_a_price_is_found_on_any_page_and_asked_once_a_day(
         EndpointConnectionError(endpoint_url="x"),
     ],
 )
-def test_a_price_that_cannot_be_known_is_none_and_asked_again(aws: Recorder, settings: Settings, answer: Any) -> None:
+def test_a_price_that_cannot_be_known_is_none_and_asked_again(aws: Recorder, account: Account, answer: Any) -> None:
     aws.answers["GetProducts"] = answer
-    assert prices.hourly(settings, "training", "ml.g5.xlarge") is None
+    assert prices.hourly(account, "training", "ml.g5.xlarge") is None
     aws.answers["GetProducts"] = list_prices
-    assert prices.hourly(settings, "training", "ml.g5.xlarge") == 1.408
+    assert prices.hourly(account, "training", "ml.g5.xlarge") == 1.408
 
 
 def test_china_has_no_price_in_dollars(aws: Recorder) -> None:
-    assert prices.hourly(load(["aws.region=cn-north-1"], {}), "training", "ml.g5.xlarge") is None
+    assert prices.hourly(Account(load(["aws.region=cn-north-1"], {})), "training", "ml.g5.xlarge") is None
     assert not aws
 
 
 @pytest.mark.parametrize(("cost", "allowed"), [(20.0, True), (20.01, False), (None, False)])
-def test_an_unknown_price_is_over_budget(settings: Settings, cost: float | None, allowed: bool) -> None:
-    prices.check_budget(settings, cost, yes=True)
+def test_an_unknown_price_is_over_budget(account: Account, cost: float | None, allowed: bool) -> None:
+    prices.check_budget(account.settings, cost, yes=True)
     if allowed:
-        prices.check_budget(settings, cost, yes=False)
+        prices.check_budget(account.settings, cost, yes=False)
     else:
         with pytest.raises(UserError, match=r"over aws.budget_usd \(20 USD\).*YES=1"):
-            prices.check_budget(settings, cost, yes=False)
+            prices.check_budget(account.settings, cost, yes=False)
 
 
 READS = ("Describe", "Get", "List", "Head")
@@ -166,7 +166,7 @@ def test_plan_of_an_unknown_price_is_over_budget(verb: str, planned: Planned, aw
 def test_plan_with_the_stack_looks_and_touches_nothing(
     planned: Planned, aws: Recorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cloud, "stack", lambda _: STACK)
+    monkeypatch.setattr(Account, "stack", lambda _: STACK)
     make_endpoint(NAME)
     for verb in BILLING:
         assert STACK.repository in planned(verb, "--set", "tuning.max_jobs=2") or verb in ("pipeline", "monitor")
@@ -197,7 +197,7 @@ def test_plan_says_what_the_settings_make_of_it(planned: Planned) -> None:
 
 
 def make_endpoint(name: str, tags: list[dict[str, str]] = TAGS, count: int = 1) -> None:
-    sagemaker = cloud.client(load(["aws.region=us-east-1"], {}), "sagemaker")
+    sagemaker = Account(load(["aws.region=us-east-1"], {})).client("sagemaker")
     unique = f"{name}-v1"
     sagemaker.create_model(
         ModelName=unique, ExecutionRoleArn=ROLE, Tags=tags,
@@ -210,19 +210,19 @@ def make_endpoint(name: str, tags: list[dict[str, str]] = TAGS, count: int = 1) 
     sagemaker.create_endpoint(EndpointName=name, EndpointConfigName=unique, Tags=tags)
 
 
-def attach(settings: Settings, name: str) -> None:
+def attach(account: Account, name: str) -> None:
     """The end schedule, an alarm and autoscaling of an endpoint."""
-    cloud.client(settings, "scheduler").create_schedule(
+    account.client("scheduler").create_schedule(
         Name=f"{name}-end", ScheduleExpression="at(2030-01-02T03:04:05)", FlexibleTimeWindow={"Mode": "OFF"},
         Target={"Arn": "arn:aws:scheduler:::aws-sdk:sagemaker:deleteEndpoint", "RoleArn": ROLE,
                 "Input": json.dumps({"EndpointName": name})},
     )  # fmt: skip
-    cloud.client(settings, "cloudwatch").put_metric_alarm(
+    account.client("cloudwatch").put_metric_alarm(
         AlarmName=f"{name}-backlog", MetricName="HasBacklogWithoutCapacity", Namespace="AWS/SageMaker",
         Statistic="Average", Dimensions=[{"Name": "EndpointName", "Value": name}], Period=60, EvaluationPeriods=2,
         Threshold=1, ComparisonOperator="GreaterThanOrEqualToThreshold",
     )  # fmt: skip
-    cloud.client(settings, "application-autoscaling").register_scalable_target(
+    account.client("application-autoscaling").register_scalable_target(
         ServiceNamespace="sagemaker", ResourceId=f"endpoint/{name}/variant/AllTraffic", MinCapacity=1, MaxCapacity=4,
         ScalableDimension="sagemaker:variant:DesiredInstanceCount",
     )  # fmt: skip
@@ -279,13 +279,13 @@ class Jobs:
         return {}
 
 
-def furnish(settings: Settings, aws: Recorder) -> Jobs:
+def furnish(account: Account, aws: Recorder) -> Jobs:
     """One of everything that bills, in this project and in another one whose name begins with this one's."""
     make_endpoint(NAME, count=2)
     make_endpoint("by-another-name")
     make_endpoint(f"{NAME}-2", THEIRS)
     for name in (NAME, f"{NAME}-2", f"{NAME}-gone"):
-        attach(settings, name)
+        attach(account, name)
     jobs = Jobs(aws)
     for kind in Jobs.KINDS:
         jobs.running[kind] = {f"{NAME}-{letter}": "InProgress" for letter in "abc"} | {f"{NAME}-2-job": "InProgress"}
@@ -294,9 +294,9 @@ def furnish(settings: Settings, aws: Recorder) -> Jobs:
     return jobs
 
 
-def test_status_shows_everything_of_the_project_with_its_price(aws: Recorder, settings: Settings) -> None:
-    furnish(settings, aws)
-    items = inventory.everything(settings)
+def test_status_shows_everything_of_the_project_with_its_price(aws: Recorder, account: Account) -> None:
+    furnish(account, aws)
+    items = inventory.everything(account)
     lines = inventory.table(items)
     counts: dict[str, int] = {}
     for item in items:
@@ -319,66 +319,66 @@ def test_status_shows_everything_of_the_project_with_its_price(aws: Recorder, se
     check_golden("status", list(reading.items()))
 
 
-def test_status_counts_what_has_no_price(aws: Recorder, settings: Settings) -> None:
+def test_status_counts_what_has_no_price(aws: Recorder, account: Account) -> None:
     make_endpoint(NAME)
     aws.answers["GetProducts"] = refused("AccessDeniedException")
-    lines = inventory.table(inventory.everything(settings))
+    lines = inventory.table(inventory.everything(account))
     assert "price unknown" in lines[0]
     assert lines[-1].startswith("in all at most 0.000 USD an hour and 1 of unknown price")
 
 
-def test_what_belongs_to_an_endpoint_of_another_name(settings: Settings) -> None:
+def test_what_belongs_to_an_endpoint_of_another_name(account: Account) -> None:
     make_endpoint("by-another-name")
-    attach(settings, "by-another-name")
-    lines = inventory.table(inventory.everything(settings))
+    attach(account, "by-another-name")
+    lines = inventory.table(inventory.everything(account))
     assert [line.split()[0] for line in lines] == ["endpoint", "endpoint", "model", "end", "alarm", "autoscaling", "in"]
     assert "until 2030-01-02T03:04:05 UTC" in lines[0]
 
 
-def test_serverless_and_async_endpoints(aws: Recorder, settings: Settings) -> None:
+def test_serverless_and_async_endpoints(aws: Recorder, account: Account) -> None:
     make_endpoint(NAME)
     variant = {"VariantName": "AllTraffic", "ModelName": "m"}
     serverless = {"ServerlessConfig": {"MemorySizeInMB": 2048, "MaxConcurrency": 5}}
     aws.answers["DescribeEndpointConfig"] = {"ProductionVariants": [variant | serverless]}
-    (item,) = (item for item in inventory.everything(settings) if item.kind == "endpoint")
+    (item,) = (item for item in inventory.everything(account) if item.kind == "endpoint")
     assert (item.usd, item.bills) == (0, True)
     aws.answers["DescribeEndpointConfig"] = {
         "ProductionVariants": [variant | {"InitialInstanceCount": 1, "InstanceType": "ml.m5.large"}],
         "ShadowProductionVariants": [variant | {"VariantName": "s", "InitialInstanceCount": 2, "InstanceType": "x"}],
         "AsyncInferenceConfig": {"OutputConfig": {}},
     }
-    (item,) = (item for item in inventory.everything(settings) if item.kind == "endpoint")
+    (item,) = (item for item in inventory.everything(account) if item.kind == "endpoint")
     assert (item.usd, item.detail) == (None, "1 x ml.m5.large, 2 x x, InService")
     del aws.answers["DescribeEndpointConfig"]["ShadowProductionVariants"]
-    (item,) = (item for item in inventory.everything(settings) if item.kind == "endpoint")
+    (item,) = (item for item in inventory.everything(account) if item.kind == "endpoint")
     assert item.usd == 0.1  # not the price of a real-time endpoint
     del aws.answers["DescribeEndpointConfig"]
     facts = {"EndpointConfigName": f"{NAME}-v1", "EndpointStatus": "InService", "CreationTime": datetime.now(UTC)}
     zero = [{"VariantName": "AllTraffic", "CurrentInstanceCount": 0, "DesiredInstanceCount": 0}]
     aws.answers["DescribeEndpoint"] = facts | {"ProductionVariants": zero}
-    (item,) = (item for item in inventory.everything(settings) if item.kind == "endpoint")
+    (item,) = (item for item in inventory.everything(account) if item.kind == "endpoint")
     assert (item.usd, item.detail) == (0.0, "0 x ml.m5.large, InService")
 
 
-def test_status_of_stack_bucket_and_images(aws: Recorder, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "make bootstrap" in status.stored(settings)[0]
+def test_status_of_stack_bucket_and_images(aws: Recorder, account: Account, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "make bootstrap" in status.stored(account)[0]
     repository = "123456789012.dkr.ecr.us-east-1.amazonaws.com/repo"
-    made = cloud.Stack(bucket="b", role=ROLE, repository=repository, topic="t", scheduler_role="s", pipeline_role="p")
-    monkeypatch.setattr(cloud, "stack", lambda _: made)
-    assert "RepositoryNotFoundException" in status.stored(settings)[2]
+    made = Stack(bucket="b", role=ROLE, repository=repository, topic="t", scheduler_role="s", pipeline_role="p")
+    monkeypatch.setattr(Account, "stack", lambda _: made)
+    assert "RepositoryNotFoundException" in status.stored(account)[2]
     aws.answers["DescribeImages"] = lambda p: (
         {"imageDetails": [{"imageSizeInBytes": 10**9}]} | ({} if p.get("nextToken") else {"nextToken": "2"})
     )
     result = {"Id": "size", "Values": [25e8, 1e9]}
     aws.answers["GetMetricData"] = {"MetricDataResults": [result]}
-    assert status.stored(settings)[1:] == [
+    assert status.stored(account)[1:] == [
         "bucket b: 2.5 GB yesterday", f"repository {repository}: 2 images, 2.0 GB",
         f"registry {NAME}: 0 packages, the champion is none yet", f"pipeline {NAME}: started by `make pipeline` only",
     ]  # fmt: skip
 
 
 def test_more_than_one_page_of_endpoints_and_tags(
-    aws: Recorder, settings: Settings, monkeypatch: pytest.MonkeyPatch
+    aws: Recorder, account: Account, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from moto.sagemaker.models import PAGINATION_MODEL
 
@@ -386,19 +386,19 @@ def test_more_than_one_page_of_endpoints_and_tags(
         make_endpoint(f"{NAME}-{number}", [{"Key": f"k{key}", "Value": "v"} for key in range(3)] + TAGS)
     for operation in ("list_endpoints", "list_endpoint_configs", "list_tags"):
         monkeypatch.setitem(PAGINATION_MODEL[operation], "limit_default", 2)
-    kinds = [item.kind for item in inventory.everything(settings)]
+    kinds = [item.kind for item in inventory.everything(account)]
     assert (kinds.count("endpoint"), kinds.count("endpoint config"), kinds.count("model")) == (5, 5, 5)
     assert len(aws.named("ListEndpoints")) == 3
     assert {"NextToken"} <= {key for call in aws.named("ListTags") for key in call}
 
 
-def test_tags_that_may_not_be_read(aws: Recorder, settings: Settings) -> None:
+def test_tags_that_may_not_be_read(aws: Recorder, account: Account) -> None:
     make_endpoint("quite-another")
     aws.answers["ListTags"] = refused("AccessDeniedException")
-    assert inventory.everything(settings) == []
+    assert inventory.everything(account) == []
     make_endpoint(NAME)
     with pytest.raises(UserError, match=r"listing what the project has in AWS failed.*make doctor"):
-        inventory.everything(settings)
+        inventory.everything(account)
 
 
 CHANGES = ("Delete", "Stop", "Update", "Deregister")
@@ -409,11 +409,11 @@ def changes(calls: Recorder) -> list[tuple[str, dict[str, Any]]]:
 
 
 def test_after_destroy_nothing_of_the_project_bills_and_nothing_of_others_is_touched(
-    aws: Recorder, settings: Settings, capsys: pytest.CaptureFixture[str]
+    aws: Recorder, account: Account, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    jobs = furnish(settings, aws)
+    jobs = furnish(account, aws)
     busy = [refused("ValidationException", message="Cannot update in-progress endpoint")]
-    original = cloud.client(settings, "sagemaker")
+    original = account.client("sagemaker")
     assert original.list_endpoints()["Endpoints"]
     aws.clear()
 
@@ -441,11 +441,11 @@ def test_after_destroy_nothing_of_the_project_bills_and_nothing_of_others_is_tou
     for kind in Jobs.KINDS:
         stop_and_end(kind)
     aws.answers["DeleteEndpoint"] = still_creating
-    destroy.destroy(settings, None, yes=True)
+    destroy.destroy(account, None, yes=True)
     printed = capsys.readouterr().out
     assert printed.index("in all at most") < printed.index("removing ")
     assert f"waiting for tuning job {NAME}-a" in printed
-    assert inventory.everything(settings) == []
+    assert inventory.everything(account) == []
     assert jobs.pools == {f"{NAME}-2-job"}
     assert all(running == {f"{NAME}-2-job": "InProgress"} for running in jobs.running.values())
     for listed, name in (
@@ -455,29 +455,29 @@ def test_after_destroy_nothing_of_the_project_bills_and_nothing_of_others_is_tou
     ):
         (left,) = getattr(original, listed)()[f"{name}s"]
         assert left[f"{name}Name"].startswith(f"{NAME}-2")
-    schedules = cloud.client(settings, "scheduler").list_schedules()["Schedules"]
-    (alarm,) = cloud.client(settings, "cloudwatch").describe_alarms()["MetricAlarms"]
+    schedules = account.client("scheduler").list_schedules()["Schedules"]
+    (alarm,) = account.client("cloudwatch").describe_alarms()["MetricAlarms"]
     assert {schedule["Name"] for schedule in schedules} == {f"{NAME}-2-end", f"{NAME}-gone-end"}
     assert alarm["AlarmName"] == f"{NAME}-2-backlog"
     check_golden("destroy", changes(aws))
     aws.clear()
-    destroy.destroy(settings, None, yes=True)
+    destroy.destroy(account, None, yes=True)
     assert not changes(aws)
 
 
-def test_destroy_of_one_endpoint_leaves_the_others(aws: Recorder, settings: Settings) -> None:
-    furnish(settings, aws)
+def test_destroy_of_one_endpoint_leaves_the_others(aws: Recorder, account: Account) -> None:
+    furnish(account, aws)
     aws.clear()
     with pytest.raises(UserError, match=rf"no endpoint {NAME}-2; it has: {NAME}, by-another-name"):
-        destroy.destroy(settings, f"{NAME}-2", yes=True)
-    destroy.destroy(settings, NAME, yes=True)
+        destroy.destroy(account, f"{NAME}-2", yes=True)
+    destroy.destroy(account, NAME, yes=True)
     removed = changes(aws)
     assert [operation for operation, _ in removed] == [
         "DeregisterScalableTarget", "DeleteEndpoint", "DeleteEndpointConfig", "DeleteModel", "DeleteSchedule",
         "DeleteAlarms",
     ]  # fmt: skip
     check_golden("destroy-endpoint", removed)
-    assert {item.name for item in inventory.everything(settings) if item.kind == "endpoint"} == {"by-another-name"}
+    assert {item.name for item in inventory.everything(account) if item.kind == "endpoint"} == {"by-another-name"}
 
 
 def test_destroy_of_one_endpoint_leaves_a_model_that_another_may_use() -> None:
@@ -488,15 +488,15 @@ def test_destroy_of_one_endpoint_leaves_a_model_that_another_may_use() -> None:
     assert destroy.chosen([one, *models], "one") == [one, models[1]]
 
 
-def test_destroy_asks_first(aws: Recorder, settings: Settings) -> None:
+def test_destroy_asks_first(aws: Recorder, account: Account) -> None:
     make_endpoint(NAME)
     with pytest.raises(UserError, match=r"nobody is there to answer; say YES=1"):
-        destroy.destroy(settings, None, yes=False)
+        destroy.destroy(account, None, yes=False)
     assert not changes(aws)
 
 
 def test_destroy_names_what_it_may_not_remove_and_removes_the_rest(
-    aws: Recorder, settings: Settings, monkeypatch: pytest.MonkeyPatch
+    aws: Recorder, account: Account, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(destroy, "PATIENCE", 5.0)
     make_endpoint(NAME)
@@ -510,39 +510,37 @@ def test_destroy_names_what_it_may_not_remove_and_removes_the_rest(
             raise denied
         del original["DeleteEndpoint"]
         try:
-            return cloud.client(settings, "sagemaker").delete_endpoint(**parameters)
+            return account.client("sagemaker").delete_endpoint(**parameters)
         finally:
             original["DeleteEndpoint"] = only_the_other
 
     original["DeleteEndpoint"] = only_the_other
     with pytest.raises(UserError, match=rf"still there: endpoint {NAME} \(not authorized, not allowed: `make doctor`"):
-        destroy.destroy(settings, None, yes=True)
+        destroy.destroy(account, None, yes=True)
     assert sorted(seen) == [NAME, f"{NAME}-b"]
-    assert {item.name for item in inventory.everything(settings) if item.kind == "endpoint"} == {NAME}
+    assert {item.name for item in inventory.everything(account) if item.kind == "endpoint"} == {NAME}
 
 
-def test_destroy_gives_up_in_the_end(aws: Recorder, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_destroy_gives_up_in_the_end(aws: Recorder, account: Account, monkeypatch: pytest.MonkeyPatch) -> None:
     make_endpoint(NAME)
-    attach(settings, NAME)
+    attach(account, NAME)
     aws.answers["DeleteEndpoint"] = {}
     monkeypatch.setattr(destroy, "PATIENCE", 0.3)
     with pytest.raises(UserError, match=rf"still there: endpoint {NAME}\. Do it again"):
-        destroy.destroy(settings, None, yes=True)
+        destroy.destroy(account, None, yes=True)
     assert not aws.named("DeleteSchedule", "DeleteModel", "DeleteEndpointConfig")  # it still has to end
 
 
 @pytest.mark.parametrize("operation", ["DeleteModel", "DeleteAlarms", "DeleteSchedule"])
-def test_destroy_names_what_is_left_although_it_bills_nothing(
-    aws: Recorder, settings: Settings, operation: str
-) -> None:
+def test_destroy_names_what_is_left_although_it_bills_nothing(aws: Recorder, account: Account, operation: str) -> None:
     make_endpoint(NAME)
-    attach(settings, NAME)
+    attach(account, NAME)
     aws.answers[operation] = refused("ThrottlingException", message="slow down")
     with pytest.raises(UserError, match=r"still there: .*\(slow down\)"):
-        destroy.destroy(settings, None, yes=True)
+        destroy.destroy(account, None, yes=True)
 
 
-def test_destroy_with_expired_credentials_says_so(aws: Recorder, settings: Settings) -> None:
+def test_destroy_with_expired_credentials_says_so(aws: Recorder, account: Account) -> None:
     aws.answers["ListTrainingJobs"] = refused("ExpiredTokenException")
     with pytest.raises(UserError, match="the AWS credentials have expired"):
-        destroy.destroy(settings, None, yes=True)
+        destroy.destroy(account, None, yes=True)

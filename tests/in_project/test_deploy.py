@@ -15,18 +15,18 @@ import boto3
 import pytest
 from botocore.exceptions import ClientError
 from moto.sagemaker.models import sagemaker_backends
-from tests.cloud import KEY, NETWORK, STACK, Recorder, aws, check_golden, refused
-from tests.test_inference import archive, artifact, classifier, photo
 
 from inference import inference
 from payload import RequestError
 from pipelines import config, project, runs
-from pipelines.cloud import account as cloud
 from pipelines.cloud import prices
+from pipelines.cloud.account import Account
 from pipelines.endpoint import deploy, expiry, invoke, rollout, shift_traffic
 from pipelines.endpoint import state as endpoints
 from pipelines.local import engine
 from pipelines.terminal import UserError
+from tests.cloud import KEY, NETWORK, STACK, Recorder, aws, check_golden, refused
+from tests.test_inference import archive, artifact, classifier, photo
 
 __all__ = ["archive", "artifact", "aws", "classifier"]  # fixtures
 NAME = project.name()
@@ -107,7 +107,7 @@ def hosting(
 ) -> Hosting:
     """An account with the stack and the image, and two runs on this machine."""
     boto3.client("s3").create_bucket(Bucket=STACK.bucket)
-    monkeypatch.setattr(cloud, "stack", lambda _settings: STACK)
+    monkeypatch.setattr(Account, "stack", lambda _settings: STACK)
     monkeypatch.setattr(prices, "hourly", lambda *_: 0.5)
     monkeypatch.setattr(runs, "ARTIFACTS", tmp_path / "artifacts")
     monkeypatch.setattr(endpoints, "POLL", 0.001)
@@ -128,7 +128,7 @@ def settings(*overrides: str) -> config.Settings:
 def run(*overrides: str, **options: Any) -> None:
     names = ("run", "job", "package", "artifact", "endpoint", "weight", "rollback")
     given = dict.fromkeys(names) | {"yes": True, "plan": False} | options
-    deploy.deploy(settings(*overrides), Namespace(**given))
+    deploy.deploy(Account(settings(*overrides)), Namespace(**given))
 
 
 def written(calls: Recorder) -> Recorder:
@@ -259,18 +259,21 @@ def test_two_variants_and_moving_requests(
     assert shift_traffic.main() == 0
     check_golden("shift_traffic", written(Recorder(hosting.calls[start:])))
     with pytest.raises(UserError, match=f"has {rollout.FIRST}, {rollout.SECOND}"):
-        shift_traffic.shift(settings(), NAME, "other", 5)
+        shift_traffic.shift(Account(settings()), NAME, "other", 5)
     with pytest.raises(UserError, match="WEIGHT is 101"):
-        shift_traffic.shift(settings(), NAME, rollout.SECOND, 101)
-    assert shift_traffic.shift(settings(), NAME, rollout.SECOND, 100) == {rollout.FIRST: 0, rollout.SECOND: 100}
+        shift_traffic.shift(Account(settings()), NAME, rollout.SECOND, 101)
+    assert shift_traffic.shift(Account(settings()), NAME, rollout.SECOND, 100) == {
+        rollout.FIRST: 0,
+        rollout.SECOND: 100,
+    }
     sent = hosting.calls.named("UpdateEndpointWeightsAndCapacities")[-1]["DesiredWeightsAndCapacities"]
     assert sent[0] == {"VariantName": rollout.FIRST, "DesiredWeight": 0.0}
-    assert shift_traffic.shift(settings(), NAME, rollout.SECOND, 40) == {rollout.FIRST: 60, rollout.SECOND: 40}
+    assert shift_traffic.shift(Account(settings()), NAME, rollout.SECOND, 40) == {rollout.FIRST: 60, rollout.SECOND: 40}
     run("endpoint.max_instances=2")  # and back to one
     found = boto3.client("application-autoscaling").describe_scalable_targets(ServiceNamespace="sagemaker")
     assert [t["ResourceId"] for t in found["ScalableTargets"]] == [f"endpoint/{NAME}/variant/{rollout.FIRST}"]
     with pytest.raises(UserError, match="makes a second one"):
-        shift_traffic.shift(settings(), NAME, rollout.FIRST, 5)
+        shift_traffic.shift(Account(settings()), NAME, rollout.FIRST, 5)
 
 
 @pytest.mark.usefixtures("hosting")
@@ -284,16 +287,16 @@ def test_a_second_variant_needs_a_first() -> None:
 
 def test_the_end_is_moved_and_can_be_cancelled(hosting: Hosting, capsys: pytest.CaptureFixture[str]) -> None:
     run()
-    first = expiry.end(settings(), NAME)
+    first = expiry.end(Account(settings()), NAME)
     run("endpoint.ttl_hours=80", "aws.budget_usd=100")
-    later = expiry.end(settings(), NAME)
+    later = expiry.end(Account(settings()), NAME)
     assert first is not None
     assert later is not None
     assert later > first
     order = [name for name, _ in hosting.calls if name in MAKES]
     assert order.index("UpdateSchedule") < order.index("UpdateEndpoint")
     run("endpoint.ttl_hours=0")
-    assert expiry.end(settings(), NAME) is None
+    assert expiry.end(Account(settings()), NAME) is None
     printed = capsys.readouterr().out
     assert "WARNING: endpoint.ttl_hours is 0: it never deletes itself and costs 12.00 USD a day" in printed
 
@@ -411,12 +414,12 @@ def test_an_interruption_leaves_nothing_either(hosting: Hosting) -> None:
 
 def test_a_failed_update_leaves_the_endpoint_as_it_was(hosting: Hosting) -> None:
     run()
-    before, end = left()[:-1], expiry.end(settings(), NAME)
+    before, end = left()[:-1], expiry.end(Account(settings()), NAME)
     hosting.calls.answers["UpdateEndpoint"] = quota("UpdateEndpoint")
     with pytest.raises(UserError, match="quota"):
         run("endpoint.ttl_hours=5")
     assert left()[:-1] == before
-    assert expiry.end(settings(), NAME) == end
+    assert expiry.end(Account(settings()), NAME) == end
 
 
 def test_an_update_that_got_through_is_not_taken_back(hosting: Hosting, capsys: pytest.CaptureFixture[str]) -> None:
@@ -455,7 +458,7 @@ def test_names(hosting: Hosting) -> None:
     endpoint.tags = [{"Key": "project", "Value": "another"}]
     with pytest.raises(UserError, match="is taken by an endpoint of something else"):
         run()
-    endpoint.tags = cloud.tags(settings())
+    endpoint.tags = Account(settings()).tags()
     for status, step in (("Failed", f"make destroy ENDPOINT={NAME}"), ("Updating", "wait until")):
         hosting.state = {"EndpointStatus": status}
         with pytest.raises(UserError, match=f"is {status}.*{step}"):
@@ -537,7 +540,7 @@ def test_ctrl_c_while_waiting_leaves_the_endpoint(hosting: Hosting, monkeypatch:
         run()
     assert e.value.code == 130
     assert len(boto3.client("sagemaker").list_endpoints()["Endpoints"]) == 1
-    assert expiry.end(settings(), NAME)
+    assert expiry.end(Account(settings()), NAME)
 
 
 def test_the_tolerance_is_the_models_own() -> None:

@@ -9,21 +9,20 @@ from typing import Any
 
 import pytest
 from botocore.exceptions import ClientError
-from tests.cloud import Recorder, aws, check_golden
 
 from pipelines import project
 from pipelines import terminal as console
-from pipelines.cloud import account as cloud
 from pipelines.cloud import doctor, permissions, stack
+from pipelines.cloud.account import Account, Stack
 from pipelines.cloud.doctor import Line
 from pipelines.config import Settings, load
 from pipelines.local import engine, images
-from pipelines.terminal import UserError
+from tests.cloud import Recorder, aws, check_golden, described, refused
 
 __all__ = ["aws"]  # a fixture
 NAME, ACCOUNT = project.name(), "123456789012"
 SETTINGS = load(["aws.region=us-east-1"], {})
-STACK = cloud.Stack(
+STACK = Stack(
     bucket=f"{NAME}-{ACCOUNT}-us-east-1",
     role=f"arn:aws:iam::{ACCOUNT}:role/{NAME}-execution",
     repository=f"{ACCOUNT}.dkr.ecr.us-east-1.amazonaws.com/{NAME}",
@@ -61,17 +60,16 @@ def quota(name: str, value: float, code: str = "L-1") -> dict[str, Any]:
 
 
 @pytest.fixture
-def healthy(aws: Recorder, monkeypatch: pytest.MonkeyPatch) -> Recorder:
+def healthy(aws: Recorder) -> Recorder:
     """An account where nothing is wrong."""
-    monkeypatch.setattr(cloud, "stack", lambda _: STACK)
-    found = stack.parameters(SETTINGS, caller()["Arn"], {})
+    found = stack.parameters(Account(SETTINGS), caller()["Arn"], {})
     parameters = [{"ParameterKey": key, "ParameterValue": value} for key, value in found.items()]
     trust = {"Statement": [{"Effect": "Allow", "Principal": {"Service": "sagemaker.amazonaws.com"}}]}
     tags = [images.image_name(SETTINGS, target).partition(":")[2] for target in ("training", "serving")]
     usage = ("ml.g5.xlarge for spot training job usage", "ml.m5.large for endpoint usage")
     aws.answers |= {
         "GetCallerIdentity": caller(),
-        "DescribeStacks": {"Stacks": [{"StackStatus": "UPDATE_COMPLETE", "Parameters": parameters}]},
+        "DescribeStacks": described(STACK, parameters),
         "GetTemplate": {"TemplateBody": json.loads(stack.template(SETTINGS, ACCOUNT))},
         "GetRole": lambda p: {
             "Role": {"Arn": f"arn:aws:iam::{ACCOUNT}:role/path/{p['RoleName']}", "AssumeRolePolicyDocument": trust}
@@ -92,11 +90,11 @@ def healthy(aws: Recorder, monkeypatch: pytest.MonkeyPatch) -> Recorder:
 
 
 def bad(settings: Settings = SETTINGS) -> list[Line]:
-    return [line for line in doctor.there(settings) if line.level != "ok"]
+    return [line for line in doctor.there(Account(settings)) if line.level != "ok"]
 
 
 def test_nothing_is_wrong(healthy: Recorder) -> None:
-    lines = list(doctor.there(SETTINGS))
+    lines = list(doctor.there(Account(SETTINGS)))
     assert [line for line in lines if line.level != "ok"] == []
     assert len(lines) == 9
     calls: dict[str, dict[str, Any]] = {}
@@ -112,8 +110,8 @@ TRUST = {"Role": {"Arn": STACK.role, "AssumeRolePolicyDocument": {"Statement": [
 WRONG: list[tuple[str, Any, str, str, str]] = [
     ("GetCallerIdentity", lambda _: caller(seconds=-600), "fail", "clock is -", "NTP"),
     ("GetCallerIdentity", lambda _: caller(f"arn:aws:iam::{ACCOUNT}:root"), "warn", "account itself", "role"),
-    ("DescribeStacks", {"Stacks": [{"StackStatus": "UPDATE_COMPLETE"}]}, "warn", "differs in Project", "bootstrap"),
-    ("GetTemplate", {"TemplateBody": "{}"}, "warn", "differs in infrastructure/stack.yaml", "make bootstrap"),
+    ("DescribeStacks", described(STACK), "warn", "differs in Project", "bootstrap"),
+    ("GetTemplate", {"TemplateBody": "{}"}, "warn", "differs in what infrastructure/ says", "make bootstrap"),
     ("GetTemplate", refusal("AccessDenied"), "warn", "stack: not checked", "may not do that"),
     ("GetRole", TRUST, "fail", "does not trust SageMaker", "make bootstrap"),
     ("SimulatePrincipalPolicy", simulated("s3:ListBucket"), "fail", "role may not s3:ListBucket", "bootstrap"),
@@ -141,7 +139,7 @@ def test_quotas_are_those_of_the_settings(healthy: Recorder) -> None:
         ["aws.region=us-east-1", "compute.spot=false", "compute.keep_alive_minutes=5", "endpoint.type=serverless"], {}
     )
     healthy.answers["ListServiceQuotas"] = {"Quotas": []}
-    names = [line.text for line in doctor.quotas(settings)]
+    names = [line.text for line in doctor.quotas(Account(settings))]
     assert [name.split("'")[1].partition(" for ")[2] for name in names] == [
         "training job usage", "training warm pool usage"
     ]  # fmt: skip
@@ -153,11 +151,8 @@ def test_a_region_that_other_programs_take(healthy: Recorder, monkeypatch: pytes
     assert [line.text for line in bad()] == ["the shell's region is eu-west-1, aws.region is us-east-1"]
 
 
-def test_no_stack(healthy: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
-    def none(_: Settings) -> cloud.Stack:
-        raise UserError("there is no stack")
-
-    monkeypatch.setattr(cloud, "stack", none)
+def test_no_stack(healthy: Recorder) -> None:
+    healthy.answers["DescribeStacks"] = refused("ValidationError", "Stack with id x does not exist")
     assert [(line.level, line.fix) for line in bad()] == [("fail", "`make bootstrap`")]
     assert not healthy.named("SimulatePrincipalPolicy")
 
@@ -201,8 +196,8 @@ def test_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_statement_of_the_template_is_asked_with_real_names() -> None:
-    needs = [*permissions.needs(SETTINGS, STACK, ACCOUNT, "ExecutionRole")]
-    needs += permissions.needs(SETTINGS, STACK, ACCOUNT, "VerbsPolicy")
+    needs = [*permissions.needs(Account(SETTINGS, STACK), ACCOUNT, "ExecutionRole")]
+    needs += permissions.needs(Account(SETTINGS, STACK), ACCOUNT, "VerbsPolicy")
     assert len(needs) >= 20
     assert not [need.resource for need in needs if "$" in need.resource or ":x/" in need.resource]
     assert f"arn:aws:sagemaker:us-east-1:{ACCOUNT}:endpoint-config/{NAME}" in {need.resource for need in needs}

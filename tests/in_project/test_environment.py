@@ -12,10 +12,10 @@ import time
 from pathlib import Path
 
 import pytest
-from tests.helpers import Verb, verb_environment
 
 from pipelines import ROOT, config
 from pipelines.local import engine, images
+from tests.helpers import Verb, verb_environment
 
 SHORT = ("--set", "training.epochs=2")
 QUICK = ["images.packages=[--help]"]  # an image that takes a second and no network

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from tests.helpers import Verb, verb_environment
 from tests.test_training_local import SHORT, owners, read
 

@@ -18,9 +18,9 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file
-from tests.helpers import verb_environment
 
 from pipelines import SOURCE
+from tests.helpers import verb_environment
 
 SHORT = {"epochs": 4, "batch_size": 8, "precision": "fp32", "checkpoint_minutes": 0.0, "model": "cnn"}
 SHORT |= {"deterministic": True}  # or the memory order of tensors is chosen by timing

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+
 from tests.hosting import Reply, Running, ask, npy, serving
 from tests.test_inference import artifact, photo
 

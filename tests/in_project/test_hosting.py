@@ -17,16 +17,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors import safe_open
-from tests.helpers import CLASSES, draw, free_port
-from tests.hosting import CASES, EXCLUDED, NOT_APPLICABLE, NOT_HTTP, Facts, serving
-from tests.test_inference import artifact
-from tests.test_serving import endpoint
 
 import imaging
 from inference import inference
 from pipelines import runs
 from pipelines.local import engine
 from tests.conftest import project_image
+from tests.helpers import CLASSES, draw, free_port
+from tests.hosting import CASES, EXCLUDED, NOT_APPLICABLE, NOT_HTTP, Facts, serving
+from tests.test_inference import artifact
+from tests.test_serving import endpoint
 
 __all__ = ["artifact"]  # a fixture
 pytestmark = pytest.mark.filterwarnings("ignore")  # the SDK's own

@@ -21,10 +21,6 @@ import torch
 from botocore.session import get_session
 from botocore.validate import ParamValidator
 from PIL import Image
-from tests.cloud import KEY, NETWORK, STACK, Recorder, aws, check_golden
-from tests.helpers import CLASSES, Verb, draw
-from tests.test_deploy import NAME, Hosting, hosting, run, settings
-from tests.test_inference import archive, artifact, classifier
 
 import imaging
 from inference import inference
@@ -32,10 +28,15 @@ from inference.export import write_artifact
 from model import build_model
 from pipelines import SOURCE, config, project, runs
 from pipelines.cloud import destroy, inventory
+from pipelines.cloud.account import Account
 from pipelines.monitoring import monitor as verb_module
 from pipelines.terminal import UserError
 from processing import monitor
 from processing.preprocess import pack
+from tests.cloud import KEY, NETWORK, STACK, Recorder, aws, check_golden
+from tests.helpers import CLASSES, Verb, draw
+from tests.test_deploy import NAME, Hosting, hosting, run, settings
+from tests.test_inference import archive, artifact, classifier
 from training.config import Hyperparameters, resolve
 from training.data import load_channels
 from training.distributed import World
@@ -416,7 +417,7 @@ def test_a_folder_is_compared_here_without_an_account(
 
 
 def watch(*overrides: str, name: str = NAME, yes: bool = True) -> None:
-    verb_module.monitor(settings(*overrides), name, yes)
+    verb_module.monitor(Account(settings(*overrides)), name, yes)
 
 
 def ours(calls: Recorder) -> Recorder:
@@ -531,7 +532,7 @@ def test_the_model_of_a_package_and_the_busiest_variant(captured: Hosting) -> No
     answers["DescribeModel"] = lambda asked: {"Containers": [{"ModelPackageName": package}]} if asked == {
         "ModelName": "b"} else {}  # fmt: skip
     answers["DescribeModelPackage"] = {"InferenceSpecification": {"Containers": [{"ModelDataUrl": uri}]}}
-    found = verb_module.find(settings(), NAME)
+    found = verb_module.find(Account(settings()), NAME)
     assert found == verb_module.Watched(NAME, "challenger", f"s3://b/c/{NAME}/challenger", uri)
 
 
@@ -583,9 +584,9 @@ def test_a_comparison_that_comes_too_late_is_warned_of(capsys: pytest.CaptureFix
     assert "WARNING" not in capsys.readouterr().out
 
 
-def attached(settings: config.Settings) -> dict[str, str]:
-    return {item.kind if item.kind != "alarm" else item.name: item.of for item in inventory.everything(settings)
-            if item.of}  # fmt: skip
+def attached() -> dict[str, str]:
+    found = [item for item in inventory.everything(Account(settings())) if item.of]
+    return {item.kind if item.kind != "alarm" else item.name: item.of for item in found}
 
 
 def test_status_shows_it_and_destroy_removes_it(captured: Hosting, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -604,28 +605,28 @@ def test_status_shows_it_and_destroy_removes_it(captured: Hosting, monkeypatch: 
                                   Target=target)  # fmt: skip
     cloudwatch = boto3.client("cloudwatch")
     cloudwatch.put_dashboard(DashboardName=f"{NAME}-mine", DashboardBody="{}")
-    items = inventory.everything(settings())
+    items = inventory.everything(Account(settings()))
     wanted = ["monitoring", "dashboard", "end schedule", *(f"{name}-{what}" for name in both
                                                            for what in ("drift", "errors", "latency"))]  # fmt: skip
-    assert {*attached(settings())} == {*wanted}
+    assert {*attached()} == {*wanted}
     lines = inventory.table(items)
     assert re.search(rf"monitoring +{NAME}-monitor .*0\.250 USD/h  hourly 1 x ml\.m5\.large, 30 min", "\n".join(lines))
     start = len(captured.calls)
-    destroy.destroy(settings(), NAME, yes=True)
+    destroy.destroy(Account(settings()), NAME, yes=True)
     gone = {
         item for name, given in captured.calls[start:] if name.startswith("Delete") for item in map(str, given.values())
     }
     assert {f"{NAME}-monitor", f"['{NAME}-monitor']", f"['{NAME}-drift']"} <= gone
-    assert {*attached(settings()).values()} == {f"{NAME}-b"}
+    assert {*attached().values()} == {f"{NAME}-b"}
     boto3.client("sagemaker").delete_endpoint(EndpointName=f"{NAME}-b")  # its time was up: the alarms are left
-    assert "end schedule" not in attached(settings())
-    assert any(item.kind == "monitoring" for item in inventory.everything(settings()))
-    destroy.destroy(settings(), f"{NAME}-b", yes=True)
-    assert attached(settings()) == {}
+    assert "end schedule" not in attached()
+    assert any(item.kind == "monitoring" for item in inventory.everything(Account(settings())))
+    destroy.destroy(Account(settings()), f"{NAME}-b", yes=True)
+    assert attached() == {}
     assert {item["Name"] for item in scheduler.list_schedules()["Schedules"]} >= {f"{NAME}-2-monitor", f"{NAME}-other"}
     assert [board["DashboardName"] for board in cloudwatch.list_dashboards()["DashboardEntries"]] == [f"{NAME}-mine"]
     with pytest.raises(UserError, match=f"the project has no endpoint {NAME}-b"):
-        destroy.destroy(settings(), f"{NAME}-b", yes=True)
+        destroy.destroy(Account(settings()), f"{NAME}-b", yes=True)
 
 
 def test_refusals_of_aws_are_one_sentence(captured: Hosting) -> None:

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tests.helpers import CLASSES, free_port
 
 from imaging import normalise
 from inference.artifact import open_artifact
@@ -23,6 +22,7 @@ from pipelines import runs
 from pipelines.local import serve as serve_local
 from processing.evaluate import evaluate
 from processing.preprocess import pack
+from tests.helpers import CLASSES, free_port
 from training.config import Hyperparameters, resolve
 from training.data import load_channels
 from training.distributed import World

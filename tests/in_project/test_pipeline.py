@@ -1,4 +1,4 @@
-"""`pipeline` and `pipeline-local`: the definition, each request in it, its gate, whole runs of it."""
+"""`pipeline`, `pipeline-local`: the definition, each request in it, its gate, whole runs of it."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ import pytest
 import yaml
 from botocore.exceptions import ClientError
 from botocore.validate import ParamValidator
-from tests.cloud import KEY, STACK, Recorder, aws, check_golden
-from tests.graph import mermaid
-from tests.helpers import Verb, verb_environment
-from tests.test_training_local import NO_ENGINE
 
 from pipelines import ROOT, config, project, training_pipeline
-from pipelines.cloud import account as cloud
 from pipelines.cloud import destroy, inventory, packages, prices
+from pipelines.cloud.account import Account, Stack
 from pipelines.endpoint import deploy
 from pipelines.pipeline import cloud as pipeline
 from pipelines.pipeline.local import Execution
 from pipelines.registry import package as registry
 from pipelines.terminal import UserError
 from pipelines.training_pipeline import LOCAL, Inputs
+from tests.cloud import KEY, STACK, Recorder, aws, check_golden
+from tests.graph import mermaid
+from tests.helpers import Verb, verb_environment
+from tests.test_training_local import NO_ENGINE
 
 __all__ = ["aws"]  # a fixture
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # the SDK's temporary folder
@@ -60,12 +60,12 @@ def settings(*overrides: str) -> config.Settings:
     return config.load(["aws.region=us-east-1", *overrides], {})
 
 
-def compiled(folder: Path, *overrides: str, stack: cloud.Stack = STACK, **inputs: Any) -> dict[str, Any]:
+def compiled(folder: Path, *overrides: str, stack: Stack = STACK, **inputs: Any) -> dict[str, Any]:
     staged = folder / "staged"
     shutil.rmtree(staged, ignore_errors=True)
     staged.mkdir()
     given = {"data": "s3://the-bucket/raw/"} | inputs
-    return training_pipeline.definition(settings(*overrides), stack, Inputs(**given), staged)
+    return training_pipeline.definition(Account(settings(*overrides), stack), Inputs(**given), staged)
 
 
 def steps(document: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -265,7 +265,7 @@ def account(aws: Recorder, monkeypatch: pytest.MonkeyPatch, raw: Path) -> Record
     """An account with the stack and the images, and a folder of raw images on this machine."""
     assert raw
     boto3.client("s3").create_bucket(Bucket=STACK.bucket)
-    monkeypatch.setattr(cloud, "stack", lambda _settings: STACK)
+    monkeypatch.setattr(Account, "stack", lambda _settings: STACK)
     monkeypatch.setattr(prices, "hourly", lambda *_: 1.0)
     monkeypatch.setattr(pipeline, "POLL", 0.01)
     aws.answers["DescribeImages"] = {"imageDetails": []}
@@ -278,7 +278,7 @@ WRITES = ("CreatePipeline", "UpdatePipeline", "StartPipelineExecution")
 def test_the_pipeline_is_made_started_and_updated_where_it_differs(
     account: Recorder, raw: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arn = pipeline.start(settings(), str(raw), yes=False)
+    arn = pipeline.start(Account(settings()), str(raw), yes=False)
     shown = capsys.readouterr().out
     assert f"pipeline {NAME} in us-east-1" in shown
     assert "costs at most 12.00 USD" in shown
@@ -300,12 +300,12 @@ def test_the_pipeline_is_made_started_and_updated_where_it_differs(
     )
     assert boto3.client("sagemaker").describe_pipeline_execution(PipelineExecutionArn=arn)
     account.clear()
-    pipeline.start(settings(), str(raw), yes=False)
+    pipeline.start(Account(settings()), str(raw), yes=False)
     assert "is up to date" in capsys.readouterr().out
     assert [call for call, _ in account if call in WRITES] == ["StartPipelineExecution"]
     assert not account.named("PutObject"), "what is there is not uploaded again"
     account.clear()
-    pipeline.start(settings("pipeline.min_accuracy=0.75"), str(raw), yes=False)
+    pipeline.start(Account(settings("pipeline.min_accuracy=0.75")), str(raw), yes=False)
     shown = capsys.readouterr().out
     assert '-   "DefaultValue": 0.9,' in shown
     assert '+   "DefaultValue": 0.75,' in shown
@@ -314,9 +314,9 @@ def test_the_pipeline_is_made_started_and_updated_where_it_differs(
 
 def test_what_is_over_budget_is_not_started(account: Recorder, raw: Path) -> None:
     with pytest.raises(UserError, match=r"12.00 USD is over aws.budget_usd"):
-        pipeline.start(settings("aws.budget_usd=11"), str(raw), yes=False)
+        pipeline.start(Account(settings("aws.budget_usd=11")), str(raw), yes=False)
     assert not account.named(*WRITES, "PutObject")
-    pipeline.start(settings("aws.budget_usd=11"), "s3://the-bucket/photos", yes=True)
+    pipeline.start(Account(settings("aws.budget_usd=11")), "s3://the-bucket/photos", yes=True)
     assert account.named("StartPipelineExecution")[0]["PipelineParameters"][0] == {
         "Name": "InputData", "Value": "s3://the-bucket/photos/",
     }  # fmt: skip
@@ -325,7 +325,7 @@ def test_what_is_over_budget_is_not_started(account: Recorder, raw: Path) -> Non
 def test_the_champion_s_accuracy_is_looked_up(account: Recorder, raw: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     best = packages.Package("arn", 3, "Approved", "s3://b/model.tar.gz", {"accuracy": "0.987654"})
     monkeypatch.setattr(packages, "champion", lambda _settings: best)
-    pipeline.start(settings(), str(raw), yes=False)
+    pipeline.start(Account(settings()), str(raw), yes=False)
     given = {item["Name"]: item["Value"] for item in account.named("StartPipelineExecution")[0]["PipelineParameters"]}
     assert given["ChampionAccuracy"] == "0.987654"
 
@@ -334,7 +334,7 @@ def test_refusals_of_aws_are_one_sentence(account: Recorder, raw: Path) -> None:
     refusal = {"Error": {"Code": "AccessDeniedException", "Message": "no"}}
     account.answers["CreatePipeline"] = ClientError(refusal, "CreatePipeline")
     with pytest.raises(UserError, match=rf"^updating the pipeline {NAME} failed: no .*make doctor"):
-        pipeline.start(settings(), str(raw), yes=False)
+        pipeline.start(Account(settings()), str(raw), yes=False)
 
 
 ARN = f"arn:aws:sagemaker:us-east-1:123456789012:pipeline/{NAME}/execution/abc123"
@@ -351,7 +351,7 @@ def test_an_execution_is_followed_to_its_end(account: Recorder, capsys: pytest.C
     account.answers["DescribePipelineExecution"] = lambda _: {"PipelineExecutionStatus": looks[0][0]}
     account.answers["ListPipelineExecutionSteps"] = lambda _: {"PipelineExecutionSteps": looks.pop(0)[1]}
     account.clear()
-    pipeline.follow(settings(), ARN)
+    pipeline.follow(Account(settings()), ARN)
     check_golden("pipeline_follow", list(account))
     assert capsys.readouterr().out.splitlines() == [
         "[Preprocess] Succeeded (result of an earlier execution)",
@@ -371,7 +371,7 @@ def test_a_failed_execution_says_why(account: Recorder, step: dict[str, Any], se
     account.answers["DescribePipelineExecution"] = {"PipelineExecutionStatus": "Failed"}
     account.answers["ListPipelineExecutionSteps"] = {"PipelineExecutionSteps": [step | {"StepStatus": "Failed"}]}
     with pytest.raises(UserError, match=sentence):
-        pipeline.follow(settings(), ARN)
+        pipeline.follow(Account(settings()), ARN)
 
 
 def test_ctrl_c_ends_only_the_looking(account: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -382,7 +382,7 @@ def test_ctrl_c_ends_only_the_looking(account: Recorder, monkeypatch: pytest.Mon
     account.answers["ListPipelineExecutionSteps"] = {"PipelineExecutionSteps": []}
     monkeypatch.setattr(time, "sleep", interrupt)
     with pytest.raises(UserError, match=r"^abc123 runs on; .*stop-pipeline-execution") as stopped:
-        pipeline.follow(settings(), ARN)
+        pipeline.follow(Account(settings()), ARN)
     assert stopped.value.code == 130
     assert not account.named("StopPipelineExecution")
 
@@ -391,7 +391,7 @@ def test_status_shows_what_executes_and_destroy_stops_it(
     account: Recorder, raw: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(destroy, "PAUSE", 0)
-    pipeline.start(settings(), str(raw), yes=False)
+    pipeline.start(Account(settings()), str(raw), yes=False)
     state, began = "Executing", datetime.now(UTC)
 
     def stop(_: dict[str, Any]) -> dict[str, Any]:
@@ -405,17 +405,17 @@ def test_status_shows_what_executes_and_destroy_stops_it(
         {"PipelineExecutionArn": ARN, "PipelineExecutionStatus": state, "StartTime": began},
         {"PipelineExecutionArn": f"{ARN}x", "PipelineExecutionStatus": "Succeeded", "StartTime": began},
     ]}  # fmt: skip
-    shown = "\n".join(inventory.table(inventory.everything(settings())))
+    shown = "\n".join(inventory.table(inventory.everything(Account(settings()))))
     assert shown.count("pipeline run") == 1
     assert f"{NAME}/abc123" in shown
     account.clear()
     with pytest.raises(UserError, match=rf"still there: pipeline run {NAME}/"):
-        destroy.destroy_stack(settings(), everything=True, confirmed=NAME, yes=True)
-    destroy.destroy(settings(), None, yes=True)
+        destroy.destroy_stack(Account(settings()), everything=True, confirmed=NAME, yes=True)
+    destroy.destroy(Account(settings()), None, yes=True)
     assert "nothing is left that costs by the hour" in capsys.readouterr().out
     check_golden("pipeline_stop", [call for call in account if "Pipeline" in call[0]])
     assert not account.named("DeletePipeline")
-    destroy.destroy_stack(settings(), everything=True, confirmed=NAME, yes=True)
+    destroy.destroy_stack(Account(settings()), everything=True, confirmed=NAME, yes=True)
     assert account.named("DeletePipeline")[0]["PipelineName"] == NAME
 
 
@@ -465,7 +465,7 @@ def registered(verb: Verb, project: Path, mode: str, target: str | None, monkeyp
 
     monkeypatch.setattr(deploy, "_see", see)
     given = dict.fromkeys(("run", "job", "package", "endpoint", "type", "weight"), None)
-    deploy.deploy(settings(), Namespace(**given, artifact=artifact, yes=True, rollback=False))
+    deploy.deploy(Account(settings()), Namespace(**given, artifact=artifact, yes=True, rollback=False))
     assert seen == [4]
 
 

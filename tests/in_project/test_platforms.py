@@ -6,22 +6,24 @@ import contextlib
 import json
 import os
 import re
-from dataclasses import fields
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 import torch
-from tests.programs import put_first
 from torch.overrides import TorchFunctionMode
 
 import imaging
+import model
 from pipelines import ROOT, config, environment, project
-from pipelines.cloud import account as cloud
 from pipelines.cloud import images as image_push
+from pipelines.cloud.account import Account
 from pipelines.local import engine
 from pipelines.local import images as image
-from training import checkpoint, data, loop, model, optim, speed
+from tests.cloud import STACK
+from tests.programs import put_first
+from training import checkpoint, data, loop, optim, speed
 from training.config import Hyperparameters
 from training.distributed import World
 
@@ -157,10 +159,10 @@ def test_an_image_for_other_processors_is_pushed_from_its_own_name(
     monkeypatch.setenv("FACTS", json.dumps([{"Architecture": "amd64"}]))
     token = {"authorizationData": [{"authorizationToken": "QVdTOng="}]}
     client = type("Client", (), {"get_authorization_token": lambda _self: token})()
-    monkeypatch.setattr(cloud, "client", lambda *_: client)
+    monkeypatch.setattr(Account, "client", lambda *_: client)
     monkeypatch.setattr(engine, "check", lambda: None)
-    settings, stack = config.load([]), cloud.Stack(*["account.example/repository"] * len(fields(cloud.Stack)))
-    image_push.push(settings, stack, "serving")
+    settings = config.load([])
+    image_push.push(Account(settings, replace(STACK, repository="account.example/repository")), "serving")
     local = image.image_name(settings, "serving")
     remote = f"account.example/repository:{local.rpartition(':')[2]}"
     assert f"tag {local}-amd64 {remote}" in docker.read_text().splitlines()

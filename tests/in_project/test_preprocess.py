@@ -11,13 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.helpers import CLASSES, draw
 
 import imaging
 from pipelines import SOURCE
 from processing import preprocess
 from processing.preprocess import pack
 from processing.scan import Item, PackingError, assign, automatic_size, scan
+from tests.helpers import CLASSES, draw
 from training.data import load_split
 
 

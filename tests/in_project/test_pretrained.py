@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.helpers import Verb
 
 from model import ModelError, build_model
 from pipelines import ROOT, config, runs
@@ -21,6 +20,7 @@ from pipelines.local import data, process
 from pipelines.local import train as train_local
 from pipelines.local.job import Interrupted, Job
 from pipelines.terminal import UserError
+from tests.helpers import Verb
 from training import checkpoint, speed
 from training.config import Hyperparameters
 from training.distributed import World

@@ -20,17 +20,17 @@ from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
+
+import imaging
+from inference import inference
+from inference.export import checksums
+from pipelines import SOURCE, runs
 from tests.helpers import CLASSES, draw, free_port
 from tests.host_ray import BRIDGE, READY_SECONDS, HostError, answers, end, processes, ray_host, variables_of
 from tests.hosting import npy
 from tests.test_house import MODULES, imported
 from tests.test_inference import artifact, classifier, photo
 from tests.test_requests import BAD
-
-import imaging
-from inference import inference
-from inference.export import checksums
-from pipelines import SOURCE, runs
 
 __all__ = ["artifact", "classifier"]  # fixtures
 # Appended to the handlers of the artifact that is served: notes who answers how many at once, can fail and be slow.

@@ -19,8 +19,6 @@ from typing import Any
 import boto3
 import pytest
 from moto.sagemaker.models import sagemaker_backends
-from tests.cloud import STACK, Call, Recorder, aws, check_golden
-from tests.helpers import verb_environment
 
 from inference import inference
 from pipelines import ROOT, SOURCE, project
@@ -28,6 +26,8 @@ from pipelines.cloud import account as cloud
 from pipelines.cloud import images as image_push
 from pipelines.cloud import prices
 from pipelines.local import data
+from tests.cloud import STACK, Call, Recorder, aws, check_golden
+from tests.helpers import verb_environment
 from training import train as script
 from training.config import Hyperparameters
 from training.data import load_channels

@@ -14,18 +14,18 @@ import boto3
 import pytest
 from botocore.exceptions import ClientError
 from moto.sagemaker.models import SageMakerModelBackend
-from tests.cloud import STACK, Recorder, aws, check_golden
-from tests.test_deploy import NAME, Hosting, hosting, run, settings, written
-from tests.test_inference import archive, artifact, classifier
 
 from pipelines import runs
-from pipelines.cloud import account as cloud
 from pipelines.cloud import artifact as source
 from pipelines.cloud import destroy, packages, pull, status
+from pipelines.cloud.account import Account
 from pipelines.cloud.packages import Package
 from pipelines.registry import approve, register
 from pipelines.registry import package as registry
 from pipelines.terminal import UserError
+from tests.cloud import STACK, Recorder, aws, check_golden
+from tests.test_deploy import NAME, Hosting, hosting, run, settings, written
+from tests.test_inference import archive, artifact, classifier
 
 __all__ = ["archive", "artifact", "aws", "classifier", "hosting"]  # fixtures
 FIRST, SECOND = "20261121-093000-a1b2", "20261121-103000-a1b2"
@@ -70,18 +70,18 @@ def calls(hosting: Hosting, monkeypatch: pytest.MonkeyPatch, artifact: Path, tmp
 
 
 def put(**options: Any) -> Package:
-    return register.register(settings(), Namespace(**dict.fromkeys(("run", "job", "artifact")) | options))
+    return register.register(Account(settings()), Namespace(**dict.fromkeys(("run", "job", "artifact")) | options))
 
 
 def versions(state: str | None = None) -> list[int]:
-    return [item["ModelPackageVersion"] for item in packages.summaries(settings(), state)]
+    return [item["ModelPackageVersion"] for item in packages.summaries(Account(settings()), state)]
 
 
 def test_from_a_run_to_an_endpoint_of_the_champion(
     calls: Recorder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (runs.ARTIFACTS / SECOND / "report.html").write_text("<p>report</p>")
-    assert packages.champion(settings()) is None
+    assert packages.champion(Account(settings())) is None
     with pytest.raises(UserError, match="no package of image-classifier is approved, so there is no champion"):
         run(package="champion")
     calls.clear()
@@ -110,15 +110,17 @@ def test_from_a_run_to_an_endpoint_of_the_champion(
     assert approve.main() == 0
     assert "the champion is none yet" in capsys.readouterr().out
     check_golden("approve", calls)
-    best = packages.champion(settings())
+    best = packages.champion(Account(settings()))
     assert best is not None
     assert (best.accuracy, best.status, best.version) == (0.95, "Approved", 1)
     for name in ("champion", "1", best.arn):
         run(package=name)
         made = calls.named("CreateModel")[-1]
         assert [container["ModelPackageName"] for container in made["Containers"]] == [best.arn]
-    monkeypatch.setattr(cloud, "stack", lambda _: STACK)
-    assert status.stored(settings())[-2].startswith(f"registry {NAME}: 1 packages, the champion is {NAME}/1 (run")
+    monkeypatch.setattr(Account, "stack", lambda _: STACK)
+    assert status.stored(Account(settings()))[-2].startswith(
+        f"registry {NAME}: 1 packages, the champion is {NAME}/1 (run"
+    )
 
 
 def test_the_card_follows_its_schema(calls: Recorder) -> None:
@@ -153,27 +155,27 @@ def test_the_same_artifact_is_registered_once(
 
 def test_the_champion_is_the_newest_approved(calls: Recorder, capsys: pytest.CaptureFixture[str]) -> None:
     def best() -> int:
-        found = packages.champion(settings())
+        found = packages.champion(Account(settings()))
         return found.version if found else 0
 
     put(run=SECOND)
     put(run=FIRST)
-    approve.approve(settings(), "1", reject=False, yes=True)
+    approve.approve(Account(settings()), "1", reject=False, yes=True)
     assert best() == 1
     capsys.readouterr()
-    approve.approve(settings(), None, reject=False, yes=True)
+    approve.approve(Account(settings()), None, reject=False, yes=True)
     assert "WARNING: its accuracy is 0.0500 below the champion's" in capsys.readouterr().out
     assert best() == 2
-    approve.approve(settings(), "2", reject=False, yes=True)
+    approve.approve(Account(settings()), "2", reject=False, yes=True)
     assert "is Approved already" in capsys.readouterr().out
-    approve.approve(settings(), "2", reject=True, yes=True)
+    approve.approve(Account(settings()), "2", reject=True, yes=True)
     assert f"{NAME}/2 is Rejected; the champion is arn:" not in (printed := capsys.readouterr().out)
     assert f"/2 is Rejected; the champion is {NAME}/1" in printed
     assert (best(), versions("Rejected")) == (1, [2])
     with pytest.raises(UserError, match="no package of image-classifier waits for approval"):
-        approve.approve(settings(), None, reject=False, yes=True)
+        approve.approve(Account(settings()), None, reject=False, yes=True)
     with pytest.raises(UserError, match="has no package '7'; it has: 2, 1"):
-        approve.approve(settings(), "7", reject=False, yes=True)
+        approve.approve(Account(settings()), "7", reject=False, yes=True)
     assert len(calls.named("UpdateModelPackage")) == 3
 
 
@@ -181,7 +183,7 @@ def test_approving_asks(calls: Recorder, monkeypatch: pytest.MonkeyPatch, capsys
     put()
     monkeypatch.setattr(sys, "stdin", io.StringIO())
     with pytest.raises(UserError, match="YES=1"):
-        approve.approve(settings(), None, reject=False, yes=False)
+        approve.approve(Account(settings()), None, reject=False, yes=False)
     assert "accuracy_low         0.930000" in capsys.readouterr().out
     assert not calls.named("UpdateModelPackage")
 
@@ -247,9 +249,9 @@ def test_refused(calls: Recorder, operation: str) -> None:
 def test_no_group_is_no_package(calls: Recorder) -> None:
     missing = {"Code": "ValidationException", "Message": f"Model Package Group {NAME} does not exist."}
     calls.answers["ListModelPackages"] = ClientError({"Error": missing}, "ListModelPackages")
-    assert packages.champion(settings()) is None
+    assert packages.champion(Account(settings())) is None
     with pytest.raises(UserError, match="has no package '1'; it has: none"):
-        packages.find(settings(), "1")
+        packages.find(Account(settings()), "1")
 
 
 def test_everything_is_removed_only_with_all(calls: Recorder, capsys: pytest.CaptureFixture[str]) -> None:
@@ -259,7 +261,7 @@ def test_everything_is_removed_only_with_all(calls: Recorder, capsys: pytest.Cap
     order: list[str] = []
     for operation in ("DeleteModelPackage", "DeleteModelPackageGroup"):
         calls.answers[operation] = lambda asked: order.append("/".join(str(v) for v in asked.values()))
-    destroy._delete_registry(settings(), NAME)
+    destroy._delete_registry(Account(settings()), NAME)
     arn = f"arn:aws:sagemaker:us-east-1:123456789012:model-package/{NAME}"
     assert order == [f"{arn}/2", f"{arn}/1", NAME]
     assert f"deleted the model registry {NAME} with 2 packages" in capsys.readouterr().out
@@ -267,7 +269,7 @@ def test_everything_is_removed_only_with_all(calls: Recorder, capsys: pytest.Cap
 
 @pytest.mark.usefixtures("calls")
 def test_nothing_registered_is_nothing_to_delete() -> None:
-    destroy._delete_registry(settings(), NAME)
+    destroy._delete_registry(Account(settings()), NAME)
 
 
 def test_the_local_registry_has_the_same_fields(calls: Recorder, tmp_path: Path) -> None:

@@ -14,14 +14,14 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from tests.helpers import Verb
-from tests.test_training_local import NO_ENGINE, SHORT, read
 
 from pipelines import runs
 from pipelines.local import compare
 from pipelines.report import page
 from pipelines.terminal import UserError
 from processing.evaluate import MISTAKES, PIXELS, calibration, metrics, mistakes, per_class
+from tests.helpers import Verb
+from tests.test_training_local import NO_ENGINE, SHORT, read
 
 HOSTILE = ("<script>alert(1)</script>", "a\"b'c & d", "</title></style><h1>", "\u202eesrever", "tab\there\x00",
            "b\udcff", "{7*7} &lt; &#x3c;", "javascript:alert(1)")  # fmt: skip
@@ -209,8 +209,9 @@ def test_a_run_of_a_stranger_stays_text(run: Path) -> None:
     model = {"architecture": MARKUP, "classes": [MARKUP], "image_size": MARKUP}
     (run / "model" / "model.json").write_text(json.dumps(model))
     runs.pack(run / "model", run / "model.tar.gz")
-    facts = dict.fromkeys(("run", "git_commit", "data", "dataset_fingerprint", "seconds", "device", "mode", "image", "job",
-                           "instances", "billed_seconds"), MARKUP)  # fmt: skip
+    names = ("run", "git_commit", "data", "dataset_fingerprint", "seconds", "device", "mode", "image", "job",
+             "instances", "billed_seconds")  # fmt: skip
+    facts = dict.fromkeys(names, MARKUP)
     keys = {"hyperparameters": {MARKUP: MARKUP}, "versions": {MARKUP: MARKUP}, MARKUP: MARKUP}
     (run / "run.json").write_text(json.dumps(facts | keys))
     numbers = dict.fromkeys(("val_accuracy", "val_loss", "epochs", "steps", "world_size", MARKUP), MARKUP)

@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from tests.helpers import CLASSES, draw
-from tests.hosting import NPY, npy
-from tests.test_inference import artifact, classifier, photo
 
 import payload
 from inference import inference
 from inference.export import checksums
 from payload import JSON_TYPE, Limits, RequestError
+from tests.helpers import CLASSES, draw
+from tests.hosting import NPY, npy
+from tests.test_inference import artifact, classifier, photo
 
 __all__ = ["artifact", "classifier"]  # fixtures
 

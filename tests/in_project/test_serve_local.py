@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.helpers import Verb, containers_and_networks, free_port, verb_environment
-from tests.test_inference import archive, artifact, photo
 
 from pipelines import project
 from pipelines.local import serve as serve_local
+from tests.helpers import Verb, containers_and_networks, free_port, verb_environment
+from tests.test_inference import archive, artifact, photo
 
 __all__ = ["archive", "artifact"]  # fixtures
 RUN = "20260101-000000-abcd"

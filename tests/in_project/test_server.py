@@ -18,13 +18,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.helpers import CLASSES, draw
-from tests.hosting import ANY_IMAGE, JSON, NPY, Running, ask, edited, instances, near, npy, probed, serving, started
-from tests.test_inference import artifact, classifier, photo
 
 import imaging
 from inference import inference
 from inference.batcher import split
+from tests.helpers import CLASSES, draw
+from tests.hosting import ANY_IMAGE, JSON, NPY, Running, ask, edited, instances, near, npy, probed, serving, started
+from tests.test_inference import artifact, classifier, photo
 
 __all__ = ["artifact", "classifier"]  # fixtures
 ERRORS = ("memory", "stop", "exit", "time", "value", "forbidden", "strange")  # by number, as in hosting.PROBE

@@ -15,11 +15,11 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+
+from pipelines.local.serve import command
 from tests.helpers import free_port, verb_environment
 from tests.hosting import ANY_IMAGE, Running, ask, serving
 from tests.test_inference import artifact, photo
-
-from pipelines.local.serve import command
 
 __all__ = ["artifact"]  # a fixture
 HEAD = b"POST /invocations HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: 1000\r\n\r\n"

@@ -15,20 +15,20 @@ import time
 from pathlib import Path
 
 import pytest
-from tests.cloud import Recorder, aws
+
+import progress
+from pipelines import config
+from pipelines.cloud import storage
+from pipelines.cloud.account import Account
+from pipelines.local import view as local_view
+from processing.preprocess import pack
+from tests.cloud import STACK, Recorder, aws
 from tests.helpers import verb_environment
 from tests.programs import put_first
 from tests.test_training_local import NO_ENGINE, SHORT
 
-from pipelines import config
-from pipelines.cloud import storage
-from pipelines.local import view as local_view
-from processing import progress
-from processing.preprocess import pack
-
 __all__ = ["aws"]
 COLUMNS = 80
-BUCKET = "a-bucket-of-ours"
 TIME = r"\d\d:\d\d"
 
 
@@ -126,14 +126,15 @@ def test_uploads_count_bytes(
 ) -> None:
     import boto3
 
-    boto3.client("s3").create_bucket(Bucket=BUCKET)
+    boto3.client("s3").create_bucket(Bucket=STACK.bucket)
     monkeypatch.setattr(progress, "SECONDS", 0.0)
     for number in range(3):
         (tmp_path / f"{number}.npy").write_bytes(bytes(500_000))
-    storage.upload(config.load((), {}), tmp_path, BUCKET, "data/x")
+    account = Account(config.load((), {}), STACK)
+    storage.upload(account, tmp_path, "data/x")
     printed = capsys.readouterr().out
     assert re.search(r"^uploading 1\.5/1\.5 MB, [\d.]+ MB/s, 0 s left$", printed, re.MULTILINE), printed
-    storage.download(config.load((), {}), f"s3://{BUCKET}/data/x/0.npy", tmp_path / "back")
+    storage.download(account, f"s3://{STACK.bucket}/data/x/0.npy", tmp_path / "back")
     assert (tmp_path / "back").read_bytes() == bytes(500_000)
     assert re.search(r"^downloading back 0\.5/0\.5 MB, ", capsys.readouterr().out, re.MULTILINE)
     assert aws

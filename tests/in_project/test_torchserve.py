@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.host_torchserve import HostError, Reply, ask, free_ports, started, torchserve_host
-from tests.test_inference import artifact, classifier, photo
-from tests.test_requests import BAD, whole_requests
 
 from inference import inference
 from payload import JSON_TYPE
+from tests.host_torchserve import HostError, Reply, ask, free_ports, started, torchserve_host
+from tests.test_inference import artifact, classifier, photo
+from tests.test_requests import BAD, whole_requests
 
 __all__ = ["artifact", "classifier"]  # fixtures
 PATIENCE = 60

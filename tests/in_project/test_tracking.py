@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.helpers import Verb, verb_environment
 
 from pipelines import ROOT
+from tests.helpers import Verb, verb_environment
 from training import board
 
 RUN = "20261121-093000-a1b2"

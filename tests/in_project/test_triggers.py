@@ -11,6 +11,11 @@ from typing import Any
 import boto3
 import pytest
 import yaml
+
+from pipelines import ROOT, config
+from pipelines.cloud import stack, status
+from pipelines.cloud.account import Account
+from pipelines.terminal import UserError
 from tests.cloud import GOLDEN, Recorder, aws
 from tests.test_bootstrap import (
     ACCOUNT,
@@ -19,16 +24,10 @@ from tests.test_bootstrap import (
     NO_PERMISSION,
     OTHER_NAMES,
     _no_pauses_and_outputs,
-    document,
     listed,
     make,
     statements,
 )
-
-from pipelines import ROOT, config
-from pipelines.cloud import stack, status
-from pipelines.cloud.account import stack as outputs
-from pipelines.terminal import UserError
 
 __all__ = ["_no_pauses_and_outputs", "aws"]
 pytestmark = pytest.mark.filterwarnings("ignore:Tried to parse:UserWarning")  # moto has not every resource
@@ -61,7 +60,7 @@ def resolved(value: Any, values: dict[str, str]) -> Any:
 
 
 def parameters(*overrides: str) -> dict[str, str]:
-    return stack.parameters(config.load(overrides), f"arn:aws:iam::{ACCOUNT}:user/me", {})
+    return stack.parameters(Account(config.load(overrides)), f"arn:aws:iam::{ACCOUNT}:user/me", {})
 
 
 def test_nothing_starts_by_itself_unless_asked_for(aws: Recorder, capsys: pytest.CaptureFixture[str]) -> None:
@@ -71,7 +70,7 @@ def test_nothing_starts_by_itself_unless_asked_for(aws: Recorder, capsys: pytest
     sent = {item["ParameterKey"]: item["ParameterValue"] for item in aws.named("CreateChangeSet")[0]["Parameters"]}
     assert (sent["PipelineSchedule"], sent["Watch"], sent["Connection"]) == ("", "", "")
     assert sent["DeployOnApproval"] == "false"
-    resources = document()["Resources"]
+    resources = stack.joined()["Resources"]
     assert {name for name, resource in resources.items() if resource.get("Condition") in
             ("HasTrigger", "HasSchedule", "Watches", "Deploys")} == TRIGGERS  # fmt: skip
     body = json.loads(aws.named("CreateChangeSet")[0]["TemplateBody"])
@@ -98,9 +97,10 @@ def test_all_triggers(aws: Recorder, capsys: pytest.CaptureFixture[str]) -> None
     assert {key: fnmatchcase(key, pattern["detail"]["object"]["key"][0]["wildcard"]) for key in keys} == keys
     target = events.list_targets_by_rule(Rule=uploaded["Name"])["Targets"][0]
     assert target["Arn"] == machine["stateMachineArn"]
-    assert outputs(config.load()).bucket == BUCKET
+    assert Account(config.load()).stack().bucket == BUCKET
     assert (
-        status.stored(config.load())[-1] == f"pipeline {NAME}: started by rate(7 days) and by new data under incoming"
+        status.stored(Account(config.load()))[-1]
+        == f"pipeline {NAME}: started by rate(7 days) and by new data under incoming"
     )
     assert len(aws.named("ExecuteChangeSet")) == 1
 
@@ -108,7 +108,7 @@ def test_all_triggers(aws: Recorder, capsys: pytest.CaptureFixture[str]) -> None
 def test_the_requests_of_the_triggers_are_valid(aws: Recorder) -> None:
     """What the services will send, checked with the model of the service that gets it."""
     values = parameters(*ALL) | {"AWS::Partition": "aws", "AWS::Region": "us-east-1", "AWS::AccountId": ACCOUNT}
-    made = {name: resolved(document()["Resources"][name]["Properties"], values) for name in TRIGGERS | {"Approved"}}
+    made = {name: resolved(stack.joined()["Resources"][name]["Properties"], values) for name in TRIGGERS | {"Approved"}}
     arn = f"arn:aws:sagemaker:us-east-1:{ACCOUNT}:pipeline/{NAME}"
     assert made["Schedule"]["ScheduleExpression"] == "rate(7 days)"
     target = made["Schedule"]["Target"]
@@ -209,7 +209,7 @@ def trusted(github: str, subject: str, branch: str | None = "main") -> bool:
     """Whether the role's trust policy lets a token in, by IAM's rules; no branch: the partition has no `ref`."""
     repository, subjects, own = stack._parsed(github)
     values = {"GitHubRepository": repository, "GitHubSubjects": subjects, "GitHubBranch": own}
-    policy = document()["Resources"]["GitHubRole"]["Properties"]["AssumeRolePolicyDocument"]["Statement"][0]
+    policy = stack.joined()["Resources"]["GitHubRole"]["Properties"]["AssumeRolePolicyDocument"]["Statement"][0]
     tests = resolved(policy["Condition"], values)
     assert set(tests) == {"StringEquals", "StringEqualsIfExists", "StringLike"}
     named = [re.escape(like).replace(r"\*", ".*") for like in tests["StringLike"][f"{stack.GITHUB}:sub"]]
@@ -259,7 +259,7 @@ def resolved_list(value: Any) -> list[Any]:
 
 def test_roles_of_workflows_and_deployment_allow_the_calls_of_their_verbs() -> None:
     """The verbs that they run, the requests that these make, and the policies that the roles have."""
-    resources = document()["Resources"]
+    resources = stack.joined()["Resources"]
     workflows = sorted((ROOT / ".github" / "workflows").glob("deliver.yml"))
     texts = [path.read_text(encoding="utf-8") for path in workflows]
     texts.append(resources["Deployment"]["Properties"]["Source"]["BuildSpec"])

@@ -16,16 +16,18 @@ from typing import Any
 
 import boto3
 import pytest
-from tests.cloud import KEY, NETWORK, Recorder, aws, check_golden, refused
-from tests.helpers import Verb, verb_environment
-from tests.test_cloud_training import account, settings
 
+from pipelines import project
 from pipelines.cloud import destroy, inventory
+from pipelines.cloud.account import Account
 from pipelines.local import engine
 from pipelines.terminal import UserError
 from pipelines.tuning import cloud as tune
 from pipelines.tuning import local as tune_local
 from pipelines.tuning import results as tuning
+from tests.cloud import KEY, NETWORK, Recorder, aws, check_golden, refused
+from tests.helpers import Verb, verb_environment
+from tests.test_cloud_training import account, settings
 
 __all__ = ["account", "aws"]  # fixtures
 pytestmark = pytest.mark.filterwarnings(
@@ -47,7 +49,7 @@ def search(account: Recorder, monkeypatch: pytest.MonkeyPatch) -> Iterator[Recor
 
 
 def started(*overrides: str, source: str | None = None, yes: bool = True) -> str:
-    return tune.tune(settings(*overrides), source, yes)
+    return tune.tune(Account(settings(*overrides)), source, yes)
 
 
 EVERYTHING = [
@@ -74,14 +76,14 @@ def test_tuning_requests(search: Recorder, name: str, overrides: list[str]) -> N
     assert len(request["HyperParameterTuningJobName"]) <= 32
 
 
-@pytest.mark.parametrize("project", ["cats", "a-classifier-of-many-big-cats", "a-classifier-of-ca-and-of-dogs"])
-def test_names_fit_into_the_limit(monkeypatch: pytest.MonkeyPatch, project: str) -> None:
-    monkeypatch.setattr(project, "name", lambda: project)
+@pytest.mark.parametrize("called", ["cats", "a-classifier-of-many-big-cats", "a-classifier-of-ca-and-of-dogs"])
+def test_names_fit_into_the_limit(monkeypatch: pytest.MonkeyPatch, called: str) -> None:
+    monkeypatch.setattr(project, "name", lambda: called)
     name = tune.new_name()
     assert len(name) <= 32
     assert re.fullmatch(r"[a-z](-?[a-z0-9])+-\d{12}", name)
     assert name.startswith(f"{project.tuning_prefix()}-")
-    assert project.startswith(project.tuning_prefix())
+    assert called.startswith(project.tuning_prefix())
 
 
 @pytest.mark.parametrize(
@@ -216,9 +218,9 @@ def test_a_search_none_of_whose_jobs_succeeded_is_an_error(search: Recorder, mon
 
 def test_ctrl_c_while_waiting_leaves_the_search_alone(search: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
     go_on(search, "InProgress")
-    monkeypatch.setattr("pipelines.tune.time.sleep", lambda _: os.kill(os.getpid(), signal.SIGINT))
+    monkeypatch.setattr("time.sleep", lambda _: os.kill(os.getpid(), signal.SIGINT))
     with pytest.raises(UserError, match=f"{NAME} runs on.*stop it with `aws sagemaker stop-hyper-") as error:
-        tune.follow(settings(), started(), once=False)
+        tune.follow(Account(settings()), started(), once=False)
     assert error.value.code == 130
     assert not search.named("StopHyperParameterTuningJob")
 
@@ -250,11 +252,11 @@ def test_status_shows_a_search_that_runs_and_destroy_stops_it(
         return {"HyperParameterTuningJobSummaries": [summary | state] if runs_on else []}
 
     search.answers |= {"ListHyperParameterTuningJobs": listed, "StopHyperParameterTuningJob": {}}
-    (item,) = inventory.everything(settings())
+    (item,) = inventory.everything(Account(settings()))
     assert (item.kind, item.name) == ("tuning job", NAME)
     assert "InProgress" in inventory.table([item])[0]
     monkeypatch.setattr(destroy, "PAUSE", 0.0)
-    destroy.destroy(settings(), None, yes=True)
+    destroy.destroy(Account(settings()), None, yes=True)
     assert search.named("StopHyperParameterTuningJob") == [{"HyperParameterTuningJobName": NAME}]
     assert "nothing is left" in capsys.readouterr().out
 

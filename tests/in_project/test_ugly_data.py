@@ -19,11 +19,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from tests.helpers import CLASSES, draw
 
 from pipelines import SOURCE
 from processing.preprocess import Limits, pack
 from processing.scan import PackingError, scan
+from tests.helpers import CLASSES, draw
 from training.data import load_split
 
 SCRIPT = [sys.executable, str(SOURCE / "processing" / "preprocess.py")]

@@ -11,9 +11,9 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from tests.helpers import verb_environment
 
 from pipelines import ROOT
+from tests.helpers import verb_environment
 
 PAGE = Path(__file__).with_name("migrating-from-v2.md").read_text(encoding="utf-8")  # docs/ of the template
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))

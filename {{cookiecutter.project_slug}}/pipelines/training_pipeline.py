@@ -19,17 +19,16 @@ from typing import Any
 from unittest import mock
 
 from pipelines import ROOT, project, terminal
-from pipelines.cloud import account as aws
 from pipelines.cloud import images, train
 from pipelines.cloud import processing as cloud_processing
+from pipelines.cloud.account import Account, Stack
 from pipelines.cloud.processing import CODE, INPUT, OUTPUT
-from pipelines.config import Settings
 from pipelines.registry import package
 
 MODEL, TEST = (f"/opt/ml/processing/input/{part}" for part in ("model", "test"))
 MARKER = re.compile(r'"<<(metrics\.[\w.]+)>>"|<<([\w.]+)>>')
 NAMES = {"Training": "TrainingJobName", "Processing": "ProcessingJobName"}
-LOCAL = aws.Stack("local", "arn:aws:iam::000000000000:role/local", project.name(), "", "", "")  # needs no account
+LOCAL = Stack("local", "arn:aws:iam::000000000000:role/local", project.name(), "", "", "")  # needs no account
 
 
 @dataclass(frozen=True)
@@ -41,16 +40,15 @@ class Inputs:
     champion: float = 0.0
 
 
-def definition(settings: Settings, stack: aws.Stack, inputs: Inputs, staged: Path) -> dict[str, Any]:
+def definition(account: Account, inputs: Inputs, staged: Path) -> dict[str, Any]:
     """The pipeline's definition.
 
     Args:
-        settings: of the project.
-        stack: where it will run.
+        account: to work in.
         inputs: of its executions, unless they are given others.
         staged: an empty folder. What it holds afterwards belongs under `source/` in the stack's bucket.
     """
-    os.environ.setdefault("AWS_DEFAULT_REGION", settings.aws.region)  # sagemaker.mlops makes a client when imported
+    os.environ.setdefault("AWS_DEFAULT_REGION", account.region)  # sagemaker.mlops makes a client when imported
     log = ROOT / ".cache" / "pipeline.log"
     log.parent.mkdir(exist_ok=True)
     terminal.log_to(log)
@@ -59,17 +57,19 @@ def definition(settings: Settings, stack: aws.Stack, inputs: Inputs, staged: Pat
     once = mock.patch.object(SageMakerConfig, "validate_sagemaker_config")  # fifty times take seconds
     with once, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # "No Job being started"
-        document: dict[str, Any] = json.loads(_pipeline(settings, stack, inputs, staged).definition())
+        document: dict[str, Any] = json.loads(_pipeline(account, inputs, staged).definition())
     for step in document["Steps"]:  # jobs are called `pipelines-...` otherwise, which no policy of the stack allows
         if step["Type"] in NAMES:
             step["Arguments"][NAMES[step["Type"]]] = f"{project.name()}-{step['Name'].lower()}"
     return {key: value for key, value in document.items() if value is not None}
 
 
-def _session(settings: Settings, stack: aws.Stack, staged: Path) -> Any:
+def _session(account: Account, staged: Path) -> Any:
     """The SDK's session for pipelines, offline: what it would upload is copied to a folder named by its content."""
     import boto3
     from sagemaker.core.workflow.pipeline_context import PipelineSession
+
+    bucket = account.stack().bucket
 
     class Offline(boto3.Session):  # type: ignore[misc]
         def client(self, service: str, *words: Any, **more: Any) -> Any:
@@ -77,20 +77,20 @@ def _session(settings: Settings, stack: aws.Stack, staged: Path) -> Any:
 
     class Staging(PipelineSession):  # type: ignore[misc]
         def default_bucket(self) -> str:
-            return stack.bucket
+            return bucket
 
         def upload_data(self, path: str, *_words: Any, **_more: Any) -> str:
             files = sorted(file for file in Path(path).rglob("*") if file.is_file() and file.suffix != ".pyc")
             facts = [(str(file.relative_to(path)), hashlib.sha256(file.read_bytes()).hexdigest()) for file in files]
             name = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
             shutil.copytree(path, staged / name, ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True)
-            return f"s3://{stack.bucket}/source/{name}"
+            return f"s3://{bucket}/source/{name}"
 
-    return Staging(Offline(region_name=settings.aws.region))
+    return Staging(Offline(region_name=account.region))
 
 
-def _pipeline(settings: Settings, stack: aws.Stack, inputs: Inputs, staged: Path) -> Any:
-    session = _session(settings, stack, staged)
+def _pipeline(account: Account, inputs: Inputs, staged: Path) -> Any:
+    session = _session(account, staged)
     from sagemaker.core.workflow.conditions import ConditionGreaterThanOrEqualTo
     from sagemaker.core.workflow.execution_variables import ExecutionVariables
     from sagemaker.core.workflow.functions import Join, JsonGet
@@ -98,7 +98,8 @@ def _pipeline(settings: Settings, stack: aws.Stack, inputs: Inputs, staged: Path
     from sagemaker.core.workflow.properties import PropertyFile
     from sagemaker.mlops import workflow as flow
 
-    compute, image = settings.compute, images.uri(settings, stack, "training")
+    settings, stack, image = account.settings, account.stack(), images.uri(account, "training")
+    compute = settings.compute
     source = f"s3://{stack.bucket}/source/{project.source_hash()}/"
     data = ParameterString("InputData", default_value=inputs.data)
     accuracy = ParameterFloat("MinAccuracy", default_value=settings.pipeline.min_accuracy)
@@ -120,7 +121,7 @@ def _pipeline(settings: Settings, stack: aws.Stack, inputs: Inputs, staged: Path
         return Join(on="/", values=list(parts))
 
     def processing(name: str, script: str, words: list[str], given: dict[str, Any], kept: str, **more: Any) -> Any:
-        processor = cloud_processing.processor(settings, stack, image, script, session, packs)
+        processor = cloud_processing.processor(account, image, script, session, packs)
         target = place(f"s3://{stack.bucket}/pipeline", ExecutionVariables.PIPELINE_EXECUTION_ID, kept)
         inputs, outputs = (
             cloud_processing.inputs(given | {"code": (source, CODE)}),
@@ -144,7 +145,7 @@ def _pipeline(settings: Settings, stack: aws.Stack, inputs: Inputs, staged: Path
         # Part of what a cache compares, so it must not name the execution, but all that a checkpoint depends on.
         checkpoints=place(packed, "checkpoints", hashlib.sha256(identity.encode()).hexdigest(), epochs),
     )
-    trainer = train.trainer(settings, stack, request, image, session)
+    trainer = train.trainer(account, request, image, session)
     trainer.compute.instance_type, trainer.compute.instance_count = kind, count
     trainer.environment = trainer.environment | {"GIT_COMMIT": project.source_commit()}
     asked = trainer.train(input_data_config=train.inputs(settings, request))
@@ -172,7 +173,7 @@ def _pipeline(settings: Settings, stack: aws.Stack, inputs: Inputs, staged: Path
         " (the champion's accuracy); nothing was registered",
     ])  # fmt: skip
     conditions = [ConditionGreaterThanOrEqualTo(*pair) for pair in ((value, accuracy), (bound, champion))]
-    register = _register(_filled(_package(settings, stack), later))
+    register = _register(_filled(_package(account), later))
     gate = flow.ConditionStep(
         "Gate", conditions=conditions, if_steps=[register], else_steps=[flow.FailStep("Refuse", message)]
     )
@@ -188,12 +189,13 @@ class _Later(str):
         return str(self)
 
 
-def _package(settings: Settings, stack: aws.Stack) -> dict[str, Any]:
+def _package(account: Account) -> dict[str, Any]:
     """The request that `make register` would send for the trained model, with markers."""
 
     def later(name: str) -> Any:
         return _Later(f"<<{name}>>")
 
+    chosen = account.settings.training.as_dict()
     measures = ("cross_entropy", "macro_precision", "macro_recall", "macro_f1")
     tested = {name: {"value": later(f"metrics.{name}.value")} for name in measures}
     accuracy = {part: later(f"metrics.accuracy.{part}") for part in ("value", "ci_low", "ci_high")}
@@ -204,12 +206,12 @@ def _package(settings: Settings, stack: aws.Stack) -> dict[str, Any]:
         model={name: later(f"package.{name}") for name in facts}
         | {"classes": [later("package.classes")], "dataset_fingerprint": later("dataset_fingerprint"), "metrics": {}}
         | {"git_commit": project.source_commit()},
-        facts={"hyperparameters": settings.training.as_dict() | {"epochs": later("epochs")}, "data": later("data")}
-        | {"image": images.uri(settings, stack, "training")},
+        facts={"hyperparameters": chosen | {"epochs": later("epochs")}, "data": later("data")}
+        | {"image": images.uri(account, "training")},
         evaluation={"metrics": {"accuracy": accuracy} | tested, "images": later("images")},
         files={f"{name}.json": later(f"package.{name}") for name in ("evaluation", "baseline", "model")},
     )
-    image = images.uri(settings, stack, "serving")
+    image = images.uri(account, "serving")
     said = package.description(evidence, image, later("uri"), later("place"))
     return said | {"ModelApprovalStatus": later("approval")}
 

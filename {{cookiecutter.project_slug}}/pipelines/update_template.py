@@ -4,7 +4,7 @@
     make update-template SCOPE=full     # and what a larger scope has: local, cloud, full
 
 cruft bakes the template twice, as it was for this project and as it is now, and git merges the difference. Nothing is
-committed. README.md says what to do should cruft be gone.
+committed. docs/setup.md says what to do should cruft be gone.
 """
 
 from __future__ import annotations

@@ -1,17 +1,22 @@
-"""What the cloud verbs share: clients in the configured region, the project's stack, AWS's errors as one sentence."""
+"""What the cloud verbs share: the account with its clients and the project's stack, AWS's errors as one sentence."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import math
 import re
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 from pipelines import project
 from pipelines.config import Settings
 from pipelines.terminal import UserError
+from progress import waiting
 
 OWN_DISK = re.compile(r"ml\.(g[4-9]|p[4-9]|p3dn|trn|[a-z]+\d+[a-z]*d)")  # machines with disks of their own
 ATTEMPTS = 5  # of a request, with growing pauses (botocore's standard mode)
@@ -45,10 +50,12 @@ STEPS = {
     "network": "AWS cannot be reached; check the network, the proxy and aws.region",
 }
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
 class Stack:
-    """Outputs of the project's CloudFormation stack: what `make bootstrap` made."""
+    """The project's CloudFormation stack, which `make bootstrap` made: its outputs, parameters and status."""
 
     bucket: str
     role: str
@@ -56,6 +63,8 @@ class Stack:
     topic: str
     scheduler_role: str
     pipeline_role: str
+    parameters: dict[str, str] = field(default_factory=dict)
+    status: str = ""
 
     @property
     def partition(self) -> str:
@@ -67,13 +76,91 @@ class Stack:
 NO_STACK = Stack("<bucket>", "", "<repository>", "", "", "")
 
 
-def client(settings: Settings, service: str, region: str | None = None) -> Any:
-    """A boto3 client, in `aws.region` unless told otherwise, that gives up after a bounded number of attempts."""
-    import boto3
-    from botocore.config import Config
+class Account:
+    """The account that a verb works in: its clients, each made once, and the project's stack, looked up once.
 
-    limits = Config(retries={"mode": "standard", "max_attempts": ATTEMPTS}, connect_timeout=10, read_timeout=60)
-    return boto3.client(service, region_name=region or settings.aws.region, config=limits)
+    What changes the stack, as `make bootstrap` does, asks CloudFormation itself.
+    """
+
+    def __init__(self, settings: Settings, stack: Stack | None = None) -> None:
+        """Nothing is asked yet; a `stack` that is given is not looked up."""
+        self.settings, self.region = settings, settings.aws.region  # where everything is, but for prices
+        self._stack, self._key = stack, settings.aws.kms_key
+        self._clients: dict[tuple[str, str], Any] = {}
+        self._one = threading.Lock()  # threads may share a client, but not the session that makes it
+
+    @functools.cached_property
+    def session(self) -> Any:
+        """The boto3 session that all clients come from."""
+        import boto3
+
+        return boto3.Session(region_name=self.region)
+
+    def client(self, service: str, region: str | None = None) -> Any:
+        """A boto3 client, in `aws.region` unless told otherwise, that gives up after a bounded number of attempts."""
+        from botocore.config import Config
+
+        key = service, region or self.region
+        limits = Config(retries={"mode": "standard", "max_attempts": ATTEMPTS}, connect_timeout=10, read_timeout=60)
+        with self._one:
+            if key not in self._clients:
+                self._clients[key] = self.session.client(*key, config=limits)
+            return self._clients[key]
+
+    def stack(self) -> Stack:
+        """The project's stack.
+
+        Raises:
+            UserError: when it has not been made, with the command that makes it.
+        """
+        if self._stack:
+            return self._stack
+        name = project.name()
+        with explained(f"looking up the stack {name}"):
+            found = unless_missing(self.client("cloudformation").describe_stacks, StackName=name)
+        if found is None:
+            raise UserError(f"there is no stack {name} in {self.region}; make it with `make bootstrap`")
+        facts = found["Stacks"][0]
+        outputs = {output["OutputKey"]: output["OutputValue"] for output in facts.get("Outputs", [])}
+        given = {item["ParameterKey"]: item["ParameterValue"] for item in facts.get("Parameters", [])}
+        names = {"bucket": "Bucket", "role": "ExecutionRole", "repository": "Repository", "topic": "Topic",
+                 "scheduler_role": "SchedulerRole", "pipeline_role": "PipelineRole"}  # fmt: skip
+        absent = [key for key in names.values() if key not in outputs]
+        if absent:
+            raise UserError(
+                f"the stack {name} has no output {', '.join(absent)}; bring it up to date with `make bootstrap`"
+            )
+        made = {part: outputs[key] for part, key in names.items()}
+        self._stack = Stack(**made, parameters=given, status=facts["StackStatus"])
+        return self._stack
+
+    def assume(self, stack: Stack) -> Stack:
+        """Take this for the project's stack from now on."""
+        self._stack = stack
+        return stack
+
+    def tags(self) -> list[dict[str, str]]:
+        """On everything that the verbs create; `project` is how `status` and `destroy` find it again."""
+        named = {**self.settings.aws.tags, "project": project.name()}
+        return [{"Key": key, "Value": value} for key, value in named.items()]
+
+    def console(self, page: str) -> str:
+        """The address of a page of SageMaker's console."""
+        hosts = {"cn-": "amazonaws.cn", "us-gov": "amazonaws-us-gov.com"}
+        host = next((hosts[part] for part in hosts if self.region.startswith(part)), "aws.amazon.com")
+        return f"https://{self.region}.console.{host}/sagemaker/home?region={self.region}#/{page}"
+
+    def kms_arn(self) -> str | None:
+        """The ARN of `aws.kms_key`: an alias is not taken everywhere. None for the account's default keys."""
+        if self._key != "none" and ":key/" not in self._key:
+            with explained(f"looking up {self._key}, which is aws.kms_key"):
+                self._key = str(self.client("kms").describe_key(KeyId=self._key)["KeyMetadata"]["Arn"])
+        return None if self._key == "none" else self._key
+
+    def encryption(self) -> dict[str, str]:
+        """What a request that writes an object says of `aws.kms_key`."""
+        key = self.kms_arn()
+        return {"ServerSideEncryption": "aws:kms", "SSEKMSKeyId": key} if key else {}
 
 
 @contextlib.contextmanager
@@ -137,33 +224,6 @@ def pages(service: Any, operation: str, key: str, **request: Any) -> Iterator[di
         yield from page.get(key, [])
 
 
-def stack(settings: Settings) -> Stack:
-    """The outputs of the project's stack.
-
-    Raises:
-        UserError: when it has not been made, with the command that makes it.
-    """
-    name = project.name()
-    with explained(f"looking up the stack {name}"):
-        found = unless_missing(client(settings, "cloudformation").describe_stacks, StackName=name)
-    if found is None:
-        raise UserError(f"there is no stack {name} in {settings.aws.region}; make it with `make bootstrap`")
-    outputs = {output["OutputKey"]: output["OutputValue"] for output in found["Stacks"][0].get("Outputs", [])}
-    names = {"bucket": "Bucket", "role": "ExecutionRole", "repository": "Repository", "topic": "Topic",
-             "scheduler_role": "SchedulerRole", "pipeline_role": "PipelineRole"}  # fmt: skip
-    absent = [key for key in names.values() if key not in outputs]
-    if absent:
-        raise UserError(
-            f"the stack {name} has no output {', '.join(absent)}; bring it up to date with `make bootstrap`"
-        )
-    return Stack(**{field: outputs[key] for field, key in names.items()})
-
-
-def tags(settings: Settings) -> list[dict[str, str]]:
-    """On everything that the verbs create; `project` is how `status` and `destroy` find it again."""
-    return [{"Key": key, "Value": value} for key, value in {**settings.aws.tags, "project": project.name()}.items()]
-
-
 def confirm(plan: str, yes: bool) -> None:
     """Show what will be created and what it can cost; go on only when told to.
 
@@ -187,17 +247,45 @@ def ask(question: str) -> str:
         return ""
 
 
+def until(
+    what: str, seconds: float, look: Callable[[Callable[[str], None]], tuple[T | None, str]],
+    patience: float = math.inf, late: Callable[[], str] = str, stopped: str = "",
+) -> T:  # fmt: skip
+    """Look again and again until there is an answer.
+
+    Args:
+        what: is waited for, as in "the job".
+        seconds: between two looks.
+        look: gives the answer, or None while there is none, and a line for people, which is shown when it is another
+            one than before. It is handed a function that shows more lines.
+        patience: seconds.
+        late: what to say when they are over.
+        stopped: what to say when Ctrl-C ends the looking; nothing: that is the caller's.
+
+    Raises:
+        UserError: when patience or Ctrl-C ends the looking.
+    """
+    shown, deadline = "", time.monotonic() + patience
+    try:
+        with waiting(what) as say:
+            while time.monotonic() < deadline:
+                answer, line = look(say)
+                if line not in ("", shown):
+                    say(line)
+                    shown = line
+                if answer is not None:
+                    return answer
+                time.sleep(seconds)
+    except KeyboardInterrupt:
+        if not stopped:
+            raise
+        raise UserError(stopped, code=130) from None
+    raise UserError(late())
+
+
 def failure(facts: Mapping[str, Any]) -> str:
     """Why a job or an endpoint failed, as AWS describes it."""
     return " ".join(facts.get("FailureReason", "AWS gives no reason").split())
-
-
-def console(settings: Settings, page: str) -> str:
-    """The address of a page of SageMaker's console."""
-    region = settings.aws.region
-    hosts = {"cn-": "amazonaws.cn", "us-gov": "amazonaws-us-gov.com"}
-    host = next((hosts[part] for part in hosts if region.startswith(part)), "aws.amazon.com")
-    return f"https://{region}.console.{host}/sagemaker/home?region={region}#/{page}"
 
 
 def place(uri: str) -> dict[str, str]:
@@ -206,21 +294,6 @@ def place(uri: str) -> dict[str, str]:
     return {"Bucket": bucket, "Key": key}
 
 
-def kms_arn(settings: Settings) -> str | None:
-    """The ARN of `aws.kms_key`: an alias is not taken everywhere. None for the account's default keys."""
-    key = settings.aws.kms_key
-    if key == "none" or ":key/" in key:
-        return None if key == "none" else key
-    with explained(f"looking up {key}, which is aws.kms_key"):
-        return str(client(settings, "kms").describe_key(KeyId=key)["KeyMetadata"]["Arn"])
-
-
 def volume_key(key: str | None, instance_type: str) -> str | None:
     """The key of a machine's volume; None where its own hardware encrypts that: AWS refuses a key then."""
     return None if OWN_DISK.match(instance_type) else key
-
-
-def encryption(settings: Settings) -> dict[str, str]:
-    """What a request that writes an object says of `aws.kms_key`."""
-    key = kms_arn(settings)
-    return {"ServerSideEncryption": "aws:kms", "SSEKMSKeyId": key} if key else {}

@@ -10,9 +10,8 @@ from typing import Any
 
 from inference.artifact import ArtifactError, unpack
 from pipelines import runs, terminal
-from pipelines.cloud import account as aws
 from pipelines.cloud import packages, storage
-from pipelines.config import Settings
+from pipelines.cloud.account import Account, explained
 from pipelines.terminal import UserError
 
 
@@ -52,7 +51,7 @@ def only_one(options: Namespace) -> None:
         raise UserError(f"{' and '.join(given)} name an artifact each; give one")
 
 
-def find(settings: Settings, options: Namespace, folder: Path) -> Source:
+def find(account: Account, options: Namespace, folder: Path) -> Source:
     """The artifact that the options name, checked; what lies in S3 only is downloaded into a folder.
 
     Raises:
@@ -61,13 +60,13 @@ def find(settings: Settings, options: Namespace, folder: Path) -> Source:
     only_one(options)
     uri = arn = None
     if options.job:
-        with aws.explained(f"looking up the training job {options.job}"):
-            facts = aws.client(settings, "sagemaker").describe_training_job(TrainingJobName=options.job)
+        with explained(f"looking up the training job {options.job}"):
+            facts = account.client("sagemaker").describe_training_job(TrainingJobName=options.job)
         if facts["TrainingJobStatus"] != "Completed":
             raise UserError(f"{options.job} is {facts['TrainingJobStatus']}; only a completed job has an artifact")
         label, uri = f"job {options.job}", facts["ModelArtifacts"]["S3ModelArtifacts"]
     elif options.package:
-        package = packages.find(settings, options.package)
+        package = packages.find(account, options.package)
         if package.status != "Approved":
             approve = terminal.command("approve", PACKAGE=options.package)
             raise UserError(f"{package} is {package.status}; approve it with `{approve}`")
@@ -79,7 +78,7 @@ def find(settings: Settings, options: Namespace, folder: Path) -> Source:
         label = f"run {archive.parent.name}"
     if uri:
         archive = folder / "model.tar.gz"
-        storage.download(settings, uri, archive)
+        storage.download(account, uri, archive)
     return Source(label, archive, checked(archive, folder / "unpacked"), uri, arn)
 
 

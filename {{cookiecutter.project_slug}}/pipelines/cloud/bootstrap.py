@@ -2,7 +2,7 @@
 
     python -m pipelines bootstrap --yes --set aws.email=me@example.com
 
-One CloudFormation stack, `infrastructure/stack.yaml`. The plan that is shown before it asks is CloudFormation's own.
+One CloudFormation stack, of the files in `infrastructure/`. The plan that it shows before it asks is CloudFormation's.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from __future__ import annotations
 import time
 
 from pipelines import project, terminal
-from pipelines.cloud import account as aws
 from pipelines.cloud import stack
+from pipelines.cloud.account import Account, confirm, explained
 from pipelines.config import Settings, load
 from pipelines.terminal import UserError
 
@@ -21,32 +21,32 @@ COST = (
 )
 
 
-def bootstrap(settings: Settings, yes: bool) -> None:
+def bootstrap(account: Account, yes: bool) -> None:
     """Make or update the stack; see the module's docstring."""
     from botocore.exceptions import ClientError
 
-    name = project.name()
-    with aws.explained(f"making the stack {name}"):
-        cloud = aws.client(settings, "cloudformation")
-        caller = aws.client(settings, "sts").get_caller_identity()
-        account = caller["Account"]
+    name, settings = project.name(), account.settings
+    with explained(f"making the stack {name}"):
+        cloud = account.client("cloudformation")
+        caller = account.client("sts").get_caller_identity()
+        number = caller["Account"]
         found = stack.usable(cloud, name)
         current = {item["ParameterKey"]: item["ParameterValue"] for item in (found or {}).get("Parameters", [])}
-        values = stack.parameters(settings, caller["Arn"], current)
+        values = stack.parameters(account, caller["Arn"], current)
         made = cloud.create_change_set(
             StackName=name, ChangeSetName=f"bootstrap-{time.strftime('%Y%m%d%H%M%S', time.gmtime())}",
-            ChangeSetType="UPDATE" if found else "CREATE", TemplateBody=stack.template(settings, account),
+            ChangeSetType="UPDATE" if found else "CREATE", TemplateBody=stack.template(settings, number),
             Parameters=[{"ParameterKey": key, "ParameterValue": value} for key, value in values.items()],
-            Tags=aws.tags(settings), Capabilities=["CAPABILITY_IAM"],
+            Tags=account.tags(), Capabilities=["CAPABILITY_IAM"],
             ImportExistingResources=True,  # bucket and repository of a stack that was removed
         )  # fmt: skip
         change_set, made_id = made["Id"], made["StackId"]
         try:
             changes = stack.changes(cloud, change_set)
             if changes:
-                bucket = stack.bucket_name(settings, account)
-                head = f"stack {name} in {settings.aws.region}, account {account}, bucket {bucket}"
-                aws.confirm("\n".join([f"{head}:", *changes, *_notes(settings, values), COST]), yes)
+                bucket = stack.bucket_name(settings, number)
+                head = f"stack {name} in {account.region}, account {number}, bucket {bucket}"
+                confirm("\n".join([f"{head}:", *changes, *_notes(settings, values), COST]), yes)
                 cloud.execute_change_set(ChangeSetName=change_set)
         except (UserError, ClientError, KeyboardInterrupt):  # refused: nothing has begun
             stack.discard(cloud, change_set, None if found else made_id)
@@ -65,10 +65,10 @@ def bootstrap(settings: Settings, yes: bool) -> None:
 
 def _notes(settings: Settings, values: dict[str, str]) -> list[str]:
     notes = []
-    if values["GitHubRepository"]:
+    if values.get("GitHubRepository"):
         notes.append(f"workflows of {values['GitHubRepository']}, branch {values['GitHubBranch']}, may run the verbs")
     for name, what in {"PipelineSchedule": "", "Watch": "new data under "}.items():
-        if values[name]:
+        if values.get(name):
             notes.append(f"{what}{values[name]} starts the pipeline, at the price that `make pipeline` says")
     if settings.pipeline.deploy_on_approval:
         notes.append("an approved model package is deployed without a question, at the price that `make deploy` says")
@@ -82,5 +82,5 @@ def main() -> int:
     parser = terminal.parser("Make what the project needs in AWS once, or bring it up to date.", settings=True)
     parser.add_argument("--yes", variable="YES", action="store_true", help="do not ask")
     options = parser.parse_args()
-    bootstrap(load(options.set), options.yes)
+    bootstrap(Account(load(options.set)), options.yes)
     return 0

@@ -15,13 +15,12 @@ import time
 from collections.abc import Callable
 
 from pipelines import project, terminal
-from pipelines.cloud import account as aws
 from pipelines.cloud import inventory, stack
 from pipelines.cloud import packages as cloud_packages
+from pipelines.cloud.account import REASONS, Account, ask, confirm, explained, missing, unless_missing, until
 from pipelines.cloud.inventory import Item
-from pipelines.config import Settings, load
+from pipelines.config import load
 from pipelines.terminal import UserError
-from progress import waiting
 
 PAUSE = 10.0  # seconds between two looks
 PATIENCE = 20 * 60.0  # seconds; a job may take minutes to stop, an endpoint as many to go
@@ -29,25 +28,25 @@ LEAVING = ("Stopping", "Deleting")
 DENIED = "not allowed: `make doctor` shows what is missing"
 
 
-def destroy(settings: Settings, endpoint: str | None, yes: bool) -> None:
+def destroy(account: Account, endpoint: str | None, yes: bool) -> None:
     """Remove what bills, then what only belonged to it; see the module's docstring.
 
     Raises:
         UserError: with what is left, and why.
     """
-    found = chosen(inventory.everything(settings), endpoint)
-    where = f"{endpoint or project.name()} in {settings.aws.region}"
+    found = chosen(inventory.everything(account), endpoint)
+    where = f"{endpoint or project.name()} in {account.region}"
     if not found:
         print(f"there is nothing of {where} to remove")
         return
-    aws.confirm("\n".join([f"removes of {where}, keeping data, images and results:", *inventory.table(found)]), yes)
+    confirm("\n".join([f"removes of {where}, keeping data, images and results:", *inventory.table(found)]), yes)
     names = {_key(item) for item in found} if endpoint else None
     scaling = [item for item in found if item.kind == "autoscaling"]
-    kept = _remove(settings, scaling)  # first, or it would start instances meanwhile
-    refused, left = _until_gone(settings, names, found)
+    kept = _remove(account, scaling)  # first, or it would start instances meanwhile
+    refused, left = _until_gone(account, names, found)
     if not left:  # the schedule that ends an endpoint outlives it, and so does its config, which says what it costs
         rest = [item for item in found if not item.bills and (item not in scaling or _key(item) in kept)]
-        refused = _remove(settings, rest)
+        refused = _remove(account, rest)
         left = [item for item in rest if _key(item) in refused]
     if left:
         reasons = [f"{item.kind} {item.name}{refused.get(_key(item), '')}" for item in left]
@@ -80,66 +79,60 @@ def _key(item: Item) -> tuple[str, str]:
 
 
 def _until_gone(
-    settings: Settings, names: set[tuple[str, str]] | None, found: list[Item]
+    account: Account, names: set[tuple[str, str]] | None, found: list[Item]
 ) -> tuple[dict[tuple[str, str], str], list[Item]]:
     """Ask for removal and look again until nothing bills, all is refused for good, or patience ends."""
     left = [item for item in found if item.bills]
     refused: dict[tuple[str, str], str] = {}
-    said, deadline = "", time.monotonic() + PATIENCE
-    with waiting("AWS to remove that") as say:
-        while left and time.monotonic() < deadline:
-            refused = _remove(settings, [item for item in left if not item.detail.endswith(LEAVING)], say)
-            left = [
-                item for item in inventory.everything(settings) if item.bills and (names is None or _key(item) in names)
-            ]
-            if left and all(DENIED in refused.get(_key(item), "") for item in left):
-                break
-            if left:
-                there = ", ".join(f"{item.kind} {item.name}" for item in left)
-                if there != said:
-                    say(f"waiting for {there}")
-                said = there
-                time.sleep(PAUSE)
+    deadline = time.monotonic() + PATIENCE
+
+    def look(say: Callable[[str], None]) -> tuple[bool | None, str]:
+        nonlocal refused, left
+        refused = _remove(account, [item for item in left if not item.detail.endswith(LEAVING)], say)
+        left = [item for item in inventory.everything(account) if item.bills and (names is None or _key(item) in names)]
+        if all(DENIED in refused.get(_key(item), "") for item in left):
+            return True, ""
+        over = time.monotonic() > deadline or None
+        return over, f"waiting for {', '.join(f'{item.kind} {item.name}' for item in left)}"
+
+    if left:
+        until("AWS to remove that", PAUSE, look)
     return refused, left
 
 
-def _remove(settings: Settings, items: list[Item], say: Callable[[str], None] = print) -> dict[tuple[str, str], str]:
+def _remove(account: Account, items: list[Item], say: Callable[[str], None] = print) -> dict[tuple[str, str], str]:
     """Ask for the removal of each; returns why AWS refused, where it did: what is there then shows the next look."""
     from botocore.exceptions import ClientError
 
     refused = {}
     for item in items:
         service, operation, parameters = item.removal
-        with aws.explained(f"removing {item.kind} {item.name}"):
+        with explained(f"removing {item.kind} {item.name}"):
             try:
-                getattr(aws.client(settings, service), operation)(**parameters)
+                getattr(account.client(service), operation)(**parameters)
                 say(f"removing {item.kind} {item.name}")
             except ClientError as error:
                 details = error.response["Error"]
-                if aws.missing(error) or details["Code"] == "ObjectNotFoundException":
+                if missing(error) or details["Code"] == "ObjectNotFoundException":
                     continue
-                denied = f", {DENIED}" if details["Code"] in aws.REASONS["denied"] else ""
+                denied = f", {DENIED}" if details["Code"] in REASONS["denied"] else ""
                 refused[_key(item)] = f" ({' '.join(details['Message'].split())}{denied})"
     return refused
 
 
-def destroy_stack(settings: Settings, everything: bool, confirmed: str, yes: bool) -> None:
-    """Remove the stack, and with `everything` also data and images.
-
-    Raises:
-        UserError: while the project has endpoints or running jobs, which need the stack's roles, or somebody says no.
-    """
+def destroy_stack(account: Account, everything: bool, confirmed: str, yes: bool) -> None:
+    """Remove the stack, and with `everything` also data and images; see the module's docstring."""
     name = project.name()
-    with aws.explained(f"removing the stack {name}"):
-        running = [f"{item.kind} {item.name}" for item in inventory.everything(settings) if item.bills]
+    with explained(f"removing the stack {name}"):
+        running = [f"{item.kind} {item.name}" for item in inventory.everything(account) if item.bills]
         if running:
             raise UserError(
                 f"still there: {', '.join(running)}; remove endpoints with `make destroy` and stop or await jobs first"
             )
-        cloud = aws.client(settings, "cloudformation")
-        account = aws.client(settings, "sts").get_caller_identity()["Account"]
-        bucket, found = stack.bucket_name(settings, account), stack.find(cloud, name)
-        where = f"in {settings.aws.region}, account {account}"
+        cloud = account.client("cloudformation")
+        number = account.client("sts").get_caller_identity()["Account"]
+        bucket, found = stack.bucket_name(account.settings, number), stack.find(cloud, name)
+        where = f"in {account.region}, account {number}"
         if found is None and not everything:
             print(f"there is no stack {name} {where}; ALL=1 deletes bucket and repository, should they be left")
             return
@@ -151,38 +144,38 @@ def destroy_stack(settings: Settings, everything: bool, confirmed: str, yes: boo
         if everything:
             _typed(plan, name, confirmed)
         else:
-            aws.confirm(plan, yes)
+            confirm(plan, yes)
         if found is not None:
             stack.remove(cloud, found["StackId"])
         if everything:
-            _delete_pipeline(settings, name)
-            _delete_bucket(settings, bucket, account)
-            _delete_repository(settings, name, account)
-            _delete_registry(settings, name)
+            _delete_pipeline(account, name)
+            _delete_bucket(account, bucket, number)
+            _delete_repository(account, name, number)
+            _delete_registry(account, name)
 
 
 def _typed(plan: str, name: str, confirmed: str) -> None:
     """Go on only when somebody has typed the project's name: YES=1 is not enough to lose data."""
     print(plan, flush=True)
     if not confirmed and sys.stdin.isatty():
-        confirmed = aws.ask(f"type {name} to delete it:")
+        confirmed = ask(f"type {name} to delete it:")
     if confirmed != name:
         raise UserError(f"nothing was deleted: {confirmed!r} is not the project's name; say CONFIRM={name}")
 
 
-def _delete_pipeline(settings: Settings, name: str) -> None:
-    if aws.unless_missing(aws.client(settings, "sagemaker").delete_pipeline, PipelineName=name) is not None:
+def _delete_pipeline(account: Account, name: str) -> None:
+    if unless_missing(account.client("sagemaker").delete_pipeline, PipelineName=name) is not None:
         print(f"deleted the pipeline {name}")
 
 
-def _delete_bucket(settings: Settings, bucket: str, account: str) -> None:
-    s3, owner, deleted = aws.client(settings, "s3"), {"Bucket": bucket, "ExpectedBucketOwner": account}, 0
+def _delete_bucket(account: Account, bucket: str, number: str) -> None:
+    s3, owner, deleted = account.client("s3"), {"Bucket": bucket, "ExpectedBucketOwner": number}, 0
     # A page has at most 1000, which is what one request can delete.
-    while (page := aws.unless_missing(s3.list_object_versions, **owner)) is not None:
+    while (page := unless_missing(s3.list_object_versions, **owner)) is not None:
         versions = [*page.get("Versions", []), *page.get("DeleteMarkers", [])]
         batch = [{"Key": version["Key"], "VersionId": version["VersionId"]} for version in versions]
         if not batch:
-            aws.unless_missing(s3.delete_bucket, **owner)
+            unless_missing(s3.delete_bucket, **owner)
             print(f"deleted the bucket {bucket}")
             return
         answer = s3.delete_objects(**owner, Delete={"Objects": batch, "Quiet": True})
@@ -192,17 +185,17 @@ def _delete_bucket(settings: Settings, bucket: str, account: str) -> None:
         print(f"deleting objects: {deleted}", flush=True)
 
 
-def _delete_repository(settings: Settings, name: str, account: str) -> None:
-    delete = aws.client(settings, "ecr").delete_repository
-    if aws.unless_missing(delete, registryId=account, repositoryName=name, force=True) is not None:
+def _delete_repository(account: Account, name: str, number: str) -> None:
+    delete = account.client("ecr").delete_repository
+    if unless_missing(delete, registryId=number, repositoryName=name, force=True) is not None:
         print(f"deleted the repository {name}")
 
 
-def _delete_registry(settings: Settings, name: str) -> None:
-    sagemaker, group = aws.client(settings, "sagemaker"), {"ModelPackageGroupName": name}
-    if aws.unless_missing(sagemaker.describe_model_package_group, **group) is None:
+def _delete_registry(account: Account, name: str) -> None:
+    sagemaker, group = account.client("sagemaker"), {"ModelPackageGroupName": name}
+    if unless_missing(sagemaker.describe_model_package_group, **group) is None:
         return
-    packages = cloud_packages.summaries(settings)
+    packages = cloud_packages.summaries(account)
     for package in packages:
         sagemaker.delete_model_package(ModelPackageName=package["ModelPackageArn"])
     sagemaker.delete_model_package_group(**group)
@@ -222,8 +215,8 @@ def main() -> int:
     )
     parser.add_argument("--yes", variable="YES", action="store_true", help="do not ask; --all asks all the same")
     options = parser.parse_args()
-    settings = load(options.set)
-    destroy(settings, options.endpoint, options.yes)
+    account = Account(load(options.set))
+    destroy(account, options.endpoint, options.yes)
     if options.all or options.stack:
-        destroy_stack(settings, options.all, options.confirm, options.yes)
+        destroy_stack(account, options.all, options.confirm, options.yes)
     return 0

@@ -16,9 +16,9 @@ from email.utils import parsedate_to_datetime
 from typing import Any, Literal, NamedTuple
 
 from pipelines import ROOT, project, terminal
-from pipelines.cloud import account as aws
 from pipelines.cloud import permissions, stack
-from pipelines.config import Settings, load
+from pipelines.cloud.account import STEPS, Account, explained, pages
+from pipelines.config import load
 from pipelines.local import engine
 from pipelines.local import images as local_images
 from pipelines.terminal import UserError
@@ -50,50 +50,50 @@ def here() -> Iterator[Line]:
     yield Line(level, f"{free:.0f} GB of disk are free", "" if level == "ok" else "images take 10 GB; make room")
 
 
-def there(settings: Settings) -> Iterator[Line]:
+def there(account: Account) -> Iterator[Line]:
     """What is in AWS."""
     import boto3
 
-    with aws.explained("looking for credentials"):
+    with explained("looking for credentials"):
         session = boto3.Session()
         if session.get_credentials() is None:
-            yield Line("warn", "no AWS credentials: nothing in AWS was checked", aws.STEPS["no credentials"])
+            yield Line("warn", "no AWS credentials: nothing in AWS was checked", STEPS["no credentials"])
             return
-    yield from clock(settings)
-    with aws.explained("asking who these credentials are"):
-        caller = aws.client(settings, "sts").get_caller_identity()
+    yield from clock(account)
+    with explained("asking who these credentials are"):
+        caller = account.client("sts").get_caller_identity()
     yield Line("ok", f"credentials of {caller['Arn']}")
-    if session.region_name not in (None, settings.aws.region):
-        yield Line("warn", f"the shell's region is {session.region_name}, aws.region is {settings.aws.region}",
+    if session.region_name not in (None, account.region):
+        yield Line("warn", f"the shell's region is {session.region_name}, aws.region is {account.region}",
                    "the verbs use aws.region; set AWS_DEFAULT_REGION to it for other programs")  # fmt: skip
-    yield from _try("quotas", lambda: quotas(settings))
+    yield from _try("quotas", lambda: quotas(account))
     try:
-        made = aws.stack(settings)
+        account.stack()
     except UserError as error:
         yield Line("fail", str(error), "`make bootstrap`")
         return
-    yield from _try("stack", lambda: up_to_date(settings, caller))
-    yield from _try("execution role", lambda: role(settings, made, caller["Account"]))
-    yield from _try("own permissions", lambda: own(settings, made, caller))
-    yield from _try("images", lambda: images(settings, made))
+    yield from _try("stack", lambda: up_to_date(account, caller))
+    yield from _try("execution role", lambda: role(account, caller["Account"]))
+    yield from _try("own permissions", lambda: own(account, caller))
+    yield from _try("images", lambda: images(account))
 
 
 def _try(what: str, check: Callable[[], Iterable[Line]]) -> Iterator[Line]:
     """A check, or why it could not be made."""
     try:
-        with aws.explained("asking AWS"):
+        with explained("asking AWS"):
             yield from check()
     except UserError as error:
         yield Line("warn", f"{what}: not checked", str(error))
 
 
-def clock(settings: Settings) -> Iterator[Line]:
+def clock(account: Account) -> Iterator[Line]:
     """AWS's clock is in every answer, also in one that refuses."""
     from botocore.exceptions import ClientError
 
-    with aws.explained("asking for the time"):
+    with explained("asking for the time"):
         try:
-            answer = aws.client(settings, "sts").get_caller_identity()
+            answer = account.client("sts").get_caller_identity()
         except ClientError as error:
             answer = error.response
     said = answer["ResponseMetadata"]["HTTPHeaders"].get("date")
@@ -104,33 +104,32 @@ def clock(settings: Settings) -> Iterator[Line]:
         yield Line("ok", f"the clock is right ({skew:+.0f} s)")
 
 
-def up_to_date(settings: Settings, caller: dict[str, str]) -> Iterator[Line]:
+def up_to_date(account: Account, caller: dict[str, str]) -> Iterator[Line]:
     """Whether `make bootstrap` would change the stack."""
-    cloud, name = aws.client(settings, "cloudformation"), project.name()
-    found = stack.find(cloud, name) or {}
+    cloud, name = account.client("cloudformation"), project.name()
+    made = account.stack()
     body = cloud.get_template(StackName=name)["TemplateBody"]
-    now = {item["ParameterKey"]: item["ParameterValue"] for item in found.get("Parameters", [])}
-    wanted = stack.parameters(settings, caller["Arn"], now)
+    wanted = stack.parameters(account, caller["Arn"], made.parameters)
     same = (json.loads(body) if isinstance(body, str) else body) == json.loads(
-        stack.template(settings, caller["Account"])
+        stack.template(account.settings, caller["Account"])
     )
-    differing = [] if same else ["infrastructure/stack.yaml"]
-    differing += [key for key, value in wanted.items() if now.get(key) != value]
-    status = found.get("StackStatus", "")
-    if differing or not status.endswith("_COMPLETE"):
-        yield Line("warn", f"the stack {name} is {status} and differs in {', '.join(differing) or 'nothing'}",
+    differing = [] if same else ["what infrastructure/ says"]
+    differing += [key for key, value in wanted.items() if made.parameters.get(key) != value]
+    if differing or not made.status.endswith("_COMPLETE"):
+        yield Line("warn", f"the stack {name} is {made.status} and differs in {', '.join(differing) or 'nothing'}",
                    "`make bootstrap` brings it up to date")  # fmt: skip
     else:
         yield Line("ok", f"the stack {name} is there and up to date")
 
 
-def role(settings: Settings, made: aws.Stack, account: str) -> Iterator[Line]:
+def role(account: Account, number: str) -> Iterator[Line]:
     """Whether SageMaker may use the execution role, and what that may do."""
-    policy = aws.client(settings, "iam").get_role(RoleName=made.role.split("/")[-1])["Role"]["AssumeRolePolicyDocument"]
+    made = account.stack().role
+    policy = account.client("iam").get_role(RoleName=made.split("/")[-1])["Role"]["AssumeRolePolicyDocument"]
     services = json.dumps([entry["Principal"] for entry in policy["Statement"] if entry["Effect"] == "Allow"])
     if "sagemaker.amazonaws.com" not in services:
-        yield Line("fail", f"{made.role} does not trust SageMaker", "`make bootstrap` puts its trust policy right")
-    missing = permissions.refused(settings, made.role, permissions.needs(settings, made, account, "ExecutionRole"))
+        yield Line("fail", f"{made} does not trust SageMaker", "`make bootstrap` puts its trust policy right")
+    missing = permissions.refused(account, made, permissions.needs(account, number, "ExecutionRole"))
     if missing:
         yield Line("fail", f"the execution role may not {', '.join(missing)}",
                    "`make bootstrap`; if that does not help, a rule of the account forbids it")  # fmt: skip
@@ -138,16 +137,16 @@ def role(settings: Settings, made: aws.Stack, account: str) -> Iterator[Line]:
         yield Line("ok", "SageMaker may use the execution role, which may do what jobs need")
 
 
-def own(settings: Settings, made: aws.Stack, caller: dict[str, str]) -> Iterator[Line]:
+def own(account: Account, caller: dict[str, str]) -> Iterator[Line]:
     """What these credentials may not do of what the verbs do."""
     principal = caller["Arn"]
     if principal.endswith(":root"):
         yield Line("warn", "these are the credentials of the account itself, which may do everything", "use a role")
         return
     if ":assumed-role/" in principal:  # the simulator wants the role, whose path is not in the session's name
-        principal = aws.client(settings, "iam").get_role(RoleName=principal.split("/")[1])["Role"]["Arn"]
-    wanted = permissions.needs(settings, made, caller["Account"], "VerbsPolicy")
-    missing = permissions.refused(settings, principal, wanted)
+        principal = account.client("iam").get_role(RoleName=principal.split("/")[1])["Role"]["Arn"]
+    wanted = permissions.needs(account, caller["Account"], "VerbsPolicy")
+    missing = permissions.refused(account, principal, wanted)
     if missing:
         yield Line("fail", f"these credentials may not {', '.join(missing)}",
                    "attach the managed policy VerbsPolicy of the stack (`make bootstrap` prints its name)")  # fmt: skip
@@ -155,38 +154,38 @@ def own(settings: Settings, made: aws.Stack, caller: dict[str, str]) -> Iterator
         yield Line("ok", "these credentials may do what the verbs do")
 
 
-def quotas(settings: Settings) -> Iterator[Line]:
+def quotas(account: Account) -> Iterator[Line]:
     """How many instances of the chosen types the account may run at once."""
-    compute, endpoint = settings.compute, settings.endpoint
+    compute, endpoint = account.settings.compute, account.settings.endpoint
     wanted = {f"{compute.instance_type} for {'spot ' if compute.spot else ''}training job usage": compute.instances}
     if compute.keep_alive_minutes:
         wanted[f"{compute.instance_type} for training warm pool usage"] = compute.instances
     if endpoint.type != "serverless":
         wanted[f"{endpoint.instance_type} for endpoint usage"] = max(endpoint.instances, endpoint.max_instances)
-    service = aws.client(settings, "service-quotas")
-    listed = aws.pages(service, "list_service_quotas", "Quotas", ServiceCode="sagemaker")
+    service = account.client("service-quotas")
+    listed = pages(service, "list_service_quotas", "Quotas", ServiceCode="sagemaker")
     found: dict[str, Any] = {quota["QuotaName"]: quota for quota in listed}
     for name, count in wanted.items():
         quota = found.get(name)
         if quota is None:
-            yield Line("warn", f"there is no quota {name!r} in {settings.aws.region}", "is the instance type right?")
+            yield Line("warn", f"there is no quota {name!r} in {account.region}", "is the instance type right?")
         elif quota["Value"] < count:
             yield Line("fail", f"{name}: {quota['Value']:g} allowed, {count} wanted",
                        "aws service-quotas request-service-quota-increase --service-code sagemaker --quota-code "
-                       f"{quota['QuotaCode']} --desired-value {count} --region {settings.aws.region}")  # fmt: skip
+                       f"{quota['QuotaCode']} --desired-value {count} --region {account.region}")  # fmt: skip
         else:
             yield Line("ok", f"{name}: {quota['Value']:g} allowed, {count} wanted")
 
 
-def images(settings: Settings, made: aws.Stack) -> Iterator[Line]:
+def images(account: Account) -> Iterator[Line]:
     """Whether the images of the project as it is now are in ECR: a stale image has another name."""
-    ecr, name = aws.client(settings, "ecr"), made.repository.partition("/")[2]
-    listed = aws.pages(ecr, "describe_images", "imageDetails", repositoryName=name)
+    ecr, name = account.client("ecr"), account.stack().repository.partition("/")[2]
+    listed = pages(ecr, "describe_images", "imageDetails", repositoryName=name)
     there = {tag for image in listed for tag in image.get("imageTags", [])}
     targets: tuple[local_images.Target, ...] = ("training", "serving")
     for target in targets:
-        if getattr(settings.images, target) == "project":
-            tag = local_images.image_name(settings, target).partition(":")[2]
+        if getattr(account.settings.images, target) == "project":
+            tag = local_images.image_name(account.settings, target).partition(":")[2]
             old = any(other.startswith(f"{target}-") for other in there)
             if tag in there:
                 yield Line("ok", f"the image {tag} is in ECR")
@@ -198,7 +197,7 @@ def main() -> int:
     """Command line; see the module's docstring."""
     settings = load(terminal.parser("What is missing, with its fix.", settings=True).parse_args().set)
     failed = False
-    for lines in (here(), there(settings)):
+    for lines in (here(), there(Account(settings))):
         try:
             for line in lines:
                 failed |= line.level == "fail"

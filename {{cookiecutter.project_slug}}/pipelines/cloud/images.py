@@ -12,39 +12,39 @@ import json
 import subprocess
 
 from pipelines import terminal
-from pipelines.cloud import account as aws
-from pipelines.config import Settings, load
+from pipelines.cloud.account import Account, explained
+from pipelines.config import load
 from pipelines.local import engine, images
 from pipelines.terminal import UserError
 
 ARCHITECTURE = "amd64"  # of SageMaker's instances, but for Graviton
 
 
-def uri(settings: Settings, stack: aws.Stack, target: images.Target) -> str:
+def uri(account: Account, target: images.Target) -> str:
     """The image that SageMaker runs: in the stack's repository, or the one that the settings name."""
-    name: str = getattr(settings.images, target)
+    name: str = getattr(account.settings.images, target)
     if name != "project":
         return name
-    return f"{stack.repository}:{images.image_name(settings, target).rpartition(':')[2]}"
+    return f"{account.stack().repository}:{images.image_name(account.settings, target).rpartition(':')[2]}"
 
 
-def ensure(settings: Settings, stack: aws.Stack, target: images.Target) -> str:
+def ensure(account: Account, target: images.Target) -> str:
     """The image's URI, after pushing it where it is the project's own and not in the repository."""
-    image = uri(settings, stack, target)
-    if getattr(settings.images, target) == "project" and not present(settings, image):
+    image = uri(account, target)
+    if getattr(account.settings.images, target) == "project" and not present(account, image):
         print(f"{image} is not in the repository, so it comes first (`make image-push`)", flush=True)
-        push(settings, stack, target)
+        push(account, target)
     return image
 
 
-def present(settings: Settings, image: str) -> bool:
+def present(account: Account, image: str) -> bool:
     """Whether an image is in its repository."""
     from botocore.exceptions import ClientError
 
     repository, _, tag = image.partition("/")[2].rpartition(":")
-    with aws.explained(f"looking for {image}"):
+    with explained(f"looking for {image}"):
         try:
-            aws.client(settings, "ecr").describe_images(repositoryName=repository, imageIds=[{"imageTag": tag}])
+            account.client("ecr").describe_images(repositoryName=repository, imageIds=[{"imageTag": tag}])
         except ClientError as error:
             if error.response["Error"]["Code"] != "ImageNotFoundException":
                 raise
@@ -52,7 +52,7 @@ def present(settings: Settings, image: str) -> bool:
     return True
 
 
-def push(settings: Settings, stack: aws.Stack, target: images.Target) -> None:
+def push(account: Account, target: images.Target) -> None:
     """Build the image when it is missing here, and push it.
 
     Raises:
@@ -60,7 +60,7 @@ def push(settings: Settings, stack: aws.Stack, target: images.Target) -> None:
     """
     try:
         engine.check()
-        local = images.image_for(settings, target, ARCHITECTURE)
+        local = images.image_for(account.settings, target, ARCHITECTURE)
     except engine.EngineError as error:
         raise UserError(f"{error}. Or push from another machine: `make image-push`") from error
     facts = json.loads(_docker("image", "inspect", local).stdout or "[{}]")
@@ -70,10 +70,10 @@ def push(settings: Settings, stack: aws.Stack, target: images.Target) -> None:
             f"{local} is built for {made or 'an unknown processor'}, SageMaker runs {ARCHITECTURE}; build it "
             f"again with `{terminal.command('image', ARGS=f'--platform linux/{ARCHITECTURE}')}`"
         )
-    remote = uri(settings, stack, target)
+    remote = uri(account, target)
     registry = remote.partition("/")[0]
-    with aws.explained("asking ECR for a password"):
-        token = aws.client(settings, "ecr").get_authorization_token()["authorizationData"][0]["authorizationToken"]
+    with explained("asking ECR for a password"):
+        token = account.client("ecr").get_authorization_token()["authorizationData"][0]["authorizationToken"]
     user, _, password = base64.b64decode(token).decode().partition(":")
     try:
         _checked("login", "--username", user, "--password-stdin", registry, text=password)
@@ -100,14 +100,14 @@ def _checked(*words: str, text: str | None = None) -> None:
 def main() -> int:
     """Command line; see the module's docstring."""
     settings = load(terminal.parser("Put the project's images into ECR.", settings=True).parse_args().set)
-    stack = aws.stack(settings)
+    account = Account(settings)
     targets: tuple[images.Target, ...] = ("training", "serving")
     for target in targets:
-        image = uri(settings, stack, target)
+        image = uri(account, target)
         if getattr(settings.images, target) != "project":
             print(f"images.{target} is {image}, which is not the project's to push")
-        elif present(settings, image):
+        elif present(account, image):
             print(f"{image} is there already")
         else:
-            push(settings, stack, target)
+            push(account, target)
     return 0

@@ -13,9 +13,8 @@ from datetime import UTC, datetime
 from typing import Any
 
 from pipelines import project
-from pipelines.cloud import account as aws
 from pipelines.cloud import prices
-from pipelines.config import Settings
+from pipelines.cloud.account import REASONS, Account, explained, missing, pages, unless_missing
 
 THREADS = 8
 ACTIVE = ("InProgress", "Stopping")
@@ -55,27 +54,27 @@ class Item:
     of: str = ""
 
 
-def everything(settings: Settings) -> list[Item]:
+def everything(account: Account) -> list[Item]:
     """All that the project has, but for the stack and what is in it.
 
     Raises:
         UserError: when AWS does not say.
     """
-    with aws.explained("listing what the project has in AWS"):
-        sagemaker = aws.client(settings, "sagemaker")
-        found = [item for kind in JOBS for item in _jobs(settings, sagemaker, kind)]
-        listed = list(aws.pages(sagemaker, "list_endpoints", "Endpoints"))
+    with explained("listing what the project has in AWS"):
+        sagemaker = account.client("sagemaker")
+        found = [item for kind in JOBS for item in _jobs(account, sagemaker, kind)]
+        listed = list(pages(sagemaker, "list_endpoints", "Endpoints"))
         endpoints = [
-            item for summary in _ours(sagemaker, listed, "Endpoint") for item in _endpoint(settings, sagemaker, summary)
+            item for summary in _ours(sagemaker, listed, "Endpoint") for item in _endpoint(account, sagemaker, summary)
         ]
         for kind, word in (("endpoint config", "EndpointConfig"), ("model", "Model")):
-            for summary in _ours(sagemaker, aws.pages(sagemaker, f"list_{_snake(word)}s", f"{word}s"), word):
+            for summary in _ours(sagemaker, pages(sagemaker, f"list_{_snake(word)}s", f"{word}s"), word):
                 removal = ("sagemaker", f"delete_{_snake(word)}", {f"{word}Name": summary[f"{word}Name"]})
                 endpoints.append(Item(kind, summary[f"{word}Name"], summary["CreationTime"], "", removal))
         ours, all_names = {item.name for item in endpoints if item.bills}, {item["EndpointName"] for item in listed}
         found += _executions(sagemaker)
         running = {item.name for item in found if item.kind == "transform job"}
-        return found + endpoints + _attached(settings, ours, all_names, running)
+        return found + endpoints + _attached(account, ours, all_names, running)
 
 
 def _snake(word: str) -> str:
@@ -90,12 +89,12 @@ def _ours(sagemaker: Any, found: Iterable[dict[str, Any]], word: str) -> list[di
 
     def tagged(summary: dict[str, Any]) -> bool:
         try:
-            return {"Key": "project", "Value": own} in aws.pages(
+            return {"Key": "project", "Value": own} in pages(
                 sagemaker, "list_tags", "Tags", ResourceArn=summary[f"{word}Arn"]
             )
         except ClientError as error:
-            denied = error.response["Error"]["Code"] in aws.REASONS["denied"]
-            if aws.missing(error) or (denied and not summary[f"{word}Name"].startswith(project)):
+            denied = error.response["Error"]["Code"] in REASONS["denied"]
+            if missing(error) or (denied and not summary[f"{word}Name"].startswith(own)):
                 return False  # gone since; or another's, whose tags are not for these credentials
             raise
 
@@ -106,17 +105,17 @@ def _ours(sagemaker: Any, found: Iterable[dict[str, Any]], word: str) -> list[di
 def _described(sagemaker: Any, word: str, name: str) -> dict[str, Any] | None:
     """What AWS says of it; None when it is gone since it was listed."""
     call = getattr(sagemaker, f"describe_{_snake(word)}")
-    found: dict[str, Any] | None = aws.unless_missing(call, **{f"{word}Name": name})
+    found: dict[str, Any] | None = unless_missing(call, **{f"{word}Name": name})
     return found
 
 
-def _jobs(settings: Settings, sagemaker: Any, kind: str) -> list[Item]:
+def _jobs(account: Account, sagemaker: Any, kind: str) -> list[Item]:
     """Jobs that run, and the warm pools of those that ended."""
     word, use, path = JOBS[kind]
     operation, key = f"list_{_snake(word)}s", f"{word}Summaries"
-    listed = [job for status in ACTIVE for job in aws.pages(sagemaker, operation, key, StatusEquals=status)]
+    listed = [job for status in ACTIVE for job in pages(sagemaker, operation, key, StatusEquals=status)]
     if kind == "training job":
-        idle = aws.pages(sagemaker, operation, key, WarmPoolStatusEquals="Available")
+        idle = pages(sagemaker, operation, key, WarmPoolStatusEquals="Available")
         listed += [job for job in idle if job.get("WarmPoolStatus", {}).get("Status") == "Available"]
     items = []
     for job in _ours(sagemaker, listed, word):
@@ -126,7 +125,7 @@ def _jobs(settings: Settings, sagemaker: Any, kind: str) -> list[Item]:
         for step in path:
             place = place.get(step, {})
         count, instance = place.get("InstanceCount", 1), place.get("InstanceType", "")
-        usd = _price(settings, use, instance, count) if use else 0.0  # of tuning: its training jobs are listed too
+        usd = _price(account, use, instance, count) if use else 0.0  # of tuning: its training jobs are listed too
         detail = f"{count} x {instance}{spot}, {status}" if use else status
         removal = ("sagemaker", f"stop_{_snake(word)}", {f"{word}Name": name})
         if status not in ACTIVE:
@@ -141,9 +140,9 @@ def _jobs(settings: Settings, sagemaker: Any, kind: str) -> list[Item]:
 def _executions(sagemaker: Any) -> list[Item]:
     """Executions of the project's pipeline that run; what they cost are their jobs, which are listed too."""
     items = []
-    for pipeline in _ours(sagemaker, aws.pages(sagemaker, "list_pipelines", "PipelineSummaries"), "Pipeline"):
+    for pipeline in _ours(sagemaker, pages(sagemaker, "list_pipelines", "PipelineSummaries"), "Pipeline"):
         name = pipeline["PipelineName"]
-        for found in aws.pages(sagemaker, "list_pipeline_executions", "PipelineExecutionSummaries", PipelineName=name):
+        for found in pages(sagemaker, "list_pipeline_executions", "PipelineExecutionSummaries", PipelineName=name):
             arn, status = found["PipelineExecutionArn"], found["PipelineExecutionStatus"]
             if status in ("Executing", "Stopping"):
                 removal = ("sagemaker", "stop_pipeline_execution", {"PipelineExecutionArn": arn})
@@ -152,7 +151,7 @@ def _executions(sagemaker: Any) -> list[Item]:
     return items
 
 
-def _endpoint(settings: Settings, sagemaker: Any, summary: dict[str, Any]) -> list[Item]:
+def _endpoint(account: Account, sagemaker: Any, summary: dict[str, Any]) -> list[Item]:
     name = summary["EndpointName"]
     facts = _described(sagemaker, "Endpoint", name)
     config = _described(sagemaker, "EndpointConfig", facts["EndpointConfigName"]) if facts else None
@@ -172,7 +171,7 @@ def _endpoint(settings: Settings, sagemaker: Any, summary: dict[str, Any]) -> li
         instance = variant.get("InstanceType", "")
         use = "async" if (config or {}).get("AsyncInferenceConfig") else "hosting"
         details.append(f"{count} x {instance}")
-        costs.append(_price(settings, use, instance, count))
+        costs.append(_price(account, use, instance, count))
     known = [cost for cost in costs if cost is not None]
     usd = sum(known) if config and len(known) == len(costs) else None
     removal = ("sagemaker", "delete_endpoint", {"EndpointName": name})
@@ -180,11 +179,11 @@ def _endpoint(settings: Settings, sagemaker: Any, summary: dict[str, Any]) -> li
     return [Item("endpoint", name, facts["CreationTime"], detail, removal, usd, bills=True, uses=tuple(models))]
 
 
-def _price(settings: Settings, use: str, instance: str, count: int) -> float | None:
-    return prices.cost(prices.hourly(settings, use, instance), count) if instance else None
+def _price(account: Account, use: str, instance: str, count: int) -> float | None:
+    return prices.cost(prices.hourly(account, use, instance), count) if instance else None
 
 
-def _attached(settings: Settings, ours: set[str], all_names: set[str], running: set[str]) -> list[Item]:
+def _attached(account: Account, ours: set[str], all_names: set[str], running: set[str]) -> list[Item]:
     """What belongs to an endpoint, and the end of a transform job; monitoring, alarms, dashboard, scaling also alone.
 
     An end without an endpoint fires and deletes itself; it may as well be of one that is about to be made.
@@ -195,9 +194,9 @@ def _attached(settings: Settings, ours: set[str], all_names: set[str], running: 
         gone = name not in all_names and (name == own or name.startswith(f"{own}-"))
         return name in ours or gone
 
-    scheduler, cloudwatch = aws.client(settings, "scheduler"), aws.client(settings, "cloudwatch")
+    scheduler, cloudwatch = account.client("scheduler"), account.client("cloudwatch")
     for prefix in sorted({own, *(name for name in ours if not name.startswith(own))}):
-        for schedule in aws.pages(scheduler, "list_schedules", "Schedules", NamePrefix=prefix):
+        for schedule in pages(scheduler, "list_schedules", "Schedules", NamePrefix=prefix):
             starts = schedule["Target"]["Arn"].partition(":sagemaker:")[2]
             ended = {"deleteEndpoint": ours, "stopTransformJob": running}.get(starts, set())
             if not ended and starts != "createProcessingJob":
@@ -207,22 +206,22 @@ def _attached(settings: Settings, ours: set[str], all_names: set[str], running: 
             request, removal = json.loads(facts["Target"]["Input"]), ("scheduler", "delete_schedule", where)
             when = facts["ScheduleExpression"].removeprefix("at(").removesuffix(")")
             if starts == "createProcessingJob" and {"Key": "project", "Value": own} in request.get("Tags", []):
-                items.append(_monitoring(settings, facts, request, removal))
+                items.append(_monitoring(account, facts, request, removal))
             elif ended and (endpoint := next(iter(request.values()))) in ended:
                 items.append(Item("end schedule", schedule["Name"], facts["CreationDate"], when, removal, of=endpoint))
-        for alarm in aws.pages(cloudwatch, "describe_alarms", "MetricAlarms", AlarmNamePrefix=prefix):
+        for alarm in pages(cloudwatch, "describe_alarms", "MetricAlarms", AlarmNamePrefix=prefix):
             names = [entry["Value"] for entry in alarm.get("Dimensions", []) if entry["Name"] == "EndpointName"]
             if names and belongs(names[0]):
                 removal = ("cloudwatch", "delete_alarms", {"AlarmNames": [alarm["AlarmName"]]})
                 since, state = alarm["AlarmConfigurationUpdatedTimestamp"], alarm["StateValue"]
                 items.append(Item("alarm", alarm["AlarmName"], since, state, removal, of=names[0]))
-        for board in aws.pages(cloudwatch, "list_dashboards", "DashboardEntries", DashboardNamePrefix=prefix):
+        for board in pages(cloudwatch, "list_dashboards", "DashboardEntries", DashboardNamePrefix=prefix):
             name, endpoint = board["DashboardName"], board["DashboardName"].removesuffix("-monitor")
             if name != endpoint and belongs(endpoint):
                 removal = ("cloudwatch", "delete_dashboards", {"DashboardNames": [name]})
                 items.append(Item("dashboard", name, board["LastModified"], "", removal, of=endpoint))
-    scaling = aws.client(settings, SCALING)
-    for target in aws.pages(scaling, "describe_scalable_targets", "ScalableTargets", ServiceNamespace="sagemaker"):
+    scaling = account.client(SCALING)
+    for target in pages(scaling, "describe_scalable_targets", "ScalableTargets", ServiceNamespace="sagemaker"):
         endpoint = target["ResourceId"].split("/")[1]
         if target["ResourceId"].startswith("endpoint/") and belongs(endpoint):
             keys = ("ServiceNamespace", "ResourceId", "ScalableDimension")
@@ -234,11 +233,11 @@ def _attached(settings: Settings, ours: set[str], all_names: set[str], running: 
     return items
 
 
-def _monitoring(settings: Settings, facts: dict[str, Any], job: dict[str, Any], removal: Any) -> Item:
+def _monitoring(account: Account, facts: dict[str, Any], job: dict[str, Any], removal: Any) -> Item:
     """The schedule that compares an endpoint with its baseline, and the most that its jobs cost an hour."""
     machine, hours = job["ProcessingResources"]["ClusterConfig"], job["StoppingCondition"]["MaxRuntimeInSeconds"] / 3600
     every = 1 if facts["ScheduleExpression"].split()[1] == "*" else 24
-    price = _price(settings, "processing", machine["InstanceType"], machine["InstanceCount"])
+    price = _price(account, "processing", machine["InstanceType"], machine["InstanceCount"])
     detail = f"{'hourly' if every == 1 else 'daily'} 1 x {machine['InstanceType']}, {hours * 60:.0f} min at most"
     usd, endpoint = prices.cost(price, hours / every), facts["Name"].removesuffix("-monitor")
     return Item("monitoring", facts["Name"], facts["CreationDate"], detail, removal, usd, bills=True, of=endpoint)

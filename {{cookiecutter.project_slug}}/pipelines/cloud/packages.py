@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipelines import project
-from pipelines.cloud import account as aws
-from pipelines.config import Settings
+from pipelines.cloud.account import Account, explained, pages, unless_missing
 from pipelines.terminal import UserError
 
 PENDING, APPROVED, REJECTED = "PendingManualApproval", "Approved", "Rejected"
@@ -48,44 +47,43 @@ def package(facts: dict[str, Any]) -> Package:
     return Package(facts["ModelPackageArn"], version, status, uri, facts.get("CustomerMetadataProperties", {}))
 
 
-def summaries(settings: Settings, status: str | None = None) -> list[dict[str, Any]]:
+def summaries(account: Account, status: str | None = None) -> list[dict[str, Any]]:
     """The group's packages, newest first; none when there is no group."""
     wanted = {"ModelPackageGroupName": group(), "SortBy": "CreationTime", "SortOrder": "Descending"}
     wanted |= {"ModelApprovalStatus": status} if status else {}
-    sagemaker = aws.client(settings, "sagemaker")
-    with aws.explained(f"listing the model packages of {group()}"):
-        listed = aws.pages(sagemaker, "list_model_packages", "ModelPackageSummaryList", **wanted)
-        return aws.unless_missing(lambda: list(listed)) or []
+    with explained(f"listing the model packages of {group()}"):
+        listed = pages(account.client("sagemaker"), "list_model_packages", "ModelPackageSummaryList", **wanted)
+        return unless_missing(lambda: list(listed)) or []
 
 
-def find(settings: Settings, wanted: str) -> Package:
+def find(account: Account, wanted: str) -> Package:
     """The package that a person names: `champion`, a version number, or an ARN.
 
     Raises:
         UserError: when there is none.
     """
     if wanted == "champion":
-        best = champion(settings)
+        best = champion(account)
         if best is None:
             raise UserError(f"no package of {group()} is approved, so there is no champion; `make approve` makes one")
         return best
     if not wanted.startswith("arn:"):
-        there = {str(item["ModelPackageVersion"]): item["ModelPackageArn"] for item in summaries(settings)}
+        there = {str(item["ModelPackageVersion"]): item["ModelPackageArn"] for item in summaries(account)}
         if wanted not in there:
             raise UserError(f"{group()} has no package {wanted!r}; it has: {', '.join(there) or 'none'}")
         wanted = there[wanted]
-    with aws.explained(f"looking up the model package {wanted}"):
-        return package(aws.client(settings, "sagemaker").describe_model_package(ModelPackageName=wanted))
+    with explained(f"looking up the model package {wanted}"):
+        return package(account.client("sagemaker").describe_model_package(ModelPackageName=wanted))
 
 
-def newest(settings: Settings, status: str | None = None, identity: str = "") -> Package | None:
+def newest(account: Account, status: str | None = None, identity: str = "") -> Package | None:
     """The newest package, with an approval status or of an artifact where one is given."""
-    for item in summaries(settings, status):
+    for item in summaries(account, status):
         if identity in item.get("ModelPackageDescription", ""):
-            return find(settings, item["ModelPackageArn"])
+            return find(account, item["ModelPackageArn"])
     return None
 
 
-def champion(settings: Settings) -> Package | None:
+def champion(account: Account) -> Package | None:
     """The newest approved package."""
-    return newest(settings, APPROVED)
+    return newest(account, APPROVED)

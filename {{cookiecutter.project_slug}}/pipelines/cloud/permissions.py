@@ -1,4 +1,4 @@
-"""Whether IAM allows what `infrastructure/stack.yaml` says that jobs and verbs need."""
+"""Whether IAM allows what the stack in `infrastructure/` says that jobs and verbs need."""
 
 from __future__ import annotations
 
@@ -7,12 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import yaml
-
 from pipelines import project
-from pipelines.cloud import account as aws
-from pipelines.cloud.stack import TEMPLATE
-from pipelines.config import Settings
+from pipelines.cloud.account import Account, pages
+from pipelines.cloud.stack import joined
 
 KINDS = re.compile(
     r"TrainingJob|ProcessingJob|TransformJob|HyperParameterTuningJob|EndpointConfig|Endpoint|Model(?:PackageGroup|Package)?"
@@ -28,11 +25,11 @@ class Need:
     context: list[dict[str, Any]]
 
 
-def refused(settings: Settings, principal: str, needs: Iterator[Need]) -> list[str]:
+def refused(account: Account, principal: str, needs: Iterator[Need]) -> list[str]:
     """Actions that IAM's simulator does not allow a user or role."""
-    iam, found = aws.client(settings, "iam"), list[str]()
+    iam, found = account.client("iam"), list[str]()
     for need in needs:
-        results = aws.pages(
+        results = pages(
             iam, "simulate_principal_policy", "EvaluationResults", PolicySourceArn=principal, ActionNames=need.actions,
             ResourceArns=[need.resource], ContextEntries=need.context,
         )  # fmt: skip
@@ -40,18 +37,19 @@ def refused(settings: Settings, principal: str, needs: Iterator[Need]) -> list[s
     return found
 
 
-def needs(settings: Settings, stack: aws.Stack, account: str, owner: str) -> Iterator[Need]:
+def needs(account: Account, number: str, owner: str) -> Iterator[Need]:
     """What the template gives an owner: `ExecutionRole` to jobs, `VerbsPolicy` to people.
 
     Statements that depend on a setting are left out.
     """
-    partition, region, own = stack.partition, settings.aws.region, project.name()
+    stack, region, own = account.stack(), account.region, project.name()
+    partition = stack.partition
     values = {
-        "AWS::Partition": partition, "AWS::Region": region, "AWS::AccountId": account, "AWS::StackName": own,
+        "AWS::Partition": partition, "AWS::Region": region, "AWS::AccountId": number, "AWS::StackName": own,
         "AWS::URLSuffix": "amazonaws.com.cn" if partition == "aws-cn" else "amazonaws.com", "Project": own,
         "Bucket.Arn": f"arn:{partition}:s3:::{stack.bucket}", "ExecutionRole.Arn": stack.role,
         "SchedulerRole.Arn": stack.scheduler_role, "PipelineRole.Arn": stack.pipeline_role,
-        "ImageRepository.Arn": f"arn:{partition}:ecr:{region}:{account}:repository/{stack.repository.split('/')[-1]}",
+        "ImageRepository.Arn": f"arn:{partition}:ecr:{region}:{number}:repository/{stack.repository.split('/')[-1]}",
     }  # fmt: skip
 
     def concrete(value: Any) -> str:
@@ -62,7 +60,7 @@ def needs(settings: Settings, stack: aws.Stack, account: str, owner: str) -> Ite
         text = re.sub(r"\$\{(.+?)\}", lambda name: values[name[1]], text)
         return str(text) if text == "*" else str(text.replace("*", "x"))
 
-    document = yaml.safe_load(TEMPLATE.read_text(encoding="utf-8"))["Resources"][owner]["Properties"]
+    document = joined()["Resources"][owner]["Properties"]
     policies = document.get("Policies", [document])
     for statement in (entry for policy in policies for entry in policy["PolicyDocument"]["Statement"]):
         if "Action" not in statement:

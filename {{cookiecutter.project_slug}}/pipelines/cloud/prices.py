@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from pipelines import ROOT
-from pipelines.cloud import account as aws
+from pipelines.cloud.account import NO_STACK, Account, Stack, confirm
 from pipelines.config import Settings
 from pipelines.terminal import Finished, Parser, UserError
 
@@ -25,26 +25,26 @@ USAGE = {  # of an instance type; a serverless "instance type" is its memory, as
     "serverless": "ServerlessInf",
 }  # fmt: skip
 # Where the Price List is asked, else us-east-1: an account's rules may allow no other continent.
-T = TypeVar("T")
 HOME = {"eu": "eu-central-1", "ap": "ap-south-1"}
+T = TypeVar("T")
 
 
-def hourly(settings: Settings, kind: str, instance_type: str) -> float | None:
+def hourly(account: Account, kind: str, instance_type: str) -> float | None:
     """USD for an hour of one instance, on demand.
 
     Args:
-        settings: for the region.
+        account: to work in.
         kind: of use, a key of `USAGE`.
         instance_type: such as ml.g5.xlarge.
 
     Returns:
         None when it cannot be known: no permission, no network, no such product, or another currency (China).
     """
-    name, known = f"{settings.aws.region} {kind} {instance_type}", _cached()
+    name, known = f"{account.region} {kind} {instance_type}", _cached()
     price: float | None
     price, when = known.get(name, (None, 0.0))
     if price is None or not 0 <= time.time() - when < DAY:
-        price = _ask(settings, kind, instance_type)
+        price = _ask(account, kind, instance_type)
         if price is not None:
             CACHE.parent.mkdir(parents=True, exist_ok=True)
             whole = CACHE.with_suffix(f".{os.getpid()}")
@@ -101,6 +101,11 @@ def look(find: Callable[[], T], instead: T, only_plan: bool) -> T:
         return instead
 
 
+def stack(account: Account, only_plan: bool) -> Stack:
+    """The project's stack; where only a price is asked for and there is none, one that stands for it."""
+    return account.assume(look(account.stack, NO_STACK, only_plan))
+
+
 def agree(settings: Settings, plan: str, dollars_at_most: float | None, yes: bool, only_plan: bool = False) -> None:
     """Show what will be created; go on only inside the budget, and when told to.
 
@@ -114,7 +119,7 @@ def agree(settings: Settings, plan: str, dollars_at_most: float | None, yes: boo
         except UserError:
             print(plan, flush=True)
             raise
-    aws.confirm(plan, yes or only_plan)
+    confirm(plan, yes or only_plan)
     _finish(only_plan)
 
 
@@ -161,11 +166,11 @@ def _cached() -> dict[str, Any]:
     return known if isinstance(known, dict) else {}
 
 
-def _ask(settings: Settings, kind: str, instance_type: str) -> float | None:
+def _ask(account: Account, kind: str, instance_type: str) -> float | None:
     """The dearest offer on demand: the tier below it may be a free one that is used up."""
     from botocore.exceptions import BotoCoreError, ClientError
 
-    region, usage = settings.aws.region, f"{USAGE[kind]}:{instance_type}"
+    region, usage = account.region, f"{USAGE[kind]}:{instance_type}"
     if region.startswith("cn-"):
         return None
     filters = [
@@ -174,7 +179,7 @@ def _ask(settings: Settings, kind: str, instance_type: str) -> float | None:
     ]
     prices = []
     try:
-        pricing = aws.client(settings, "pricing", HOME.get(region[:2], "us-east-1"))
+        pricing = account.client("pricing", HOME.get(region[:2], "us-east-1"))
         for page in pricing.get_paginator("get_products").paginate(ServiceCode="AmazonSageMaker", Filters=filters):
             for product in map(json.loads, page["PriceList"]):
                 if re.fullmatch(rf"([A-Z0-9]+-)?{re.escape(usage)}", product["product"]["attributes"]["usagetype"]):

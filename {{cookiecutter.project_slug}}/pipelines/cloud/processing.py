@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipelines import SOURCE, project, runs, terminal
-from pipelines.cloud import account as aws
 from pipelines.cloud import images, jobs, prices, storage
+from pipelines.cloud.account import Account, volume_key
 from pipelines.config import Settings, load
 from pipelines.local import data
 
@@ -21,11 +21,11 @@ CODE, INPUT, OUTPUT = (f"/opt/ml/processing/{part}" for part in ("input/code", "
 LONGEST = 120  # hours of a Processing job
 
 
-def process(settings: Settings, source: str | None, yes: bool, plan: bool = False) -> tuple[str, str]:
+def process(account: Account, source: str | None, yes: bool, plan: bool = False) -> tuple[str, str]:
     """Start the job.
 
     Args:
-        settings: of the project.
+        account: to work in.
         source: folder of raw images or an S3 prefix of one; None: the configured one.
         yes: go on although it is over budget.
         plan: only say what would be created, and end.
@@ -36,36 +36,32 @@ def process(settings: Settings, source: str | None, yes: bool, plan: bool = Fals
     Raises:
         UserError: when no job was started.
     """
+    settings, stack = account.settings, account.stack()
     compute, source = settings.compute, source or settings.data.source
-    stack = prices.look(lambda: aws.stack(settings), aws.NO_STACK, plan)
+    stack = prices.stack(account, plan)
     local = None if plan or source.startswith("s3://") else data.raw(source)
     name, longest = f"{project.job_prefix()}-{runs.new_name()}", hours(settings)
-    image, kind = images.uri(settings, stack, "training"), compute.process_instance_type
+    image, kind = images.uri(account, "training"), compute.process_instance_type
     target = f"s3://{stack.bucket}/data/{name}"
-    price = prices.hourly(settings, "processing", kind)
+    price = prices.hourly(account, "processing", kind)
     job = f"{name}: a processing job in {prices.where(settings)} on 1 x {kind}, {longest:g} hours at most, in {image}, "
     prices.afford(settings, f"{job}packs {source} into {target}", prices.cost(price, longest), yes, plan, price)
-    images.ensure(settings, stack, "training")
-    uri = storage.raw(settings, stack, source, local)
-    with jobs.starting(settings, "Processing", name):
-        _run(settings, stack, image, name, uri, target)
+    images.ensure(account, "training")
+    uri = storage.raw(account, source, local)
+    with jobs.starting(account, "Processing", name):
+        from sagemaker.core.helper.session_helper import Session
+
+        code = storage.upload(account, SOURCE, f"source/{project.source_hash()}")
+        session = Session(account.session, default_bucket=stack.bucket)
+        processor(account, image, "preprocess.py", session).run(
+            inputs=inputs({"raw": (f"{uri}/", INPUT), "code": (f"{code}/", CODE)}),
+            outputs=outputs("packed", target),
+            arguments=packing(settings),
+            job_name=name,
+            wait=False,
+            logs=False,
+        )
     return name, f"{target}/images"
-
-
-def _run(settings: Settings, stack: aws.Stack, image: str, name: str, uri: str, target: str) -> None:
-    import boto3
-    from sagemaker.core.helper.session_helper import Session
-
-    session = Session(boto3.Session(region_name=settings.aws.region), default_bucket=stack.bucket)
-    code = storage.upload(settings, SOURCE, stack.bucket, f"source/{project.source_hash()}")
-    processor(settings, stack, image, "preprocess.py", session).run(
-        inputs=inputs({"raw": (f"{uri}/", INPUT), "code": (f"{code}/", CODE)}),
-        outputs=outputs("packed", target),
-        arguments=packing(settings),
-        job_name=name,
-        wait=False,
-        logs=False,
-    )
 
 
 def hours(settings: Settings) -> float:
@@ -78,12 +74,11 @@ def packing(settings: Settings) -> list[str]:
     return ["--input", INPUT, "--output", f"{OUTPUT}/images", *data.options(settings)]
 
 
-def processor(settings: Settings, stack: aws.Stack, image: str, script: str, session: Any, kind: Any = None) -> Any:
+def processor(account: Account, image: str, script: str, session: Any, kind: Any = None) -> Any:
     """SDK V3's `Processor` for a script of `src/processing`, from the settings.
 
     Args:
-        settings: of the project.
-        stack: bucket and role.
+        account: to work in.
         image: that it runs in.
         script: its name.
         session: the SDK's.
@@ -92,19 +87,20 @@ def processor(settings: Settings, stack: aws.Stack, image: str, script: str, ses
     from sagemaker.core.network import NetworkConfig
     from sagemaker.core.processing import Processor
 
-    compute, key = settings.compute, aws.kms_arn(settings)
+    settings, key = account.settings, account.kms_arn()
+    compute = settings.compute
     return Processor(
         image_uri=image,
-        role=stack.role,
+        role=account.stack().role,
         entrypoint=["python3", f"{CODE}/processing/{script}"],  # FrameworkProcessor finds no script in a sub-folder
         instance_count=1,
         instance_type=kind or compute.process_instance_type,
         volume_size_in_gb=compute.volume_gb,
-        volume_kms_key=aws.volume_key(key, compute.process_instance_type),
+        volume_kms_key=volume_key(key, compute.process_instance_type),
         output_kms_key=key,
         max_runtime_in_seconds=round(hours(settings) * 3600),
         sagemaker_session=session,
-        tags=aws.tags(settings),
+        tags=account.tags(),
         network_config=NetworkConfig(
             enable_network_isolation=compute.isolation,
             security_group_ids=settings.aws.security_groups or None,
@@ -140,11 +136,11 @@ def main() -> int:
     parser.add_argument("--yes", variable="YES", action="store_true", help="go on although it is over budget")
     prices.add_plan(parser)
     options = parser.parse_args()
-    settings = load(options.set)
-    name, packed = process(settings, options.data, options.yes, options.plan)
-    print(f"started {name}. {jobs.after(settings, 'Processing', name)}", flush=True)
+    account = Account(load(options.set))
+    name, packed = process(account, options.data, options.yes, options.plan)
+    print(f"started {name}. {jobs.after(account, 'Processing', name)}", flush=True)
     if options.wait:
-        jobs.succeeded("Processing", jobs.follow(settings, "Processing", name))
+        jobs.succeeded("Processing", jobs.follow(account, "Processing", name))
     train = terminal.command("train", DATA=packed)
     print(f"{'then' if not options.wait else 'done;'} train on it with `{train}`")
     return 0

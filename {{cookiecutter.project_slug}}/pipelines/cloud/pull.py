@@ -18,7 +18,8 @@ from typing import Any
 
 from pipelines import ROOT, runs, terminal
 from pipelines.cloud import jobs, storage
-from pipelines.config import Settings, load
+from pipelines.cloud.account import Account
+from pipelines.config import load
 from pipelines.report import page
 from pipelines.terminal import UserError
 
@@ -26,13 +27,13 @@ WORK = ROOT / ".cache" / "pull"
 ARCHIVES = ("model.tar.gz", "output.tar.gz")
 
 
-def pull(settings: Settings, job: str | None) -> Path:
+def pull(account: Account, job: str | None) -> Path:
     """Download, check and publish the run of a finished training job.
 
     Raises:
         UserError: when the job has not succeeded, or what it left is damaged; nothing was published then.
     """
-    _, facts = jobs.find(settings, job, ("Training",))
+    _, facts = jobs.find(account, job, ("Training",))
     name, run = facts["Name"], run_name(facts)
     if facts["Status"] not in jobs.ENDED:
         raise UserError(f"{name} is {facts['Status']}; wait for it with `{terminal.command('logs', JOB=name)}`")
@@ -45,7 +46,7 @@ def pull(settings: Settings, job: str | None) -> Path:
     place = facts["ModelArtifacts"]["S3ModelArtifacts"].rpartition("/")[0]
     for archive in ARCHIVES:
         if not (work / archive).exists():
-            storage.download(settings, f"{place}/{archive}", work / archive)
+            storage.download(account, f"{place}/{archive}", work / archive)
     try:
         model, output = (_unpacked(work / archive) for archive in ARCHIVES)
         folder = runs.publish(run, model, output, _facts(facts, output))
@@ -100,7 +101,7 @@ def main() -> int:
     parser = terminal.parser("Fetch what a training job made into artifacts/.", settings=True)
     parser.add_argument("--job", variable="JOB", help="name of a training job (default: the project's newest)")
     options = parser.parse_args()
-    folder = pull(load(options.set), options.job)
+    folder = pull(Account(load(options.set)), options.job)
     print(page.attach(folder))
     print(runs.describe(folder))
     return 0

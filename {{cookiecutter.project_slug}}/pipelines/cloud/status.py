@@ -11,67 +11,64 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from pipelines import project, terminal
-from pipelines.cloud import account as aws
-from pipelines.cloud import inventory, packages, stack
-from pipelines.config import Settings, load
+from pipelines.cloud import inventory, packages
+from pipelines.cloud.account import Account, explained, pages
+from pipelines.config import load
 from pipelines.terminal import UserError
 
 GB = 1e9
 
 
-def stored(settings: Settings) -> list[str]:
+def stored(account: Account) -> list[str]:
     """The stack, and how much is in its bucket and its repository."""
     try:
-        made = aws.stack(settings)
+        made = account.stack()
     except UserError as error:
         return [str(error)]
     lines = [f"stack {project.name()}: there"]
     parts: list[tuple[str, Callable[[], str]]] = [
-        (f"bucket {made.bucket}", lambda: _bucket(settings, made.bucket)),
-        (f"repository {made.repository}", lambda: _images(settings, made.repository)),
-        (f"registry {packages.group()}", lambda: _packages(settings)),
-        (f"pipeline {project.name()}", lambda: _triggers(settings)),
+        (f"bucket {made.bucket}", lambda: _bucket(account, made.bucket)),
+        (f"repository {made.repository}", lambda: _images(account, made.repository)),
+        (f"registry {packages.group()}", lambda: _packages(account)),
+        (f"pipeline {project.name()}", lambda: _triggers(account)),
     ]
     for name, measure in parts:
         try:
-            with aws.explained("looking"):
+            with explained("looking"):
                 lines.append(f"{name}: {measure()}")
         except UserError as error:
             lines.append(f"{name}: {error}")
     return lines
 
 
-def _bucket(settings: Settings, bucket: str) -> str:
+def _bucket(account: Account, bucket: str) -> str:
     """S3 measures once a day; listing everything would take long and cost requests."""
     dimensions = [{"Name": "BucketName", "Value": bucket}, {"Name": "StorageType", "Value": "StandardStorage"}]
     metric = {"Namespace": "AWS/S3", "MetricName": "BucketSizeBytes", "Dimensions": dimensions}
     query: list[dict[str, Any]] = [{"Id": "size", "MetricStat": {"Metric": metric, "Period": 86400, "Stat": "Average"}}]
     now = datetime.now(UTC)
-    results = aws.pages(
-        aws.client(settings, "cloudwatch"), "get_metric_data", "MetricDataResults", MetricDataQueries=query,
+    results = pages(
+        account.client("cloudwatch"), "get_metric_data", "MetricDataResults", MetricDataQueries=query,
         StartTime=now - timedelta(days=3), EndTime=now, ScanBy="TimestampDescending",
     )  # fmt: skip
     values = [value for result in results for value in result["Values"]]
     return f"{values[0] / GB:.1f} GB yesterday" if values else "S3 has not measured its size yet"
 
 
-def _images(settings: Settings, repository: str) -> str:
-    ecr, name = aws.client(settings, "ecr"), repository.partition("/")[2]
-    sizes = [
-        image["imageSizeInBytes"] for image in aws.pages(ecr, "describe_images", "imageDetails", repositoryName=name)
-    ]
+def _images(account: Account, repository: str) -> str:
+    ecr, name = account.client("ecr"), repository.partition("/")[2]
+    sizes = [image["imageSizeInBytes"] for image in pages(ecr, "describe_images", "imageDetails", repositoryName=name)]
     return f"{len(sizes)} images, {sum(sizes) / GB:.1f} GB"
 
 
-def _packages(settings: Settings) -> str:
-    best = packages.champion(settings)
-    return f"{len(packages.summaries(settings))} packages, the champion is {best or 'none yet'}"
+def _packages(account: Account) -> str:
+    best = packages.champion(account)
+    return f"{len(packages.summaries(account))} packages, the champion is {best or 'none yet'}"
 
 
-def _triggers(settings: Settings) -> str:
+def _triggers(account: Account) -> str:
     """What the stack, as it was made last, lets start the pipeline."""
-    found = stack.find(aws.client(settings, "cloudformation"), project.name()) or {}
-    given = {item["ParameterKey"]: item["ParameterValue"] for item in found.get("Parameters", [])}
+    given = account.stack().parameters
     named = (given.get("PipelineSchedule"), given.get("Watch") and f"new data under {given['Watch']}")
     return f"started by {' and by '.join(filter(None, named)) or '`make pipeline` only'}"
 
@@ -79,6 +76,7 @@ def _triggers(settings: Settings) -> str:
 def main() -> int:
     """Command line; see the module's docstring."""
     settings = load(terminal.parser("What the project has in AWS and what it costs.", settings=True).parse_args().set)
+    account = Account(settings)
     print(f"{project.name()} in {settings.aws.region}, {time.strftime('%Y-%m-%d %H:%M', time.gmtime())} UTC")
-    print("\n".join([*inventory.table(inventory.everything(settings)), *stored(settings)]))
+    print("\n".join([*inventory.table(inventory.everything(account)), *stored(account)]))
     return 0

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from pipelines import ROOT, SOURCE, project, runs, terminal
-from pipelines.cloud import account as aws
 from pipelines.cloud import images, jobs, prices, storage
+from pipelines.cloud.account import Account, volume_key
 from pipelines.config import Settings, load
 from pipelines.local import data
 from pipelines.local.job import LAUNCHER
@@ -40,11 +40,11 @@ class Request:
     checkpoints: Any = None
 
 
-def train(settings: Settings, source: str | None, run: str | None, yes: bool, plan: bool = False) -> str:
+def train(account: Account, source: str | None, run: str | None, yes: bool, plan: bool = False) -> str:
     """Start a training job.
 
     Args:
-        settings: of the project.
+        account: to work in.
         source: folder of raw images, or the S3 prefix of a packed data set; None: the configured one.
         run: a run that was stopped or failed, to resume with its own data and hyperparameters; None: a fresh one.
         yes: go on although it is over budget.
@@ -56,15 +56,16 @@ def train(settings: Settings, source: str | None, run: str | None, yes: bool, pl
     Raises:
         UserError: when no job was started.
     """
+    settings = account.settings
     compute, source = settings.compute, source or settings.data.source
-    stack = prices.look(lambda: aws.stack(settings), aws.NO_STACK, plan)
-    request = _resumed(settings, run) if run else None
+    prices.stack(account, plan)
+    request = _resumed(account, run) if run else None
     local = None if plan or request or source.startswith("s3://") else data.prepare(settings, source)
-    name, image = run or runs.new_name(), images.uri(settings, stack, "training")
+    name, image = run or runs.new_name(), images.uri(account, "training")
     hours = longest(settings)
     where = request.channels["train"] if request else local.relative_to(ROOT) if local else source
     warm = f" with {compute.keep_alive_minutes} minutes of warm pool" if compute.keep_alive_minutes else ""
-    price = prices.hourly(settings, "training", compute.instance_type)
+    price = prices.hourly(account, "training", compute.instance_type)
     prices.afford(
         settings,
         f"run {name}: a training job in {prices.where(settings)} on {machines(settings)}, {hours:g} hours at most"
@@ -74,10 +75,10 @@ def train(settings: Settings, source: str | None, run: str | None, yes: bool, pl
         plan,
         price,
     )
-    stage_image(settings, stack)
+    stage_image(account)
     if request is None:
-        request = Request(name, settings.training.as_dict(), stage_data(settings, stack, source, local))
-    return submit(settings, stack, request, image)
+        request = Request(name, settings.training.as_dict(), stage_data(account, source, local))
+    return submit(account, request, image)
 
 
 def machines(settings: Settings) -> str:
@@ -93,31 +94,30 @@ def longest(settings: Settings) -> float:
     return round(settings.compute.max_hours + settings.compute.keep_alive_minutes / 60, 2)
 
 
-def stage_image(settings: Settings, stack: aws.Stack) -> None:
+def stage_image(account: Account) -> None:
     """Make sure that SageMaker finds the image, and say so when nobody has tried the source."""
     if not runs.tried():
         print("warning: src/ was never trained on this machine as it is now; `make train-local` tries it for nothing")
-    images.ensure(settings, stack, "training")
+    images.ensure(account, "training")
 
 
-def stage_data(settings: Settings, stack: aws.Stack, source: str, local: Path | None) -> dict[str, str]:
+def stage_data(account: Account, source: str, local: Path | None) -> dict[str, str]:
     """Upload the packed data set `local`, or look at the one in S3 when there is none; returns the channels."""
-    uri = storage.dataset(settings, stack, local) if local else storage.checked(settings, source)
-    weights = storage.pretrained(settings, stack)
+    uri = storage.dataset(account, local) if local else storage.checked(account, source)
+    weights = storage.pretrained(account)
     return {split: f"{uri}/{split}/" for split in storage.SPLITS} | ({"pretrained": weights} if weights else {})
 
 
-def submit(settings: Settings, stack: aws.Stack, request: Request, image: str) -> str:
+def submit(account: Account, request: Request, image: str) -> str:
     """Create the training job; returns its name."""
-    with jobs.starting(settings, "Training", request.run):
-        made = trainer(settings, stack, request, image)
-        made.train(input_data_config=inputs(settings, request), wait=False, logs=False)
+    with jobs.starting(account, "Training", request.run):
+        made = trainer(account, request, image)
+        made.train(input_data_config=inputs(account.settings, request), wait=False, logs=False)
     return str(made._latest_training_job.training_job_name)
 
 
-def trainer(settings: Settings, stack: aws.Stack, request: Request, image: str, session: Any = None) -> Any:
+def trainer(account: Account, request: Request, image: str, session: Any = None) -> Any:
     """SDK V3's `ModelTrainer` for the cloud, from the settings; with the SDK's session where one is given."""
-    import boto3
     from sagemaker.core.helper.session_helper import Session
     from sagemaker.core.training.configs import (
         CheckpointConfig,
@@ -133,17 +133,18 @@ def trainer(settings: Settings, stack: aws.Stack, request: Request, image: str, 
     )
     from sagemaker.train.model_trainer import ModelTrainer
 
-    compute, key, region = settings.compute, aws.kms_arn(settings), settings.aws.region
+    settings, stack, key = account.settings, account.stack(), account.kms_arn()
+    compute = settings.compute
     optional: dict[str, Any] = {}
     if compute.keep_alive_minutes:
         optional["keep_alive_period_in_seconds"] = compute.keep_alive_minutes * 60
-    if volume_key := aws.volume_key(key, compute.instance_type):
-        optional["volume_kms_key_id"] = volume_key
+    if disk_key := volume_key(key, compute.instance_type):
+        optional["volume_kms_key_id"] = disk_key
     times = {"max_runtime_in_seconds": round(compute.max_hours * 3600)}
     if compute.spot:
         times["max_wait_time_in_seconds"] = round(compute.max_wait_hours * 3600)
     made = ModelTrainer(
-        sagemaker_session=session or Session(boto3.Session(region_name=region), default_bucket=stack.bucket),
+        sagemaker_session=session or Session(account.session, default_bucket=stack.bucket),
         role=stack.role,
         base_job_name=f"{project.job_prefix()}-{request.run}",
         input_s3_key_prefix="jobs",
@@ -165,7 +166,7 @@ def trainer(settings: Settings, stack: aws.Stack, request: Request, image: str, 
         output_data_config=OutputDataConfig(s3_output_path=f"s3://{stack.bucket}/jobs", kms_key_id=key),
         hyperparameters=request.hyperparameters,
         environment={"GIT_COMMIT": project.git_commit(), "PYTHONUNBUFFERED": "1", "TENSORBOARD_FOLDER": LIVE},
-        tags=[Tag(key=tag["Key"], value=tag["Value"]) for tag in aws.tags(settings)],
+        tags=[Tag(key=tag["Key"], value=tag["Value"]) for tag in account.tags()],
     )  # fmt: skip
     made.with_tensorboard_output_config(
         TensorBoardOutputConfig(s3_output_path=f"s3://{stack.bucket}/jobs", local_path=LIVE)
@@ -189,16 +190,14 @@ def inputs(settings: Settings, request: Request) -> list[Any]:
     ]
 
 
-def _resumed(settings: Settings, run: str) -> Request:
+def _resumed(account: Account, run: str) -> Request:
     """The data and hyperparameters of the newest job of a run, which must have ended without a result."""
     if not runs.NAME.fullmatch(run):
         raise UserError(f"RUN is {run!r}, which names no run; one looks like 20261121-093000-a1b2")
-    job = jobs.newest(settings, run)
+    job = jobs.newest(account, run)
     if job is None:
-        raise UserError(
-            f"there is no training job of run {run} in {settings.aws.region}; start a fresh one without RUN"
-        )
-    facts = jobs.describe(settings, "Training", job)
+        raise UserError(f"there is no training job of run {run} in {account.region}; start a fresh one without RUN")
+    facts = jobs.describe(account, "Training", job)
     if facts["Status"] == "Completed":
         pull = terminal.command("pull", JOB=job)
         raise UserError(f"run {run} is finished; fetch it with `{pull}`, or start a fresh one without RUN")
@@ -228,10 +227,10 @@ def main() -> int:
     options = parser.parse_args()
     if options.run and (options.data or any(override.startswith("training.") for override in options.set)):
         raise UserError(f"run {options.run} resumes with what it was started with; leave the other options out")
-    settings = load(options.set, options={"compute.instances": options.instances})
-    job = train(settings, options.data, options.run, options.yes, options.plan)
-    print(f"started {job}. {jobs.after(settings, 'Training', job)}", flush=True)
+    account = Account(load(options.set, options={"compute.instances": options.instances}))
+    job = train(account, options.data, options.run, options.yes, options.plan)
+    print(f"started {job}. {jobs.after(account, 'Training', job)}", flush=True)
     if options.wait:
-        jobs.succeeded("Training", jobs.follow(settings, "Training", job))
+        jobs.succeeded("Training", jobs.follow(account, "Training", job))
         print(f"done; fetch it with `{terminal.command('pull', JOB=job)}`")
     return 0

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from pipelines import runs, terminal
-from pipelines.cloud import account as aws
 from pipelines.cloud import artifact, images, prices, storage
+from pipelines.cloud.account import Account, explained, failure
 from pipelines.config import Settings, load
 from pipelines.endpoint import expiry, invoke, rollout, scaling, state
 from pipelines.endpoint import model as endpoint_model
@@ -29,46 +29,47 @@ from pipelines.terminal import UserError
 TOLERANCE = 0.02  # of a golden sample's probabilities, as in src/inference/inference.py
 
 
-def deploy(settings: Settings, options: Namespace) -> None:
+def deploy(account: Account, options: Namespace) -> None:
     """Create or update the endpoint, and see that it answers as the artifact did.
 
     Raises:
         UserError: when it does not run as it should; the message says what is left, and how to remove it.
     """
-    chosen, name, only_plan = settings.endpoint, state.name(settings, options.endpoint), options.plan
-    stack = prices.look(lambda: aws.stack(settings), aws.NO_STACK, only_plan)
+    settings, only_plan = account.settings, options.plan
+    chosen, name = settings.endpoint, state.name(settings, options.endpoint)
+    prices.stack(account, only_plan)
     with tempfile.TemporaryDirectory(prefix="deploy-") as folder:
         missing = artifact.Source("an artifact that is not there yet", Path(), [])
-        model = prices.look(lambda: artifact.find(settings, options, Path(folder)), missing, only_plan)
-        facts = prices.look(lambda: state.describe(settings, name), None, only_plan)
-        old = _config(settings, name, facts, options.weight) if facts else {"ProductionVariants": []}
+        model = prices.look(lambda: artifact.find(account, options, Path(folder)), missing, only_plan)
+        facts = prices.look(lambda: state.describe(account, name), None, only_plan)
+        old = _config(account, name, facts, options.weight) if facts else {"ProductionVariants": []}
         _check_limits(settings, old, options.weight)
-        image, config = images.uri(settings, stack, "serving"), f"{name}-{runs.new_name()}"
+        image, config = images.uri(account, "serving"), f"{name}-{runs.new_name()}"
         plan = Plan(name, config, image, model.uri or "", model.package, old, options.weight)
-        _agree(settings, plan, model.label, options.yes, only_plan)
+        _agree(account, plan, model.label, options.yes, only_plan)
         if not plan.package:
-            images.ensure(settings, stack, "serving")
-        plan = replace(plan, uri=plan.uri or storage.artifact(settings, stack, model.archive))
-    before, end = expiry.end(settings, name), None
+            images.ensure(account, "serving")
+        plan = replace(plan, uri=plan.uri or storage.artifact(account, model.archive))
+    before, end = expiry.end(account, name), None
     if chosen.ttl_hours:
         end = expiry.end_after(chosen.ttl_hours)
     try:
-        expiry.set_end(settings, stack, name, end)
-        with aws.explained(f"{'updating' if facts else 'creating'} the endpoint {name}"):
-            rollout.create(settings, stack, plan)
-            rollout.start(settings, plan)
+        expiry.set_end(account, name, end)
+        with explained(f"{'updating' if facts else 'creating'} the endpoint {name}"):
+            rollout.create(account, plan)
+            rollout.start(account, plan)
     except BaseException:
-        rollout.undo(settings, stack, plan, before)
+        rollout.undo(account, plan, before)
         raise
     ends = f"deletes itself on {end[3:13]} at {end[14:19]} UTC" if end else "never deletes itself"
     remove = f"`{terminal.command('destroy', ENDPOINT=name)}` removes it"
     try:
-        difference = _see(settings, plan, model.samples, remove, options.rollback)
+        difference = _see(account, plan, model.samples, remove, options.rollback)
     except KeyboardInterrupt:
         again = "its golden samples were not asked and its scaling is not set: `make deploy` again does that"
         raise UserError(f"stopped waiting; {name} goes on and bills, and {ends}; {again}; {remove}", code=130) from None
     print(f"{name} is in service, its {len(model.samples)} golden samples agree within {difference:.4f}")
-    print(f"  {state.link(settings, name)}")
+    print(f"  {state.link(account, name)}")
     print(f"  {terminal.command('invoke', IMAGE='path/to/an/image', ENDPOINT=name)}")
     if plan.weight and Path(__file__).with_name("shift_traffic.py").exists():
         print(f"  {terminal.command('shift-traffic', VARIANT=SECOND, WEIGHT=50, ENDPOINT=name)}")
@@ -77,44 +78,44 @@ def deploy(settings: Settings, options: Namespace) -> None:
     print(f"  it {ends}; {remove}", flush=True)
 
 
-def _see(settings: Settings, plan: Plan, samples: list[dict[str, Any]], remove: str, rollback: bool) -> float:
+def _see(account: Account, plan: Plan, samples: list[dict[str, Any]], remove: str, rollback: bool) -> float:
     """Wait until the endpoint runs, send the golden samples through it, and let it scale.
 
     Returns:
         The largest difference of a probability.
     """
-    facts = state.wait(settings, plan.name)
+    facts = state.wait(account, plan.name)
     if facts["EndpointStatus"] != "InService" or facts["EndpointConfigName"] != plan.config:
         healthy = facts["EndpointStatus"] == "InService"
         what = "went back to what it was" if healthy else f"is {facts['EndpointStatus']}"
-        raise UserError(f"{plan.name} {what}: {aws.failure(facts)}; {remove}")
+        raise UserError(f"{plan.name} {what}: {failure(facts)}; {remove}")
     back = remove
     if plan.old["ProductionVariants"]:
         back = (
             f"go back with `aws sagemaker update-endpoint --endpoint-name {plan.name} --endpoint-config-name "
-            f"{plan.old['EndpointConfigName']} --region {settings.aws.region}`, or {remove}"
+            f"{plan.old['EndpointConfigName']} --region {account.region}`, or {remove}"
         )
     try:
-        difference = _ask_golden(settings, facts, samples, SECOND if plan.weight else None, back)
+        difference = _ask_golden(account, facts, samples, SECOND if plan.weight else None, back)
     except UserError as error:
         if rollback and plan.old["ProductionVariants"]:
-            rollout.back(settings, plan)
+            rollout.back(account, plan)
             raise UserError(f"{str(error).removesuffix(f'; {back}')}; {plan.name} is back on what it was") from error
         raise
-    scaling.scale(settings, plan.name, [variant["VariantName"] for variant in facts["ProductionVariants"]])
+    scaling.scale(account, plan.name, [variant["VariantName"] for variant in facts["ProductionVariants"]])
     return difference
 
 
-def _config(settings: Settings, name: str, facts: dict[str, Any], weight: int | None) -> dict[str, Any]:
+def _config(account: Account, name: str, facts: dict[str, Any], weight: int | None) -> dict[str, Any]:
     """The configuration of an endpoint that can be updated.
 
     Raises:
         UserError: when it is another project's, changes right now, or would change its kind.
     """
-    sagemaker = aws.client(settings, "sagemaker")
-    with aws.explained(f"looking up the endpoint {name}"):
+    sagemaker = account.client("sagemaker")
+    with explained(f"looking up the endpoint {name}"):
         tags = sagemaker.list_tags(ResourceArn=facts["EndpointArn"])["Tags"]
-        if not [tag for tag in aws.tags(settings) if tag["Key"] == "project" and tag in tags]:
+        if not [tag for tag in account.tags() if tag["Key"] == "project" and tag in tags]:
             raise UserError(f"the name {name} is taken by an endpoint of something else; choose another: ENDPOINT=...")
         if facts["EndpointStatus"] != "InService":
             failed = facts["EndpointStatus"] in ("Failed", "OutOfService", "UpdateRollbackFailed")
@@ -125,8 +126,9 @@ def _config(settings: Settings, name: str, facts: dict[str, Any], weight: int | 
             )
             raise UserError(f"{name} is {facts['EndpointStatus']}, so it cannot be updated; {step}")
         config: dict[str, Any] = sagemaker.describe_endpoint_config(EndpointConfigName=facts["EndpointConfigName"])
-    if ("AsyncInferenceConfig" in config) != (settings.endpoint.type == "async"):
-        raise UserError(f"{name} would become {settings.endpoint.type}, and its clients could not ask it any more; "
+    kind = account.settings.endpoint.type
+    if ("AsyncInferenceConfig" in config) != (kind == "async"):
+        raise UserError(f"{name} would become {kind}, and its clients could not ask it any more; "
                         "deploy beside it: ENDPOINT=<another name>")  # fmt: skip
     if weight:
         counts = {item["VariantName"]: item.get("DesiredInstanceCount") for item in facts["ProductionVariants"]}
@@ -157,13 +159,14 @@ def _check_limits(settings: Settings, old: dict[str, Any], weight: int | None) -
                         "set endpoint.instances to at least 2")  # fmt: skip
 
 
-def _agree(settings: Settings, plan: Plan, label: str, yes: bool, only_plan: bool) -> None:
+def _agree(account: Account, plan: Plan, label: str, yes: bool, only_plan: bool) -> None:
     """Say what will be made, where, and what it can cost; go on only inside the budget, and when told to."""
+    settings = account.settings
     chosen, update = settings.endpoint, bool(plan.old["ProductionVariants"])
     kind, most, largest = endpoint_model.fleet(settings)
     fleet = [(most, largest)]
     fleet += [(max(old["InitialInstanceCount"], chosen.max_instances), old["InstanceType"]) for old in plan.beside]
-    each = [prices.cost(prices.hourly(settings, kind, machine), count) for count, machine in fleet]
+    each = [prices.cost(prices.hourly(account, kind, machine), count) for count, machine in fleet]
     hourly = None if None in each else sum(cost or 0.0 for cost in each)
     hours = (chosen.ttl_hours or prices.MONTH) + (rollout.UPDATE_HOURS if update else 0)
     month, where = f"{prices.usd(hourly, prices.MONTH)} a month", prices.where(settings)
@@ -185,14 +188,14 @@ def _agree(settings: Settings, plan: Plan, label: str, yes: bool, only_plan: boo
 
 
 def _ask_golden(
-    settings: Settings, facts: dict[str, Any], samples: list[dict[str, Any]], variant: str | None, back: str
+    account: Account, facts: dict[str, Any], samples: list[dict[str, Any]], variant: str | None, back: str
 ) -> float:
     """Compare the endpoint's answers with the artifact's; gives the largest difference of a probability."""
     largest = 0.0
     for number, sample in enumerate(samples):
         try:
             body = base64.b64decode(sample["body"])
-            answer = invoke.ask(settings, facts, body, sample["content_type"], variant)
+            answer = invoke.ask(account, facts, body, sample["content_type"], variant)
         except UserError as error:
             raise UserError(f"golden sample {number} got no answer: {error}; {back}") from error
         pairs = zip(sample["probabilities"], answer["probabilities"][0], strict=True)
@@ -223,5 +226,5 @@ def main() -> int:
     )
     prices.add_plan(parser)
     options = parser.parse_args()
-    deploy(load(options.set, options={"endpoint.type": options.type}), options)
+    deploy(Account(load(options.set, options={"endpoint.type": options.type})), options)
     return 0

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import time
 
-from pipelines.cloud import account as aws
-from pipelines.config import Settings
+from pipelines.cloud.account import Account, explained, unless_missing
 
 ENDS = {  # operation, its parameter and the setting that limits
     "endpoint": ("deleteEndpoint", "EndpointName", "endpoint.ttl_hours"),
@@ -14,10 +13,10 @@ ENDS = {  # operation, its parameter and the setting that limits
 }
 
 
-def end(settings: Settings, endpoint: str) -> str | None:
+def end(account: Account, endpoint: str) -> str | None:
     """When an endpoint deletes itself, as `at(2026-11-21T21:00:00)` in UTC; None: never."""
-    with aws.explained(f"looking up when {endpoint} ends"):
-        found = aws.unless_missing(aws.client(settings, "scheduler").get_schedule, Name=f"{endpoint}-end")
+    with explained(f"looking up when {endpoint} ends"):
+        found = unless_missing(account.client("scheduler").get_schedule, Name=f"{endpoint}-end")
         return found and str(found["ScheduleExpression"])
 
 
@@ -26,11 +25,11 @@ def end_after(hours: float) -> str:
     return time.strftime("at(%Y-%m-%dT%H:%M:%S)", time.gmtime(time.time() + hours * 3600))
 
 
-def set_end(settings: Settings, stack: aws.Stack, endpoint: str, when: str | None, kind: str = "endpoint") -> None:
+def set_end(account: Account, endpoint: str, when: str | None, kind: str = "endpoint") -> None:
     """Schedule, move or (None) cancel the end of an endpoint, or of a job: a schedule fires once and deletes itself."""
     operation, parameter, limit = ENDS[kind]
-    scheduler, scheduled = aws.client(settings, "scheduler"), end(settings, endpoint)
-    with aws.explained(f"scheduling the end of {endpoint}"):
+    scheduler, scheduled = account.client("scheduler"), end(account, endpoint)
+    with explained(f"scheduling the end of {endpoint}"):
         if when is None:
             if scheduled:
                 scheduler.delete_schedule(Name=f"{endpoint}-end")
@@ -43,8 +42,8 @@ def set_end(settings: Settings, stack: aws.Stack, endpoint: str, when: str | Non
             FlexibleTimeWindow={"Mode": "OFF"},
             ActionAfterCompletion="DELETE",
             Target={
-                "Arn": f"arn:{stack.partition}:scheduler:::aws-sdk:sagemaker:{operation}",
-                "RoleArn": stack.scheduler_role,
+                "Arn": f"arn:{account.stack().partition}:scheduler:::aws-sdk:sagemaker:{operation}",
+                "RoleArn": account.stack().scheduler_role,
                 "Input": json.dumps({parameter: endpoint}),
             },
         )

@@ -7,27 +7,25 @@ from __future__ import annotations
 
 import json
 import re
-import time
 import uuid
 from pathlib import Path
 from typing import Any
 
 from pipelines import terminal
-from pipelines.cloud import account as aws
-from pipelines.config import Settings, load
+from pipelines.cloud.account import Account, explained, place, unless_missing, until
+from pipelines.config import load
 from pipelines.endpoint import state
 from pipelines.terminal import UserError
-from progress import waiting
 
 ASYNC_POLL, ASYNC_PATIENCE = 2.0, 20 * 60  # seconds; the first instance after none takes minutes to come
 MOST_BYTES = 6 * 2**20  # of a request that is answered at once
 
 
-def ask(settings: Settings, facts: dict[str, Any], body: bytes, kind: str, variant: str | None = None) -> Any:
+def ask(account: Account, facts: dict[str, Any], body: bytes, kind: str, variant: str | None = None) -> Any:
     """The model's answer to one request.
 
     Args:
-        settings: with the region.
+        account: to work in.
         facts: of a running endpoint.
         body: of the request.
         kind: its content type.
@@ -44,13 +42,13 @@ def ask(settings: Settings, facts: dict[str, Any], body: bytes, kind: str, varia
         raise UserError(
             f"the request has {len(body):,} bytes, this endpoint takes {MOST_BYTES:,}; TYPE=async takes more"
         )
-    with aws.explained(f"asking {endpoint.endpoint_name}"):
+    with explained(f"asking {endpoint.endpoint_name}"):
         if waits:
-            return json.loads(_ask_async(settings, endpoint, facts, body, kind))
+            return json.loads(_ask_async(account, endpoint, facts, body, kind))
         options = {"target_variant": variant} if variant else {}
         try:
             answer = endpoint.invoke(
-                body=body, content_type=kind, accept="application/json", region=settings.aws.region, **options
+                body=body, content_type=kind, accept="application/json", region=account.region, **options
             )
         except ClientError as error:
             if error.response["Error"]["Code"] != "ModelError":
@@ -60,40 +58,39 @@ def ask(settings: Settings, facts: dict[str, Any], body: bytes, kind: str, varia
         return json.loads(answer.body.read())
 
 
-def _ask_async(settings: Settings, endpoint: Any, facts: dict[str, Any], body: bytes, kind: str) -> bytes:
+def _ask_async(account: Account, endpoint: Any, facts: dict[str, Any], body: bytes, kind: str) -> bytes:
     """Put the request into the bucket, wait for the answer or the failure there, and clean up."""
-    s3 = aws.client(settings, "s3")
+    s3 = account.client("s3")
     folder = facts["AsyncInferenceConfig"]["OutputConfig"]["S3OutputPath"].rpartition("/")[0]
     uri = f"{folder}/input/{uuid.uuid4().hex}"
-    s3.put_object(**aws.place(uri), Body=body, **aws.encryption(settings))
+    s3.put_object(**place(uri), Body=body, **account.encryption())
     try:
-        made = endpoint.invoke_async(input_location=uri, content_type=kind, region=settings.aws.region)
+        made = endpoint.invoke_async(input_location=uri, content_type=kind, region=account.region)
         if not any(variant.get("CurrentInstanceCount") for variant in facts["ProductionVariants"]):
             print(
                 f"{endpoint.endpoint_name} has no instance right now; the first one comes in some minutes", flush=True
             )
-        deadline = time.monotonic() + ASYNC_PATIENCE
-        with waiting(f"the answer of {endpoint.endpoint_name}"):
-            while time.monotonic() < deadline:
-                answer = _taken(s3, made.output_location)
-                if answer is not None:
-                    return answer
-                failure = _taken(s3, made.failure_location)
-                if failure is not None:
-                    raise UserError(f"{endpoint.endpoint_name} failed: {sentence(failure.decode(errors='replace'))}")
-                time.sleep(ASYNC_POLL)
+
+        def look(_: object) -> tuple[bytes | None, str]:
+            answer = _taken(s3, made.output_location)
+            failure = None if answer is not None else _taken(s3, made.failure_location)
+            if failure is not None:
+                raise UserError(f"{endpoint.endpoint_name} failed: {sentence(failure.decode(errors='replace'))}")
+            return answer, ""
+
+        late = f"no answer in {ASYNC_PATIENCE // 60} minutes; it would come to {made.output_location}"
+        return until(f"the answer of {endpoint.endpoint_name}", ASYNC_POLL, look, ASYNC_PATIENCE, lambda: late)
     finally:
-        s3.delete_object(**aws.place(uri))
-    raise UserError(f"no answer in {ASYNC_PATIENCE // 60} minutes; it would come to {made.output_location}")
+        s3.delete_object(**place(uri))
 
 
 def _taken(s3: Any, uri: str) -> bytes | None:
     """The content of an object, which is deleted then; None when it is not there."""
-    place = aws.place(uri)
-    found = aws.unless_missing(s3.get_object, **place)
+    where = place(uri)
+    found = unless_missing(s3.get_object, **where)
     content = found and bytes(found["Body"].read())
     if found:
-        s3.delete_object(**place)
+        s3.delete_object(**where)
     return content
 
 
@@ -121,14 +118,14 @@ def main() -> int:
     options = parser.parse_args()
     if not options.image:
         raise UserError("IMAGE is missing; name a file, such as make invoke IMAGE=photo.jpg")
-    settings = load(options.set)
-    facts = state.running(settings, state.name(settings, options.endpoint))
+    account = Account(load(options.set))
+    facts = state.running(account, state.name(account.settings, options.endpoint))
     for file in options.image:
         try:
             body = file.read_bytes()
         except OSError as error:
             raise UserError(f"{file} cannot be read: {error.strerror}") from error
-        answer = ask(settings, facts, body, "application/x-image", options.variant)
+        answer = ask(account, facts, body, "application/x-image", options.variant)
         if options.json:
             print(json.dumps(answer))
         else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from pipelines.cloud import account as aws
+from pipelines.cloud.account import Account
 from pipelines.config import Settings
 
 
@@ -18,11 +18,12 @@ def fleet(settings: Settings) -> tuple[str, int, str]:
     return kind, max(chosen.instances, chosen.max_instances), chosen.instance_type
 
 
-def create(settings: Settings, stack: aws.Stack, name: str, image: str, uri: str, package: str | None) -> None:
+def create(account: Account, name: str, image: str, uri: str, package: str | None) -> None:
     """Create a model: of an image and an artifact, or of a package."""
     from sagemaker.core import resources, shapes
 
     variables = {name: value for name, value in sorted(os.environ.items()) if name.startswith("INFERENCE_")}
+    settings = account.settings
     model: dict[str, Any] = {"enable_network_isolation": True} if settings.compute.isolation else {}
     if settings.aws.subnets:
         network = {"subnets": settings.aws.subnets, "security_group_ids": settings.aws.security_groups}
@@ -33,12 +34,12 @@ def create(settings: Settings, stack: aws.Stack, name: str, image: str, uri: str
         container = shapes.ContainerDefinition(image=image, model_data_url=uri, environment=variables)
         model["primary_container"] = container
     resources.Model.create(
-        model_name=name, execution_role_arn=stack.role, tags=tags(settings), region=settings.aws.region, **model
+        model_name=name, execution_role_arn=account.stack().role, tags=tags(account), region=account.region, **model
     )
 
 
-def tags(settings: Settings) -> list[Any]:
+def tags(account: Account) -> list[Any]:
     """The project's tags as the SDK takes them."""
     from sagemaker.core.shapes import Tag
 
-    return [Tag(key=tag["Key"], value=tag["Value"]) for tag in aws.tags(settings)]
+    return [Tag(key=tag["Key"], value=tag["Value"]) for tag in account.tags()]

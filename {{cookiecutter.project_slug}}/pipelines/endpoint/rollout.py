@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipelines import terminal
-from pipelines.cloud import account as aws
+from pipelines.cloud.account import Account, explained, failure, unless_missing
 from pipelines.config import Settings
 from pipelines.endpoint import expiry, model, scaling
 from pipelines.endpoint import state as endpoint_state
@@ -49,13 +49,14 @@ class Plan:
         return [old for old in self.old["ProductionVariants"] if self.weight and old["VariantName"] != SECOND]
 
 
-def create(settings: Settings, stack: aws.Stack, plan: Plan) -> None:
+def create(account: Account, plan: Plan) -> None:
     """Create the model and the endpoint's configuration."""
     from sagemaker.core import resources, shapes
 
-    model.create(settings, stack, plan.config, plan.image, plan.uri, plan.package)
-    region, key = settings.aws.region, aws.kms_arn(settings)
-    options: dict[str, Any] = {"tags": model.tags(settings), "region": region}
+    settings, stack = account.settings, account.stack()
+    model.create(account, plan.config, plan.image, plan.uri, plan.package)
+    region, key = account.region, account.kms_arn()
+    options: dict[str, Any] = {"tags": model.tags(account), "region": region}
     encryption = {"kms_key_id": key} if key else {}
     if settings.endpoint.type == "async":
         place = f"s3://{stack.bucket}/async/{plan.name}"
@@ -108,31 +109,31 @@ def _variants(settings: Settings, plan: Plan) -> list[Any]:
     ]
 
 
-def start(settings: Settings, plan: Plan) -> None:
+def start(account: Account, plan: Plan) -> None:
     """Create the endpoint, or update it to the new configuration."""
     from sagemaker.core.resources import Endpoint
 
-    region = settings.aws.region
+    region, chosen = account.region, account.settings.endpoint
     before = {variant["VariantName"] for variant in plan.old["ProductionVariants"]}
     if not before:
         Endpoint.create(
-            endpoint_name=plan.name, endpoint_config_name=plan.config, tags=model.tags(settings), region=region
+            endpoint_name=plan.name, endpoint_config_name=plan.config, tags=model.tags(account), region=region
         )
         return
     after = {SECOND if plan.weight else FIRST, *(variant["VariantName"] for variant in plan.beside)}
-    scaling.unscale(settings, plan.name, sorted(before - after))
+    scaling.unscale(account, plan.name, sorted(before - after))
     endpoint = Endpoint.get(endpoint_name=plan.name, region=region)
     endpoint.endpoint_config_name = plan.config
     options = {}
-    if settings.endpoint.rollout != "all_at_once" or settings.endpoint.alarms:
-        if settings.endpoint.type != "serverless" and before == after:
-            options["deployment_config"] = _steps(settings)
+    if chosen.rollout != "all_at_once" or chosen.alarms:
+        if chosen.type != "serverless" and before == after:
+            options["deployment_config"] = _steps(account.settings)
         else:
             print("endpoint.rollout and endpoint.alarms do not apply: AWS makes such an update all at once", flush=True)
     endpoint.update(**options)
 
 
-def back(settings: Settings, plan: Plan) -> None:
+def back(account: Account, plan: Plan) -> None:
     """Put an updated endpoint back on the configuration that it had, and wait for it.
 
     Raises:
@@ -140,13 +141,13 @@ def back(settings: Settings, plan: Plan) -> None:
     """
     config = plan.old["EndpointConfigName"]
     print(f"the golden samples disagree: going back to {config}", flush=True)
-    with aws.explained(f"putting {plan.name} back on {config}"):
-        aws.client(settings, "sagemaker").update_endpoint(EndpointName=plan.name, EndpointConfigName=config)
-    facts = endpoint_state.wait(settings, plan.name)
+    with explained(f"putting {plan.name} back on {config}"):
+        account.client("sagemaker").update_endpoint(EndpointName=plan.name, EndpointConfigName=config)
+    facts = endpoint_state.wait(account, plan.name)
     if facts["EndpointStatus"] != "InService" or facts["EndpointConfigName"] != config:
         raise UserError(f"{plan.name} is {facts['EndpointStatus']} and not back on {config}: "
-                        f"{aws.failure(facts)}; `make status` shows it")  # fmt: skip
-    scaling.scale(settings, plan.name, [variant["VariantName"] for variant in facts["ProductionVariants"]])
+                        f"{failure(facts)}; `make status` shows it")  # fmt: skip
+    scaling.scale(account, plan.name, [variant["VariantName"] for variant in facts["ProductionVariants"]])
 
 
 def _steps(settings: Settings) -> Any:
@@ -170,27 +171,26 @@ def _steps(settings: Settings) -> Any:
     return shapes.DeploymentConfig(blue_green_update_policy=policy, **rollback)
 
 
-def undo(settings: Settings, stack: aws.Stack, plan: Plan, end: str | None) -> None:
+def undo(account: Account, plan: Plan, end: str | None) -> None:
     """After a failure: remove what was made, unless the endpoint uses it; what could not be removed is listed.
 
     Args:
-        settings: of the project.
-        stack: with the role of the schedule.
+        account: to work in.
         plan: that failed.
         end: when the endpoint was to be deleted before.
     """
-    sagemaker = aws.client(settings, "sagemaker")
+    sagemaker = account.client("sagemaker")
     try:
-        facts = endpoint_state.describe(settings, plan.name) or {}
+        facts = endpoint_state.describe(account, plan.name) or {}
         states = (facts, facts.get("PendingDeploymentSummary", {}))
         if plan.config in [state.get("EndpointConfigName") for state in states]:
             remove = terminal.command("destroy", ENDPOINT=plan.name)
             print(f"the endpoint {plan.name} goes on; `{remove}` removes it", flush=True)
             return
-        expiry.set_end(settings, stack, plan.name, end)
+        expiry.set_end(account, plan.name, end)
         deletions = {"EndpointConfigName": sagemaker.delete_endpoint_config, "ModelName": sagemaker.delete_model}
         for argument, delete in deletions.items():
-            with aws.explained(f"removing {plan.config}"):
-                aws.unless_missing(delete, **{argument: plan.config})
+            with explained(f"removing {plan.config}"):
+                unless_missing(delete, **{argument: plan.config})
     except UserError as error:
         print(f"{error}; what may be left, and costs nothing: a model and a configuration {plan.config}", flush=True)

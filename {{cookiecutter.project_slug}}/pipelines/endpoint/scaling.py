@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pipelines.cloud import account as aws
-from pipelines.config import Settings
+from pipelines.cloud.account import Account, explained
 
 BACKLOG, INVOCATIONS = 5.0, 600.0  # requests for an instance: waiting (async), or a minute, that scaling aims at
 
 
-def unscale(settings: Settings, endpoint: str, variants: Sequence[str]) -> None:
+def unscale(account: Account, endpoint: str, variants: Sequence[str]) -> None:
     """Stop scaling variants, where it was started; their policies and those policies' own alarms go with it."""
-    scaling = aws.client(settings, "application-autoscaling")
+    scaling = account.client("application-autoscaling")
     resources = [f"endpoint/{endpoint}/variant/{variant}" for variant in variants]
-    with aws.explained(f"ending the autoscaling of {endpoint}"):
+    with explained(f"ending the autoscaling of {endpoint}"):
         if resources:
             found = scaling.describe_scalable_targets(ServiceNamespace="sagemaker", ResourceIds=resources)
             for target in found["ScalableTargets"]:
@@ -22,18 +21,18 @@ def unscale(settings: Settings, endpoint: str, variants: Sequence[str]) -> None:
                 scaling.deregister_scalable_target(**{key: target[key] for key in keys})
 
 
-def scale(settings: Settings, endpoint: str, variants: Sequence[str]) -> None:
+def scale(account: Account, endpoint: str, variants: Sequence[str]) -> None:
     """Scale variants between `endpoint.instances` and `endpoint.max_instances`; an async one down to none."""
-    chosen = settings.endpoint
+    chosen = account.settings.endpoint
     waits = chosen.type == "async"
     lowest, highest = 0 if waits else chosen.instances, max(chosen.instances, chosen.max_instances)
     if chosen.type == "serverless" or lowest == highest:
-        unscale(settings, endpoint, variants)
+        unscale(account, endpoint, variants)
         return
-    scaling, metric = aws.client(settings, "application-autoscaling"), "SageMakerVariantInvocationsPerInstance"
+    scaling, metric = account.client("application-autoscaling"), "SageMakerVariantInvocationsPerInstance"
     own = {"Namespace": "AWS/SageMaker", "Dimensions": [{"Name": "EndpointName", "Value": endpoint}]}
     backlog = {"MetricName": "ApproximateBacklogSizePerInstance", "Statistic": "Average", **own}
-    with aws.explained(f"setting up the autoscaling of {endpoint}"):
+    with explained(f"setting up the autoscaling of {endpoint}"):
         for variant in variants:
             target = {
                 "ServiceNamespace": "sagemaker",
@@ -62,9 +61,9 @@ def scale(settings: Settings, endpoint: str, variants: Sequence[str]) -> None:
                         "StepAdjustments": steps,
                     },
                 )  # fmt: skip
-                aws.client(settings, "cloudwatch").put_metric_alarm(
+                account.client("cloudwatch").put_metric_alarm(
                     AlarmName=f"{endpoint}-backlog", AlarmDescription="requests wait and there is no instance",
                     MetricName="HasBacklogWithoutCapacity", **own, Statistic="Average", Period=60, EvaluationPeriods=2,
                     DatapointsToAlarm=2, Threshold=1.0, ComparisonOperator="GreaterThanOrEqualToThreshold",
-                    TreatMissingData="missing", AlarmActions=[first["PolicyARN"]], Tags=aws.tags(settings),
+                    TreatMissingData="missing", AlarmActions=[first["PolicyARN"]], Tags=account.tags(),
                 )  # fmt: skip

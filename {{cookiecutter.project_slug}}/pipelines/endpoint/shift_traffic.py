@@ -6,19 +6,19 @@ python -m pipelines shift-traffic --variant challenger --weight 100 --endpoint i
 from __future__ import annotations
 
 from pipelines import terminal
-from pipelines.cloud import account as aws
-from pipelines.config import Settings, load
+from pipelines.cloud.account import Account, explained, failure
+from pipelines.config import load
 from pipelines.endpoint import state
 from pipelines.terminal import UserError
 
 
-def shift(settings: Settings, name: str, chosen: str, percent: int) -> dict[str, float]:
+def shift(account: Account, name: str, chosen: str, percent: int) -> dict[str, float]:
     """Give a variant its percentage; the others share the rest as before. Returns the percentage of each.
 
     Raises:
         UserError: when there is no such variant, or only one.
     """
-    facts = state.running(settings, name)
+    facts = state.running(account, name)
     weights = {item["VariantName"]: float(item.get("CurrentWeight") or 0.0) for item in facts["ProductionVariants"]}
     if chosen not in weights or len(weights) < 2:
         raise UserError(
@@ -31,8 +31,8 @@ def shift(settings: Settings, name: str, chosen: str, percent: int) -> dict[str,
     shares = {
         key: (100 - percent) * (weight / total if total else 1 / len(others)) for key, weight in others.items()
     } | {chosen: float(percent)}
-    with aws.explained(f"moving requests to {chosen}"):  # by boto3: the SDK leaves a weight of 0 out of the request
-        aws.client(settings, "sagemaker").update_endpoint_weights_and_capacities(
+    with explained(f"moving requests to {chosen}"):  # by boto3: the SDK leaves a weight of 0 out of the request
+        account.client("sagemaker").update_endpoint_weights_and_capacities(
             EndpointName=name,
             DesiredWeightsAndCapacities=[{"VariantName": key, "DesiredWeight": share} for key, share in shares.items()],
         )
@@ -46,11 +46,11 @@ def main() -> int:
     parser.add_argument("--weight", variable="WEIGHT", type=int, required=True, help="percent of the requests")
     parser.add_argument("--endpoint", variable="ENDPOINT", help="default: endpoint.name")
     options = parser.parse_args()
-    settings = load(options.set)
-    name = state.name(settings, options.endpoint)
-    shares = shift(settings, name, options.variant, options.weight)
-    now = state.wait(settings, name)
+    account = Account(load(options.set))
+    name = state.name(account.settings, options.endpoint)
+    shares = shift(account, name, options.variant, options.weight)
+    now = state.wait(account, name)
     print(f"{name}: {', '.join(f'{key} {share:g} %' for key, share in sorted(shares.items()))}")
     if now["EndpointStatus"] != "InService":
-        raise UserError(f"{name} is {now['EndpointStatus']}: {aws.failure(now)}")
+        raise UserError(f"{name} is {now['EndpointStatus']}: {failure(now)}")
     return 0

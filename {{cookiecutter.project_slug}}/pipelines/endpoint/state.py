@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 from pipelines import project
-from pipelines.cloud import account as aws
+from pipelines.cloud.account import Account, explained, unless_missing, until
 from pipelines.config import Settings
 from pipelines.terminal import UserError
 
@@ -32,45 +32,48 @@ def name(settings: Settings, given: str | None) -> str:
     return found
 
 
-def describe(settings: Settings, endpoint: str) -> dict[str, Any] | None:
+def describe(account: Account, endpoint: str) -> dict[str, Any] | None:
     """What AWS knows of an endpoint; None when there is none."""
-    with aws.explained(f"looking up the endpoint {endpoint}"):
-        describe_endpoint = aws.client(settings, "sagemaker").describe_endpoint
-        found: dict[str, Any] | None = aws.unless_missing(describe_endpoint, EndpointName=endpoint)
+    with explained(f"looking up the endpoint {endpoint}"):
+        describe_endpoint = account.client("sagemaker").describe_endpoint
+        found: dict[str, Any] | None = unless_missing(describe_endpoint, EndpointName=endpoint)
         return found
 
 
-def running(settings: Settings, endpoint: str) -> dict[str, Any]:
+def running(account: Account, endpoint: str) -> dict[str, Any]:
     """The same of an endpoint that answers.
 
     Raises:
         UserError: when it does not.
     """
-    facts = describe(settings, endpoint)
+    facts = describe(account, endpoint)
     if facts is None:
-        raise UserError(f"there is no endpoint {endpoint} in {settings.aws.region}; make one with `make deploy`")
+        raise UserError(f"there is no endpoint {endpoint} in {account.region}; make one with `make deploy`")
     if facts["EndpointStatus"] not in ("InService", "Updating", "SystemUpdating", "RollingBack"):
-        raise UserError(f"{endpoint} is {facts['EndpointStatus']} and answers nothing; see {link(settings, endpoint)}")
+        raise UserError(f"{endpoint} is {facts['EndpointStatus']} and answers nothing; see {link(account, endpoint)}")
     return facts
 
 
-def wait(settings: Settings, endpoint: str) -> dict[str, Any]:
+def wait(account: Account, endpoint: str) -> dict[str, Any]:
     """Wait, and say so, until an endpoint does not change any more."""
-    started, said = time.monotonic(), (-1, "")
-    while time.monotonic() - started < PATIENCE:
-        facts = describe(settings, endpoint)
+    started, status = time.monotonic(), ""
+
+    def look(_: object) -> tuple[dict[str, Any] | None, str]:
+        nonlocal status
+        facts = describe(account, endpoint)
         if facts is None:
             raise UserError(f"{endpoint} was deleted meanwhile")
         status, minutes = facts["EndpointStatus"], int(time.monotonic() - started) // 60
         if status in ("InService", "Failed", "OutOfService", "UpdateRollbackFailed"):
-            return facts
-        if said != (minutes, status):
-            said = (minutes, status)
-            print(f"{endpoint}: {status}, {minutes} min", flush=True)
-        time.sleep(POLL)
-    raise UserError(f"{endpoint} is still {status} after {PATIENCE // 60} minutes; see {link(settings, endpoint)}")
+            return facts, ""
+        return None, f"{endpoint}: {status}, {minutes} min"
+
+    def late() -> str:
+        return f"{endpoint} is still {status} after {PATIENCE // 60} minutes; see {link(account, endpoint)}"
+
+    return until(f"the endpoint {endpoint}", POLL, look, PATIENCE, late)
 
 
-def link(settings: Settings, endpoint: str) -> str:
+def link(account: Account, endpoint: str) -> str:
     """Its page in the console."""
-    return aws.console(settings, f"endpoints/{endpoint}")
+    return account.console(f"endpoints/{endpoint}")

@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from pipelines import ROOT, SOURCE, project, runs, terminal
-from pipelines.cloud import account as aws
 from pipelines.cloud import images, prices, storage
+from pipelines.cloud.account import Account, explained, unless_missing, volume_key
 from pipelines.cloud.processing import CODE
 from pipelines.config import Settings, load
 from pipelines.endpoint import expiry, state
@@ -49,14 +49,14 @@ class Watched:
     artifact: str
 
 
-def find(settings: Settings, name: str) -> Watched:
+def find(account: Account, name: str) -> Watched:
     """The variant of a running endpoint that gets most requests.
 
     Raises:
         UserError: when requests and answers are not captured.
     """
-    facts, sagemaker = state.running(settings, name), aws.client(settings, "sagemaker")
-    with aws.explained(f"looking up what {name} serves"):
+    facts, sagemaker = state.running(account, name), account.client("sagemaker")
+    with explained(f"looking up what {name} serves"):
         config = sagemaker.describe_endpoint_config(EndpointConfigName=facts["EndpointConfigName"])
         capture = config.get("DataCaptureConfig", {})
         modes = {option["CaptureMode"] for option in capture.get("CaptureOptions", [])}
@@ -77,44 +77,45 @@ def find(settings: Settings, name: str) -> Watched:
     return Watched(name, variant["VariantName"], captured, container["ModelDataUrl"])
 
 
-def monitor(settings: Settings, name: str, yes: bool, plan: bool = False) -> None:
+def monitor(account: Account, name: str, yes: bool, plan: bool = False) -> None:
     """Make or update schedule, alarms and dashboard.
 
     Raises:
         UserError: when the endpoint cannot be watched, or somebody says no.
     """
-    chosen, stack = settings.monitoring, prices.look(lambda: aws.stack(settings), aws.NO_STACK, plan)
-    watched = prices.look(lambda: find(settings, name), Watched(name, "<variant>", "", ""), plan)
-    until = prices.look(lambda: expiry.end(settings, name), None, plan)
+    settings = account.settings
+    stack = prices.stack(account, plan)
+    watched = prices.look(lambda: find(account, name), Watched(name, "<variant>", "", ""), plan)
+    until = prices.look(lambda: expiry.end(account, name), None, plan)
     if not watched.artifact and settings.endpoint.ttl_hours:  # not there yet: as the next `make deploy` would have it
         until = expiry.end_after(settings.endpoint.ttl_hours)
     end = datetime.fromisoformat(until[3:-1]).replace(tzinfo=UTC) if until else None
-    _agree(settings, watched, end, yes, plan)
-    image = images.ensure(settings, stack, "training")
-    code = storage.upload(settings, SOURCE, stack.bucket, f"source/{project.source_hash()}")
-    storage.put(settings, f"{watched.captured}/.monitored", b"")
-    with aws.explained(f"monitoring {name}"):
-        request = job(settings, stack, watched, image, code, aws.kms_arn(settings))
-        _schedule(settings, stack, name, json.dumps(request), end)
-        cloudwatch = aws.client(settings, "cloudwatch")
+    _agree(account, watched, end, yes, plan)
+    image = images.ensure(account, "training")
+    code = storage.upload(account, SOURCE, f"source/{project.source_hash()}")
+    storage.put(account, f"{watched.captured}/.monitored", b"")
+    with explained(f"monitoring {name}"):
+        request = job(account, watched, image, code, account.kms_arn())
+        _schedule(account, name, json.dumps(request), end)
+        cloudwatch = account.client("cloudwatch")
         for alarm in alarms(settings, watched):
-            cloudwatch.put_metric_alarm(**alarm, AlarmActions=[stack.topic], Tags=aws.tags(settings))
+            cloudwatch.put_metric_alarm(**alarm, AlarmActions=[stack.topic], Tags=account.tags())
         body = json.dumps({"widgets": widgets(settings, watched)})
         cloudwatch.put_dashboard(DashboardName=f"{name}-monitor", DashboardBody=body)
-    print(f"{name} is compared {chosen.schedule} with the baseline of {watched.artifact}")
+    print(f"{name} is compared {settings.monitoring.schedule} with the baseline of {watched.artifact}")
     print(f"  reports: s3://{stack.bucket}/monitoring/{name}/; alarms and dashboard: {name}-... in CloudWatch")
     remove = terminal.command("destroy", ENDPOINT=name)
     print(f"  after the next `make deploy` do this again; `{remove}` removes all of it", flush=True)
 
 
-def _agree(settings: Settings, watched: Watched, end: datetime | None, yes: bool, plan: bool) -> None:
+def _agree(account: Account, watched: Watched, end: datetime | None, yes: bool, plan: bool) -> None:
     """Say what will be made, where, and what it can cost; go on only inside the budget, and when told to."""
-    chosen = settings.monitoring
+    chosen = account.settings.monitoring
     hours = (end - datetime.now(UTC)).total_seconds() / 3600 if end else prices.MONTH
-    price, jobs = prices.hourly(settings, "processing", chosen.instance_type), int(hours / EVERY[chosen.schedule]) + 1
+    price, jobs = prices.hourly(account, "processing", chosen.instance_type), int(hours / EVERY[chosen.schedule]) + 1
     cost = None if price is None else price * HOURS * jobs + CLOUDWATCH * hours / prices.MONTH
     hourly = prices.cost(price, HOURS / EVERY[chosen.schedule])
-    where = prices.where(settings)
+    where = prices.where(account.settings)
     lines = [
         f"monitor the variant {watched.variant} of {watched.endpoint} in {where}: {chosen.schedule} a processing job "
         f"on 1 x {chosen.instance_type} of {HOURS * 60:.0f} minutes at most, 3 alarms, a dashboard",
@@ -124,19 +125,20 @@ def _agree(settings: Settings, watched: Watched, end: datetime | None, yes: bool
     if hours < EVERY[chosen.schedule]:
         lines.append("  WARNING: it may end before the first comparison; set monitoring.schedule to hourly, or deploy "
                      "again with a later end (endpoint.ttl_hours)")  # fmt: skip
-    prices.agree(settings, "\n".join(lines), cost, yes, plan)
+    prices.agree(account.settings, "\n".join(lines), cost, yes, plan)
 
 
-def job(settings: Settings, stack: aws.Stack, watched: Watched, image: str, code: str, key: str | None) -> Any:
+def job(account: Account, watched: Watched, image: str, code: str, key: str | None) -> Any:
     """The request of each comparison; EventBridge puts in what is in angle brackets."""
-    chosen, name = settings.monitoring, watched.endpoint
+    settings, stack, name = account.settings, account.stack(), watched.endpoint
+    chosen = settings.monitoring
     sources = {"code": (f"{code}/", CODE), "artifact": (watched.artifact, FOLDERS["artifact"]),
                "captured": (f"{watched.captured}/", FOLDERS["captured"])}  # fmt: skip
     machine = dict[str, Any](
         InstanceCount=1, InstanceType=chosen.instance_type, VolumeSizeInGB=settings.compute.volume_gb
     )
-    if volume_key := aws.volume_key(key, chosen.instance_type):
-        machine["VolumeKmsKeyId"] = volume_key
+    if disk_key := volume_key(key, chosen.instance_type):
+        machine["VolumeKmsKeyId"] = disk_key
     network: dict[str, Any] = {"EnableNetworkIsolation": settings.compute.isolation}
     if settings.aws.subnets:
         network["VpcConfig"] = {"Subnets": settings.aws.subnets, "SecurityGroupIds": settings.aws.security_groups}
@@ -164,16 +166,16 @@ def job(settings: Settings, stack: aws.Stack, watched: Watched, image: str, code
         "ProcessingResources": {"ClusterConfig": machine},
         "StoppingCondition": {"MaxRuntimeInSeconds": round(HOURS * 3600)},
         "NetworkConfig": network,
-        "Tags": aws.tags(settings),
+        "Tags": account.tags(),
     }  # fmt: skip
 
 
-def _schedule(settings: Settings, stack: aws.Stack, name: str, request: str, end: datetime | None) -> None:
-    scheduler = aws.client(settings, "scheduler")
+def _schedule(account: Account, name: str, request: str, end: datetime | None) -> None:
+    scheduler, stack = account.client("scheduler"), account.stack()
     wanted: dict[str, Any] = {
         "Name": f"{name}-monitor",
         "Description": f"compares what {name} is asked with its baseline",
-        "ScheduleExpression": CRON[settings.monitoring.schedule],
+        "ScheduleExpression": CRON[account.settings.monitoring.schedule],
         "ScheduleExpressionTimezone": "UTC",
         "FlexibleTimeWindow": {"Mode": "OFF"},
         "ActionAfterCompletion": "DELETE",
@@ -185,7 +187,7 @@ def _schedule(settings: Settings, stack: aws.Stack, name: str, request: str, end
         },
         **({"EndDate": end} if end else {}),
     }
-    if aws.unless_missing(scheduler.update_schedule, **wanted) is None:
+    if unless_missing(scheduler.update_schedule, **wanted) is None:
         scheduler.create_schedule(**wanted)
 
 
@@ -259,5 +261,5 @@ def main() -> int:
         here(settings, options.data, options.run)
     if options.run:
         raise UserError("RUN goes with DATA; an endpoint is compared with the artifact that it serves")
-    monitor(settings, state.name(settings, options.endpoint), options.yes, options.plan)
+    monitor(Account(settings), state.name(settings, options.endpoint), options.yes, options.plan)
     return 0

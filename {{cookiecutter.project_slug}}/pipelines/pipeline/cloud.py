@@ -11,31 +11,30 @@ from __future__ import annotations
 import difflib
 import json
 import tempfile
-import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from pipelines import SOURCE, project, terminal
-from pipelines.cloud import account as aws
 from pipelines.cloud import images as cloud_images
 from pipelines.cloud import packages, prices, processing, storage, train
+from pipelines.cloud.account import Account, explained, pages, unless_missing, until
 from pipelines.config import Settings, load
 from pipelines.local import data
 from pipelines.local import images as local_images
 from pipelines.registry import package
 from pipelines.terminal import UserError
 from pipelines.training_pipeline import Inputs, definition
-from progress import waiting
 
 POLL = 15.0  # seconds
 ENDED = ("Succeeded", "Failed", "Stopped")
 
 
-def start(settings: Settings, source: str | None, yes: bool, plan: bool = False) -> str:
+def start(account: Account, source: str | None, yes: bool, plan: bool = False) -> str:
     """Bring the pipeline up to date and start it.
 
     Args:
-        settings: of the project.
+        account: to work in.
         source: folder of raw images or an S3 prefix of one; None: the configured one.
         yes: go on although it is over budget.
         plan: only say what would be created, and end.
@@ -46,58 +45,60 @@ def start(settings: Settings, source: str | None, yes: bool, plan: bool = False)
     Raises:
         UserError: when nothing was started.
     """
-    source, stack = source or settings.data.source, prices.look(lambda: aws.stack(settings), aws.NO_STACK, plan)
+    source = source or account.settings.data.source
+    prices.stack(account, plan)
     local = None if plan or source.startswith("s3://") else data.raw(source)
-    prices.afford(settings, *_plan(settings, source), yes, plan)
+    prices.afford(account.settings, *_plan(account, source), yes, plan)
     targets: tuple[local_images.Target, ...] = ("training", "serving")
     for target in targets:
-        cloud_images.ensure(settings, stack, target)
-    uri = storage.raw(settings, stack, source, local)
-    champion = packages.champion(settings)
-    inputs = Inputs(f"{uri}/", storage.pretrained(settings, stack), champion.accuracy if champion else 0.0)
+        cloud_images.ensure(account, target)
+    uri = storage.raw(account, source, local)
+    champion = packages.champion(account)
+    inputs = Inputs(f"{uri}/", storage.pretrained(account), champion.accuracy if champion else 0.0)
     with tempfile.TemporaryDirectory() as staged:
-        document = definition(settings, stack, inputs, Path(staged))
-        storage.upload(settings, SOURCE, stack.bucket, f"source/{project.source_hash()}")
+        document = definition(account, inputs, Path(staged))
+        storage.upload(account, SOURCE, f"source/{project.source_hash()}")
         for folder in Path(staged).iterdir():
-            storage.upload(settings, folder, stack.bucket, f"source/{folder.name}")
-    _upsert(settings, stack, document)
+            storage.upload(account, folder, f"source/{folder.name}")
+    _upsert(account, document)
     given = {"InputData": inputs.data, "ChampionAccuracy": str(inputs.champion)}
-    package.make_group(settings)
-    with aws.explained("starting the pipeline"):
-        started = aws.client(settings, "sagemaker").start_pipeline_execution(
+    package.make_group(account)
+    with explained("starting the pipeline"):
+        started = account.client("sagemaker").start_pipeline_execution(
             PipelineName=project.name(),
             PipelineParameters=[{"Name": name, "Value": value} for name, value in given.items()],
         )
     return str(started["PipelineExecutionArn"])
 
 
-def _plan(settings: Settings, source: str) -> tuple[str, float | None]:
+def _plan(account: Account, source: str) -> tuple[str, float | None]:
     """What an execution is, and the most that it can cost."""
+    settings = account.settings
     compute, longest = settings.compute, processing.hours(settings)
-    packs = prices.hourly(settings, "processing", compute.process_instance_type)
-    trains = prices.hourly(settings, "training", compute.instance_type)
+    packs = prices.hourly(account, "processing", compute.process_instance_type)
+    trains = prices.hourly(account, "training", compute.instance_type)
     hours = train.longest(settings)
     costs = prices.cost(packs, 2 * longest), prices.cost(trains, hours * compute.instances)
     return (
-        f"pipeline {project.name()} in {prices.where(settings)}, on {source}: two processing jobs on 1 x "
+        f"pipeline {project.name()} in {prices.where(account.settings)}, on {source}: two processing jobs on 1 x "
         f"{compute.process_instance_type}, {longest:g} hours at most each, and a training job on "
         f"{train.machines(settings)}, {hours:g} hours at most",
         None if None in costs else sum(cost or 0.0 for cost in costs),
     )
 
 
-def _upsert(settings: Settings, stack: aws.Stack, document: dict[str, Any]) -> None:
+def _upsert(account: Account, document: dict[str, Any]) -> None:
     """Create the pipeline, or update it where it differs, and show how."""
-    sagemaker, name = aws.client(settings, "sagemaker"), project.name()
-    said = {"PipelineName": name, "PipelineDefinition": json.dumps(document), "RoleArn": stack.pipeline_role}
-    with aws.explained(f"updating the pipeline {name}"):
-        deployed = aws.unless_missing(sagemaker.describe_pipeline, PipelineName=name)
+    sagemaker, name, role = account.client("sagemaker"), project.name(), account.stack().pipeline_role
+    said = {"PipelineName": name, "PipelineDefinition": json.dumps(document), "RoleArn": role}
+    with explained(f"updating the pipeline {name}"):
+        deployed = unless_missing(sagemaker.describe_pipeline, PipelineName=name)
         if deployed is None:
-            sagemaker.create_pipeline(**said, Tags=aws.tags(settings))
+            sagemaker.create_pipeline(**said, Tags=account.tags())
             print(f"created the pipeline {name}", flush=True)
             return
         changes = difference(json.loads(deployed["PipelineDefinition"]), document)
-        if changes or deployed["RoleArn"] != stack.pipeline_role:
+        if changes or deployed["RoleArn"] != role:
             print("\n".join([f"the deployed pipeline {name} differs, and is replaced:", *changes]), flush=True)
             sagemaker.update_pipeline(**said)
         else:
@@ -110,32 +111,29 @@ def difference(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     return list(difflib.unified_diff(before, after, "deployed", "new", lineterm="", n=2))
 
 
-def follow(settings: Settings, arn: str) -> None:
+def follow(account: Account, arn: str) -> None:
     """Print what the steps of an execution do, until it ends.
 
     Raises:
         UserError: when it did not succeed, or Ctrl-C ends the looking.
     """
-    sagemaker, shown = aws.client(settings, "sagemaker"), dict[str, str]()
-    try:
-        with waiting(f"the execution {arn.rpartition('/')[2]}") as say:
-            while True:
-                with aws.explained(f"looking at {arn}"):
-                    status = sagemaker.describe_pipeline_execution(PipelineExecutionArn=arn)["PipelineExecutionStatus"]
-                    asked = {"PipelineExecutionArn": arn, "SortOrder": "Ascending"}
-                    steps = list(
-                        aws.pages(sagemaker, "list_pipeline_execution_steps", "PipelineExecutionSteps", **asked)
-                    )
-                for step in steps:
-                    line = _line(step)
-                    if shown.get(step["StepName"]) != line:
-                        say(line)
-                    shown[step["StepName"]] = line
-                if status in ENDED:
-                    break
-                time.sleep(POLL)
-    except KeyboardInterrupt:
-        raise UserError(f"{arn.rpartition('/')[2]} runs on; {hints(settings, arn)}", code=130) from None
+    sagemaker, shown = account.client("sagemaker"), dict[str, str]()
+    name = arn.rpartition("/")[2]
+
+    def look(say: Callable[[str], None]) -> tuple[tuple[str, list[dict[str, Any]]] | None, str]:
+        with explained(f"looking at {arn}"):
+            status = sagemaker.describe_pipeline_execution(PipelineExecutionArn=arn)["PipelineExecutionStatus"]
+            asked = {"PipelineExecutionArn": arn, "SortOrder": "Ascending"}
+            steps = list(pages(sagemaker, "list_pipeline_execution_steps", "PipelineExecutionSteps", **asked))
+        for step in steps:
+            line = _line(step)
+            if shown.get(step["StepName"]) != line:
+                say(line)
+            shown[step["StepName"]] = line
+        return (status, steps) if status in ENDED else None, ""
+
+    stopped = f"{name} runs on; {hints(account.settings, arn)}"
+    status, steps = until(f"the execution {name}", POLL, look, stopped=stopped)
     if status != "Succeeded":
         reasons = [_reason(step) for step in steps if step["StepStatus"] == "Failed"]
         raise UserError("; ".join(reasons) or f"the execution ended as {status}")
@@ -169,10 +167,10 @@ def main() -> int:
     parser.add_argument("--yes", variable="YES", action="store_true", help="go on although it is over budget")
     prices.add_plan(parser)
     options = parser.parse_args()
-    settings = load(options.set)
-    arn = start(settings, options.data, options.yes, options.plan)
-    print(f"started {arn.rpartition('/')[2]}; {hints(settings, arn)}", flush=True)
+    account = Account(load(options.set))
+    arn = start(account, options.data, options.yes, options.plan)
+    print(f"started {arn.rpartition('/')[2]}; {hints(account.settings, arn)}", flush=True)
     if options.wait:
-        follow(settings, arn)
+        follow(account, arn)
         print("done; the model is registered")
     return 0

@@ -25,6 +25,7 @@ from typing import Any
 from pipelines import ROOT, SOURCE, project, runs, terminal
 from pipelines.cloud import images as cloud_images
 from pipelines.cloud import packages
+from pipelines.cloud.account import Account
 from pipelines.config import Settings, load
 from pipelines.local import container, data, engine, process
 from pipelines.local import images as local_images
@@ -203,6 +204,7 @@ def run(settings: Settings, source: str | None) -> Path:
     """
     began, hosts = time.monotonic(), settings.compute.local_instances
     settings = settings.model_copy(update={"aws": settings.aws.model_copy(update={"kms_key": "none"})})  # needs no AWS
+    account = Account(settings, LOCAL)
     raw = data.raw(source or settings.data.source)
     image = local_images.choose(settings, "training")
     name, tried = runs.new_name(), project.source_hash()
@@ -211,7 +213,7 @@ def run(settings: Settings, source: str | None) -> Path:
     weights = data.weights(settings, root / "weights")
     approved = [package.accuracy for package in registry_package.local() if package.status == packages.APPROVED]
     inputs = Inputs("s3://local/raw/", "s3://local/weights/" if weights else None, (approved or [0.0])[-1])
-    document = definition(settings, LOCAL, inputs, root / "staged")
+    document = definition(account, inputs, root / "staged")
     folders = {"s3://local/raw/": raw, "s3://local/weights/": root / "weights", f"s3://local/source/{tried}": SOURCE}
     execution = Execution(document, {"TrainingInstanceCount": hosts}, folders, image, name, root)
     print(f"run {name} on {raw}, {f'in image {image}' if image else 'as processes'}", flush=True)
@@ -233,7 +235,7 @@ def run(settings: Settings, source: str | None) -> Path:
     print(page.attach(folder))
     with tempfile.TemporaryDirectory(prefix="register-") as temporary:
         evidence = register.evidence(folder / "model.tar.gz", Path(temporary))
-        serving, approval = cloud_images.uri(settings, LOCAL, "serving"), settings.pipeline.approval
+        serving, approval = cloud_images.uri(account, "serving"), settings.pipeline.approval
         package = registry_package.register_local(evidence, serving, folder / "model.tar.gz", Path(temporary), approval)
     print(f"registered as {package.relative_to(ROOT)}, {approval}")
     shutil.rmtree(root, ignore_errors=True)

@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from pipelines import runs
-from pipelines.cloud import account as aws
 from pipelines.cloud import packages
-from pipelines.config import Settings
+from pipelines.cloud.account import Account, explained, unless_missing
 
 
 @dataclass(frozen=True)
@@ -115,23 +114,23 @@ def card(evidence: Evidence, image: str, uri: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def make_group(settings: Settings) -> None:
+def make_group(account: Account) -> None:
     """Make the project's group when it is missing; a package has the tags of its group."""
-    sagemaker = aws.client(settings, "sagemaker")
-    with aws.explained(f"registering in {packages.group()}"):
-        if aws.unless_missing(sagemaker.describe_model_package_group, ModelPackageGroupName=packages.group()) is None:
+    sagemaker = account.client("sagemaker")
+    with explained(f"registering in {packages.group()}"):
+        if unless_missing(sagemaker.describe_model_package_group, ModelPackageGroupName=packages.group()) is None:
             sagemaker.create_model_package_group(
                 ModelPackageGroupName=packages.group(), ModelPackageGroupDescription="Image classifiers of one project",
-                Tags=aws.tags(settings),
+                Tags=account.tags(),
             )  # fmt: skip
 
 
-def register(settings: Settings, request: dict[str, Any]) -> packages.Package:
+def register(account: Account, request: dict[str, Any]) -> packages.Package:
     """Create a package, and the group when it is missing."""
-    make_group(settings)
-    with aws.explained(f"registering in {packages.group()}"):
-        made = aws.client(settings, "sagemaker").create_model_package(**request)
-    return packages.find(settings, made["ModelPackageArn"])
+    make_group(account)
+    with explained(f"registering in {packages.group()}"):
+        made = account.client("sagemaker").create_model_package(**request)
+    return packages.find(account, made["ModelPackageArn"])
 
 
 def local() -> list[packages.Package]:

@@ -18,10 +18,10 @@ from argparse import Namespace
 from pathlib import Path
 
 from pipelines import runs, terminal
-from pipelines.cloud import account as aws
 from pipelines.cloud import artifact, images, packages, prices, pull, storage
+from pipelines.cloud.account import Account
 from pipelines.cloud.packages import Package
-from pipelines.config import Settings, load
+from pipelines.config import load
 from pipelines.registry import package
 from pipelines.registry.package import Evidence
 from pipelines.terminal import UserError
@@ -58,7 +58,7 @@ def evidence(archive: Path, folder: Path) -> Evidence:
     return Evidence(files["model.json"], name, model, facts, tested, files)
 
 
-def register(settings: Settings, options: Namespace) -> Package:
+def register(account: Account, options: Namespace) -> Package:
     """Register the artifact that the options name, once.
 
     Raises:
@@ -66,24 +66,23 @@ def register(settings: Settings, options: Namespace) -> Package:
     """
     artifact.only_one(options)
     if options.job:
-        archive = pull.pull(settings, options.job) / "model.tar.gz"
+        archive = pull.pull(account, options.job) / "model.tar.gz"
     else:
         archive = options.artifact or runs.find(options.run) / "model.tar.gz"
     with tempfile.TemporaryDirectory(prefix="register-") as temporary:
         found = evidence(archive, Path(temporary))
-        known = packages.newest(settings, identity=found.identity)
+        known = packages.newest(account, identity=found.identity)
         if known:
             print(f"{archive} is registered already: {known} is {known.status}")
             return known
-        stack = aws.stack(settings)
-        image, place = images.uri(settings, stack, "serving"), packages.group()
-        plan = f"registers {found.run} in the model package group {place} in {settings.aws.region}, with {image}"
-        prices.afford(settings, plan, 0.0, yes=False)
-        images.ensure(settings, stack, "serving")
-        uri = found.facts.get("model_uri") or storage.artifact(settings, stack, archive)
+        image, place = images.uri(account, "serving"), packages.group()
+        plan = f"registers {found.run} in the model package group {place} in {account.region}, with {image}"
+        prices.afford(account.settings, plan, 0.0, yes=False)
+        images.ensure(account, "serving")
+        uri = found.facts.get("model_uri") or storage.artifact(account, archive)
         digest = hashlib.sha256(json.dumps(found.files, sort_keys=True).encode()).hexdigest()
-        attached = storage.upload(settings, Path(temporary), stack.bucket, f"registry/{digest}")
-        return package.register(settings, package.description(found, image, uri, attached))
+        attached = storage.upload(account, Path(temporary), f"registry/{digest}")
+        return package.register(account, package.description(found, image, uri, attached))
 
 
 def main() -> int:
@@ -95,7 +94,7 @@ def main() -> int:
         "--artifact", variable="ARTIFACT", type=Path, help="a model.tar.gz, with its evaluation.json beside it"
     )
     options = parser.parse_args()
-    made = register(load(options.set), options)
+    made = register(Account(load(options.set)), options)
     print(f"{made}: {made.status}\nnext:\n  {terminal.command('approve', PACKAGE=made.version)}")
     print("  make deploy PACKAGE=champion")
     return 0

@@ -23,6 +23,7 @@ from typing import Any
 
 from pipelines import project, runs, terminal
 from pipelines.cloud import pull
+from pipelines.cloud.account import Account
 from pipelines.config import load
 from pipelines.terminal import UserError
 
@@ -143,7 +144,7 @@ def main() -> int:
     logging.disable(logging.WARNING)  # of MLflow and its libraries: one line is enough
     chosen = os.environ.get("MLFLOW_TRACKING_URI") or settings.tracking.uri
     uri = local_store() if chosen == "local" else chosen
-    folder = pull.pull(settings, options.job) if options.job else runs.find(options.run)
+    folder = pull.pull(Account(settings), options.job) if options.job else runs.find(options.run)
     again = terminal.command("track", RUN=folder.name)
     later = f"run {folder.name} is not in MLflow ({_public(uri)}): %s; log it with `{again}`"
 

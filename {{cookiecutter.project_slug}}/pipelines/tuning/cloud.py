@@ -15,23 +15,23 @@ import time
 from typing import Any
 
 from pipelines import ROOT, SOURCE, project, terminal
-from pipelines.cloud import account as aws
 from pipelines.cloud import images, jobs, prices, train
-from pipelines.config import Range, Settings, load, number
+from pipelines.cloud.account import Account, explained, failure, pages, until
+from pipelines.config import Range, load, number
 from pipelines.local import data
 from pipelines.local.job import LAUNCHER
 from pipelines.terminal import UserError
 from pipelines.tuning import results
-from progress import waiting
 
 KIND = jobs.TUNING
 TOOLKIT = re.compile(r"/[\w.-]*pytorch[\w.-]*training[\w.-]*[:@]")  # images that bring AWS's sagemaker-training
 
 
-def most(settings: Settings) -> float | None:
+def most(account: Account) -> float | None:
     """USD that a tuning job can cost at most; the tuner keeps no warm pools."""
+    settings = account.settings
     compute = settings.compute
-    price = prices.hourly(settings, "training", compute.instance_type)
+    price = prices.hourly(account, "training", compute.instance_type)
     return prices.cost(price, compute.instances * compute.max_hours * settings.tuning.max_jobs)
 
 
@@ -40,11 +40,11 @@ def new_name() -> str:
     return f"{project.tuning_prefix()}-{time.strftime('%y%m%d%H%M%S')}"
 
 
-def tune(settings: Settings, source: str | None, yes: bool, plan: bool = False) -> str:
+def tune(account: Account, source: str | None, yes: bool, plan: bool = False) -> str:
     """Start a tuning job.
 
     Args:
-        settings: of the project.
+        account: to work in.
         source: folder of raw images, or the S3 prefix of a packed data set; None: the configured one.
         yes: go on although it is over budget.
         plan: only say what would be created, and end.
@@ -55,15 +55,16 @@ def tune(settings: Settings, source: str | None, yes: bool, plan: bool = False) 
     Raises:
         UserError: when none was started.
     """
+    settings = account.settings
     compute, search, source = settings.compute, settings.tuning, source or settings.data.source
     if TOOLKIT.search(settings.images.training) and (compute.isolation or compute.instances > 1):
         raise UserError(
             f"under a tuner {settings.images.training} takes its source from S3 and trains on one instance: set "
             "compute.isolation to false and compute.instances to 1, or images.training to project"
         )
-    stack = prices.look(lambda: aws.stack(settings), aws.NO_STACK, plan)
+    prices.stack(account, plan)
     local = None if plan or source.startswith("s3://") else data.prepare(settings, source)
-    image = images.uri(settings, stack, "training")
+    image = images.uri(account, "training")
     name = new_name()
     prices.afford(
         settings,
@@ -71,23 +72,24 @@ def tune(settings: Settings, source: str | None, yes: bool, plan: bool = False) 
         f"{prices.where(settings)} on {train.machines(settings)}, {compute.max_hours:g} hours at most each, in "
         f"{image}, on {local.relative_to(ROOT) if local else source}; it searches {', '.join(search.ranges)} for "
         f"{search.objective}",
-        most(settings),
+        most(account),
         yes,
         plan,
-        prices.hourly(settings, "training", compute.instance_type),
+        prices.hourly(account, "training", compute.instance_type),
     )
-    train.stage_image(settings, stack)
-    channels = train.stage_data(settings, stack, source, local)
+    train.stage_image(account)
+    channels = train.stage_data(account, source, local)
     request = train.Request(name, settings.training.as_dict(), channels)
-    with jobs.starting(settings, KIND, name):
-        _submit(settings, stack, request, image)
+    with jobs.starting(account, KIND, name):
+        _submit(account, request, image)
     return name
 
 
-def _submit(settings: Settings, stack: aws.Stack, request: train.Request, image: str) -> None:
+def _submit(account: Account, request: train.Request, image: str) -> None:
     from sagemaker.train.tuner import HyperparameterTuner
 
-    made, search, folder = train.trainer(settings, stack, request, image), settings.tuning, f"jobs/{request.run}"
+    settings, folder = account.settings, f"jobs/{request.run}"
+    made, search = train.trainer(account, request, image), settings.tuning
     made.source_code.entry_script = LAUNCHER  # of AWS's toolkit; and without one the tuner uploads nothing
     made.base_job_name = folder  # of no job: where the tuner uploads
     del made.environment["TENSORBOARD_FOLDER"]  # a tuner's jobs have no output of that kind
@@ -130,40 +132,36 @@ def _range(name: str, choice: Range | list[Any]) -> Any:
     return ContinuousParameter(choice.min, choice.max, scaling_type=scale)
 
 
-def follow(settings: Settings, name: str, once: bool) -> dict[str, Any]:
+def follow(account: Account, name: str, once: bool) -> dict[str, Any]:
     """Show how far a search is, until it ends unless `once`; returns its last description.
 
     Raises:
         UserError: when there is none, or when Ctrl-C ends the looking, with how to stop it.
     """
-    shown = ""
-    try:
-        with waiting(f"the search {name}") as say:
-            while True:
-                facts = jobs.describe(settings, KIND, name)
-                if not facts:
-                    raise UserError(f"there is no tuning job {name!r} in {settings.aws.region}")
-                counts = facts.get("TrainingJobStatusCounters", {})
-                line = ", ".join(f"{count} {jobs.words(word, ' ')}" for word, count in counts.items() if count)
-                if shown != (shown := f"[{facts['Status']}] {line}".rstrip()):
-                    say(shown)
-                if once or facts["Status"] in jobs.ENDED:
-                    return facts
-                time.sleep(jobs.POLL)
-    except KeyboardInterrupt:
-        raise UserError(f"{name} runs on. {jobs.after(settings, KIND, name)}", code=130) from None
+
+    def look(_: object) -> tuple[dict[str, Any] | None, str]:
+        facts = jobs.describe(account, KIND, name)
+        if not facts:
+            raise UserError(f"there is no tuning job {name!r} in {account.region}")
+        counts = facts.get("TrainingJobStatusCounters", {})
+        line = ", ".join(f"{count} {jobs.words(word, ' ')}" for word, count in counts.items() if count)
+        over = once or facts["Status"] in jobs.ENDED
+        return facts if over else None, f"[{facts['Status']}] {line}".rstrip()
+
+    stopped = f"{name} runs on. {jobs.after(account, KIND, name)}"
+    return until(f"the search {name}", jobs.POLL, look, stopped=stopped)
 
 
-def report(settings: Settings, facts: dict[str, Any]) -> None:
+def report(account: Account, facts: dict[str, Any]) -> None:
     """Show the jobs of a search, and what to do with the best.
 
     Raises:
         UserError: when the search ended without success, after the table.
     """
     name, config = facts["Name"], facts["HyperParameterTuningJobConfig"]
-    with aws.explained(f"listing the jobs of {name}"):
-        listed = list(aws.pages(
-            aws.client(settings, "sagemaker"), "list_training_jobs_for_hyper_parameter_tuning_job",
+    with explained(f"listing the jobs of {name}"):
+        listed = list(pages(
+            account.client("sagemaker"), "list_training_jobs_for_hyper_parameter_tuning_job",
             "TrainingJobSummaries", HyperParameterTuningJobName=name, SortBy="CreationTime", SortOrder="Ascending",
         ))  # fmt: skip
     trials = [
@@ -175,12 +173,12 @@ def report(settings: Settings, facts: dict[str, Any]) -> None:
     ]  # fmt: skip
     ranges = [entry["Name"] for kind in config["ParameterRanges"].values() for entry in kind]
     objective = config["HyperParameterTuningJobObjective"]
-    searched = settings.tuning.model_copy(
+    searched = account.settings.tuning.model_copy(
         update={"ranges": dict.fromkeys(ranges), "objective": objective["MetricName"], "goal": objective["Type"]}
     )
     print(results.table(searched, trials, terminal.width()))
     if facts["Status"] == "Failed":
-        raise UserError(f"{name} failed: {aws.failure(facts)}")
+        raise UserError(f"{name} failed: {failure(facts)}")
     best = results.best(searched, trials)
     if best:
         pull = terminal.command("pull", JOB=best.name)
@@ -212,10 +210,10 @@ def main() -> int:
     parser.add_argument("--yes", variable="YES", action="store_true", help="go on although it is over budget")
     prices.add_plan(parser)
     options = parser.parse_args()
-    settings = load(options.set)
-    name = options.job or tune(settings, options.data, options.yes, options.plan)
+    account = Account(load(options.set))
+    name = options.job or tune(account, options.data, options.yes, options.plan)
     if not options.job:
-        print(f"started {name}. {jobs.after(settings, KIND, name)}", flush=True)
+        print(f"started {name}. {jobs.after(account, KIND, name)}", flush=True)
     if options.job or options.wait:
-        report(settings, follow(settings, name, once=not options.wait))
+        report(account, follow(account, name, once=not options.wait))
     return 0
