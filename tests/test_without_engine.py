@@ -22,7 +22,7 @@ from tests.conftest import (
 
 def test_hostile_data_and_settings(bake: Bake, ready: Project, tmp_path: Path) -> None:
     """The others: they pass where no engine answers, and all of them are linted."""
-    project = bake()
+    project = bake(scope="full")
     (project.path / ".venv").symlink_to(ready.path / ".venv")
     names = add_tests(project)
     caches = {"RUFF_CACHE_DIR": str(tmp_path / "ruff"), "MYPY_CACHE_DIR": str(tmp_path / "mypy")}
@@ -35,7 +35,7 @@ def test_hostile_data_and_settings(bake: Bake, ready: Project, tmp_path: Path) -
 
 
 def test_mlflow_logs_a_run_once_and_never_fails_training(bake: Bake, ready: Project) -> None:
-    project = bake(mlflow=True)
+    project = bake(scope="full", mlflow=True)
     (project.path / ".venv").symlink_to(ready.path / ".venv")
     uv = str(TEMPLATE / ".venv" / "bin" / "uv")
     project.make("setup")
