@@ -48,6 +48,7 @@ USE_THE_ENGINE = {
                  "failures", "monitor", "pipeline", "serve_local", "tune")
 }  # fmt: skip
 FAULTS = "tests/test_faults.py"
+FUZZING = "tests/test_fuzz.py"
 TRACKING = "tests/test_tracking.py"  # needs the answer mlflow
 OTHER_HOSTS = {"RAY_PYTHON": "ray", "TORCHSERVE_PYTHON": "torchserve"}  # variable of the tests, name of the host
 

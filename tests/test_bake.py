@@ -73,10 +73,18 @@ def combinations() -> list[Answers]:
     return rows
 
 
-@pytest.fixture(scope="session")
-def baked(bake: Bake) -> Baked:
-    """Bakes that hold every pair of option values."""
-    return [(answers, bake(**answers)) for answers in combinations()]
+def few() -> list[Answers]:
+    """Every scope with MLflow and without, and every licence."""
+    rows = itertools.product(CHOICES["scope"], CHOICES["mlflow"])
+    licences, regions = itertools.cycle(CHOICES["licence"]), itertools.cycle(("us-east-1", "cn-north-1"))
+    return [{"scope": scope, "mlflow": mlflow, "licence": next(licences), "aws_region": next(regions)}
+            for scope, mlflow in rows]  # fmt: skip
+
+
+@pytest.fixture(scope="session", params=[few, pytest.param(combinations, marks=pytest.mark.slow)])
+def baked(bake: Bake, request: pytest.FixtureRequest) -> Baked:
+    """Bakes of a few answers; with `make test-slow` those that hold every pair of option values."""
+    return [(answers, bake(**answers)) for answers in request.param()]
 
 
 def tracked(answers: Answers) -> bool:
@@ -93,8 +101,8 @@ def contents(project: Project) -> dict[str, bytes]:
     return {name: (project.path / name).read_bytes() for name in project.files()}
 
 
-def test_every_pair_of_option_values_is_baked(baked: Baked) -> None:
-    seen = set().union(*(pairs(answers) for answers, _ in baked))
+def test_every_pair_of_option_values_is_in_the_slow_bakes() -> None:
+    seen = set().union(*(pairs(answers) for answers in combinations()))
     for first, second in itertools.combinations(sorted(OPTIONS), 2):
         for value, other in itertools.product(OPTIONS[first], OPTIONS[second]):
             assert ((first, value), (second, other)) in seen

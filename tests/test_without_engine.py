@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tests.conftest import (
     FAULTS,
+    FUZZING,
     NO_ENGINE,
     OTHER_HOSTS,
     TEMPLATE,
@@ -30,7 +31,7 @@ def test_hostile_data_and_settings(bake: Bake, ready: Project, tmp_path: Path) -
     for words in (["ruff", "check", "."], ["ruff", "format", "--check", "."], mypy):
         done = project.run(ready.program(words[0]), *words[1:], **caches)
         assert done.returncode == 0, done.stdout + done.stderr
-    elsewhere = {FAULTS, TRACKING, *(f"tests/test_{name}.py" for name in OTHER_HOSTS.values())}
+    elsewhere = {FAULTS, FUZZING, TRACKING, *(f"tests/test_{name}.py" for name in OTHER_HOSTS.values())}
     run_tests(project, *(name for name in names if name not in USE_THE_ENGINE | elsewhere), **NO_ENGINE)
 
 
