@@ -121,7 +121,9 @@ VERBS: Table = {
         "audit": (
             ["pipelines/environment.py --audit"], "known vulnerabilities of the packages in .venv (asks PyPI)"
         ),
-        "update-template": ("update_template", "merge what is new in the template, keeping your changes"),
+        "update-template": (
+            "update_template", "merge what is new in the template, keeping your changes; SCOPE=full: grow to that scope"
+        ),
         "clean": (["pipelines/environment.py --clean"], "remove caches; data and artifacts stay"),
     },
 }  # fmt: skip
@@ -191,9 +193,9 @@ def _sections(rows: Iterable[tuple[Any, str]]) -> list[str]:
     """Of the settings, which SECTION__KEY overrides where one of the verbs may read them."""
     if not any(isinstance(target, str) for target, _ in rows) or not importlib.util.find_spec("pydantic"):
         return []
-    from pipelines.schema import Settings
+    from pipelines.config import sections
 
-    return [section.upper() for section in Settings.model_fields]
+    return [section.upper() for section in sections()]
 
 
 def words_of_make() -> list[str]:

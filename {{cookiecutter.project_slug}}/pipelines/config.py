@@ -52,8 +52,7 @@ def load(
         UserError: naming the key, the value and the nearest valid name.
     """
     document = {"training": _read(folder / "training.yaml"), **_read(folder / "infrastructure.yaml")}
-    here = [name for name in Settings.model_fields if (ROOT / "pipelines" / PARTS.get(name, "")).is_dir()]
-    known = {section: _keys(section, document.get(section)) for section in here}
+    known = {section: _keys(section, document.get(section)) for section in sections()}
     for section in known:
         document.setdefault(section, {})  # what is there needs its settings
     for name, value in environment.items():
@@ -76,6 +75,11 @@ def load(
     for name, choice in settings.tuning.ranges.items() if "tuning" in known else ():
         _check_range(name, choice, settings.training.as_dict())
     return settings
+
+
+def sections() -> list[str]:
+    """The sections that this project has."""
+    return [name for name in Settings.model_fields if (ROOT / "pipelines" / PARTS.get(name, "")).is_dir()]
 
 
 def number(name: str) -> type | None:
@@ -135,15 +139,15 @@ def _keys(section: str, given: Any = None) -> list[str]:
     return [name for name, option in options if option.is_required() or not isinstance(given, dict) or name in given]
 
 
-def _explain(error: ValidationError, sections: dict[str, list[str]]) -> str:
+def _explain(error: ValidationError, known: dict[str, list[str]]) -> str:
     """The first problem as one sentence."""
     problem = min(error.errors(), key=lambda item: item["type"] == "missing")  # a misspelt key explains a missing one
     nested = problem["loc"][:2] == ("tuning", "ranges")  # by name
     where = ".".join(str(part) for part in problem["loc"][:2])
     section, key = str(problem["loc"][0]), str(problem["loc"][-1])
     if problem["type"] == "extra_forbidden" and not nested:
-        known = sections[section] if len(problem["loc"]) > 1 else [*sections]
-        return f"configs: unknown key {where} (value {shown(problem['input'])}); {nearest(key, known)}"
+        near = nearest(key, known[section] if len(problem["loc"]) > 1 else known)
+        return f"configs: unknown key {where} (value {shown(problem['input'])}); {near}"
     if problem["type"] == "missing" and not (nested and problem["loc"][2:]):
         return f"configs: {where} is missing; add it, or take the file of the template"
     depth = 3 if nested else 2

@@ -12,10 +12,15 @@ import pytest
 import yaml
 
 from pipelines import ROOT, SOURCE
+from pipelines.__main__ import verbs
 from tests.helpers import verb_environment
 from training.config import Hyperparameters
 
 MODULES = sorted([*SOURCE.rglob("*.py"), *(ROOT / "pipelines").rglob("*.py")])
+VERBS = [path for path in MODULES if path.is_relative_to(ROOT / "pipelines")]
+FLOORS = ["terminal project schema config environment", "runs report", "local", "cloud", "endpoint registry tuning",
+          "training_pipeline batch monitoring tracking", "pipeline"]  # of pipelines/, the lowest first  # fmt: skip
+FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms.split()}
 
 
 def imported(path: Path) -> set[str]:
@@ -47,6 +52,28 @@ def test_wall_test_can_fail(tmp_path: Path) -> None:
     assert imported(file) == {"boto3", "torch"}
 
 
+def upward(room: str, text: str) -> set[str]:
+    """The rooms that a module of one imports although they are not below it; the lowest ones know each other."""
+    found = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ImportFrom)]
+    names = {alias.name for node in found if node.module == "pipelines" for alias in node.names}
+    names |= {node.module.split(".")[1] for node in found if node.module and node.module.startswith("pipelines.")}
+    own = FLOOR.get(room, len(FLOORS))  # a room of yours is on top of all
+    return {name for name in names - {room} if FLOOR.get(name, -1) >= max(own, 1)}
+
+
+@pytest.mark.parametrize("path", VERBS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_run_downward_only(path: Path) -> None:
+    room = path.relative_to(ROOT / "pipelines").parts[0].removesuffix(".py")
+    assert not upward(room, path.read_text(encoding="utf-8"))
+
+
+def test_imports_that_run_upward_are_seen() -> None:
+    text = "def late():\n    from pipelines.endpoint import state\n    from pipelines import ROOT, cloud, config\n"
+    assert upward("local", text) == {"cloud", "endpoint"}
+    assert upward("cloud", text) == upward("registry", text) == {"endpoint"}
+    assert upward("endpoint", text) == upward("pipeline", text) == upward("mine", text) == set()
+
+
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_module_is_short_and_says_what_it_does(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
@@ -55,9 +82,9 @@ def test_every_module_is_short_and_says_what_it_does(path: Path) -> None:
 
 
 def test_importing_the_verbs_needs_no_torch_and_no_sdk() -> None:
-    verbs = ", ".join(f"pipelines.{path.stem}" for path in (ROOT / "pipelines").glob("*.py"))
+    names = ", ".join(".".join(path.relative_to(ROOT).with_suffix("").parts) for path in VERBS)
     slow = ("torch", "sagemaker", "boto3", "botocore", "sklearn", "moto", "mlflow")
-    code = f"import sys, {verbs}; print([name for name in {slow} if name in sys.modules])"
+    code = f"import sys, {names}; print([name for name in {slow} if name in sys.modules])"
     answer = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert answer.stdout.strip() == "[]"
 
@@ -82,10 +109,8 @@ def test_training_yaml_holds_every_hyperparameter_with_its_type() -> None:
     assert list(document) == [option.name for option in fields(Hyperparameters)]
 
 
-def test_the_makefile_documents_every_verb_and_every_recipe_is_one_program() -> None:
-    lines = (ROOT / "Makefile").read_text(encoding="utf-8").splitlines()
-    phony = next(line for line in lines if line.startswith(".PHONY:")).split()[1:]
-    for name in phony:
-        assert any(line.startswith(f"{name}:") and " ## " in line for line in lines), f"{name} has no description"
-    recipes = [line for line in lines if line.startswith("\t")]
-    assert not [line for line in recipes if any(sign in line for sign in ("&&", "||", ";;", "`", "$(shell"))]
+def test_every_verb_is_in_the_table() -> None:
+    listed = {target for rows in verbs().values() for target, _ in rows.values() if isinstance(target, str)}
+    mains = {path for path in VERBS if "\ndef main() -> int:" in path.read_text(encoding="utf-8")}
+    names = {".".join(path.relative_to(ROOT / "pipelines").with_suffix("").parts) for path in mains}
+    assert names - {"__main__"} == listed

@@ -71,9 +71,10 @@ def deploy(account: Account, options: Namespace) -> None:
     print(f"{name} is in service, its {len(model.samples)} golden samples agree within {difference:.4f}")
     print(f"  {state.link(account, name)}")
     print(f"  {terminal.command('invoke', IMAGE='path/to/an/image', ENDPOINT=name)}")
+    if plan.weight and Path(__file__).with_name("shift_traffic.py").exists():
+        print(f"  {terminal.command('shift-traffic', VARIANT=SECOND, WEIGHT=50, ENDPOINT=name)}")
     if plan.weight:
-        shift = terminal.command("shift-traffic", VARIANT=SECOND, WEIGHT=50, ENDPOINT=name)
-        print(f"  {shift}; `make deploy` goes back to one variant")
+        print("  `make deploy` goes back to one variant")
     print(f"  it {ends}; {remove}", flush=True)
 
 

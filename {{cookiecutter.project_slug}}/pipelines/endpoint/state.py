@@ -1,4 +1,4 @@
-"""What `deploy`, `invoke` and `shift-traffic` share: an endpoint's name, state, end, scaling and answers."""
+"""What the verbs of an endpoint share: its name, its state, and waiting for it."""
 
 from __future__ import annotations
 
