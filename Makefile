@@ -24,7 +24,7 @@ demo: $(READY) ## bake the template into build/ and there: data, train-local, ev
 	@echo "in $(PROJECT):"
 	@cd $(PROJECT) && .venv/bin/python -c "from pipelines import runs; print(runs.describe(runs.find(None)))"
 
-try: $(READY) ## lint, types and tests of one room in about a minute: ROOM=cloud (without Docker; `make test` runs everything)
+try: $(READY) ## lint, types and tests of ROOM=cloud, as many as fit into a minute, those that failed first (ALL=1: the whole room)
 	@.venv/bin/python -m tests.room "$$ROOM"
 
 test: $(READY) ## tests of the template, and those of the project that it generates
