@@ -123,13 +123,13 @@ Planned = Callable[..., str]
 
 
 @pytest.fixture
-def planned(aws: Recorder, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> Planned:
+def planned(aws: Recorder, account: Account, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> Planned:
     """What a verb prints with --plan, where there is neither a stack nor a run; only reading requests may be sent."""
     monkeypatch.setattr(runs, "ARTIFACTS", tmp_path / "artifacts")
     monkeypatch.setattr(subprocess, "run", lambda *words, **_: pytest.fail(f"started {words}"))
     for variable in ("COMPUTE__INSTANCE_TYPE", "MONITORING__INSTANCE_TYPE", "COMPUTE__PROCESS_INSTANCE_TYPE"):
         monkeypatch.setenv(variable, "ml.g5.xlarge" if variable == "COMPUTE__INSTANCE_TYPE" else "ml.m5.large")
-    assert settings
+    assert account
 
     def run(verb: str, *words: str, over: bool = False) -> str:
         monkeypatch.setattr(sys, "argv", [verb, "--plan", "--yes", "--set", "aws.region=us-east-1", *words])

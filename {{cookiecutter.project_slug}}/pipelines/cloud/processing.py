@@ -36,7 +36,7 @@ def process(account: Account, source: str | None, yes: bool, plan: bool = False)
     Raises:
         UserError: when no job was started.
     """
-    settings, stack = account.settings, account.stack()
+    settings = account.settings
     compute, source = settings.compute, source or settings.data.source
     stack = prices.stack(account, plan)
     local = None if plan or source.startswith("s3://") else data.raw(source)
