@@ -77,8 +77,8 @@ VERBS: Table = {
         ),
         "pipeline": (
             "pipeline.cloud",
-            "preprocess, train, evaluate, gate and register as a SageMaker Pipeline; DATA= may be s3://... (WAIT=1 YES=1 "
-            "PLAN=1)",
+            "preprocess, train, evaluate, gate and register as a SageMaker Pipeline; DATA= may be s3://... (WAIT=1 "
+            "YES=1 PLAN=1)",
         ),
         "logs": ("cloud.jobs", "the log of JOB=, followed as long as it runs"),
         "pull": ("cloud.pull", "fetch the run of training job JOB= into artifacts/"),
