@@ -1,6 +1,6 @@
 # The template's own verbs. The generated project has a Makefile of its own.
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-faults test-hosts try lint bench bench-train bench-serve record picture
+.PHONY: help demo test test-faults test-hosts test-slow try lint bench bench-train bench-serve record picture
 
 PYTHON ?= python3
 READY := .venv/.ready
@@ -24,14 +24,17 @@ demo: $(READY) ## bake the template into build/ and there: data, train-local, ev
 	@echo "in $(PROJECT):"
 	@cd $(PROJECT) && .venv/bin/python -c "from pipelines import runs; print(runs.describe(runs.find(None)))"
 
-try: $(READY) ## lint, types and tests of one room in about a minute: ROOM=cloud (without Docker; `make test` runs everything)
+try: $(READY) ## lint, types and tests of ROOM=cloud, as many as fit into a minute, those that failed first (ALL=1: the whole room)
 	@.venv/bin/python -m tests.room "$$ROOM"
 
 test: $(READY) ## tests of the template, and those of the project that it generates
-	@.venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not faults and not hosts" $(ARGS)
+	@.venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not faults and not hosts and not slow" $(ARGS)
 
 test-faults: $(READY) ## kills, truncated checkpoints, full disks and hung peers, injected into real training jobs
 	@.venv/bin/python -m pytest -m faults $(ARGS)
+
+test-slow: $(READY) ## what is too long for CI: every pair of options, lowest versions, fuzzing, a soak (about an hour)
+	@.venv/bin/python -m pytest -m slow $(ARGS)
 
 test-hosts: $(READY) ## the handlers under Ray Serve, and under TorchServe with the PyTorch toolkit, which needs Java 17
 	@.venv/bin/python -m pytest -m hosts $(ARGS)

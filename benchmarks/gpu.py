@@ -622,7 +622,7 @@ def job_torchrun_sigterm():
         )  # as with a driver that is too old
         facts["gpu_promised_but_invisible"] = [
             blind.wait(90),
-            next((line for line in blind.lines if "rank(s)" in line), ""),
+            next((line for line in blind.lines if "on 1 process" in line), ""),
         ]
     assert facts["code"] == 143, facts
     return facts

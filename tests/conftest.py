@@ -34,7 +34,7 @@ HOSTILE = {  # every other answer
     "author": "O'Neill <o@example.com>\\n {braces}",
     "licence": "Proprietary",
     "aws_region": "cn-north-1",
-    "github_workflows": False,
+    "scope": "local",
     "mlflow": True,
 }
 NO_ENGINE = {"DOCKER_HOST": "unix:///nowhere", "REQUIRE_CONTAINERS": ""}
@@ -48,6 +48,7 @@ USE_THE_ENGINE = {
                  "failures", "monitor", "pipeline", "serve_local", "tune")
 }  # fmt: skip
 FAULTS = "tests/test_faults.py"
+FUZZING = "tests/test_fuzz.py"
 TRACKING = "tests/test_tracking.py"  # needs the answer mlflow
 OTHER_HOSTS = {"RAY_PYTHON": "ray", "TORCHSERVE_PYTHON": "torchserve"}  # variable of the tests, name of the host
 
@@ -140,9 +141,15 @@ def default(bake: Bake) -> Project:
 
 
 @pytest.fixture(scope="session")
+def full(bake: Bake) -> Project:
+    """One of the largest scope, which has everything but MLflow, as raw as it came."""
+    return bake(scope="full")
+
+
+@pytest.fixture(scope="session")
 def ready(bake: Bake) -> Project:
-    """Another default bake with its environment, and everything committed: for tests that run verbs in it."""
-    project = bake()
+    """Another one of the largest scope, committed, with its environment, which does for the smaller ones too."""
+    project = bake(scope="full")
     project.make("setup")
     commit = ("-c", "user.name=test", "-c", "user.email=test@example.com", "commit", "--quiet", "--message", "bake")
     for words in (("add", "--all"), commit):

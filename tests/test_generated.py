@@ -31,8 +31,12 @@ from tests.conftest import (
 from tests.photos import CLASSES, FLOOR, SETTINGS, accuracy
 
 
-def test_its_own_tests_pass(ready: Project) -> None:
-    run_tests(ready)
+@pytest.mark.parametrize("scope", ["cloud", "full"])
+def test_its_own_tests_pass(bake: Bake, ready: Project, scope: str) -> None:
+    """Those of the scope `local` are in the next test."""
+    project = bake(scope=scope)
+    (project.path / ".venv").symlink_to(ready.path / ".venv")
+    run_tests(project)
 
 
 def test_its_own_tests_pass_with_every_other_answer(bake: Bake, ready: Project) -> None:
@@ -46,7 +50,7 @@ def test_its_own_tests_pass_with_every_other_answer(bake: Bake, ready: Project) 
 
 def test_hostile_machines(bake: Bake, ready: Project) -> None:
     """The tests of `tests/in_project`, which users need not keep, that use the Docker engine."""
-    project = bake()
+    project = bake(scope="full")
     (project.path / ".venv").symlink_to(ready.path / ".venv")
     assert {*add_tests(project)} > USE_THE_ENGINE
     run_tests(project, *sorted(USE_THE_ENGINE))
@@ -55,7 +59,7 @@ def test_hostile_machines(bake: Bake, ready: Project) -> None:
 @pytest.mark.hosts
 def test_other_hosts(bake: Bake, ready: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same handlers under Ray Serve, and under TorchServe with the PyTorch toolkit, each in its own environment."""
-    project = bake()
+    project = bake(scope="full")
     (project.path / ".venv").symlink_to(ready.path / ".venv")
     names = add_tests(project)
     for variable, host in OTHER_HOSTS.items():
@@ -68,7 +72,7 @@ def test_other_hosts(bake: Bake, ready: Project, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.faults
 def test_faults(bake: Bake, ready: Project) -> None:
     """Kills, truncated files, full disks, hung peers: minutes of waiting, so in a run of their own."""
-    project = bake()
+    project = bake(scope="full")
     (project.path / ".venv").symlink_to(ready.path / ".venv")
     assert FAULTS in add_tests(project)
     run_tests(project, FAULTS)

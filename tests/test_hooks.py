@@ -27,7 +27,7 @@ TAKEN = ("class", "json", "torch", "requests", "pre_commit", "scikit_learn", "sr
 def hook(**answers: str) -> dict[str, Any]:
     """The variables of pre_gen_project.py, rendered as cookiecutter does."""
     good = {"project_name": "Cats", "description": "Cats", "author": "Me", "project_slug": "cats"}
-    good |= {"aws_region": "us-east-1"} | answers
+    good |= {"aws_region": "us-east-1", "scope": "cloud"} | answers
     environment = jinja2.Environment(autoescape=False)
     source = (TEMPLATE / "hooks" / "pre_gen_project.py").read_text(encoding="utf-8")
     variables: dict[str, Any] = {"__name__": "hook"}
@@ -117,13 +117,14 @@ def test_a_name_in_use_is_refused(slug: str) -> None:
 
 
 def test_every_dependency_and_every_folder_is_in_use() -> None:
-    text = (
-        (TREE / "pyproject.toml").read_text(encoding="utf-8").replace("{%", "#").replace("{{ ", "").replace(" }}", "")
-    )
+    text = (TREE / "pyproject.toml").read_text(encoding="utf-8").replace("{{ ", "").replace(" }}", "")
     groups = tomllib.loads(text)["dependency-groups"]
     requirements = [re.split(r"[^A-Za-z0-9._-]", entry)[0] for group in groups.values() for entry in group]
-    folders = [path.name for path in [*TREE.iterdir(), *(TREE / "src").iterdir()] if path.is_dir()]
+    folders = [
+        path.stem for path in [*TREE.iterdir(), *(TREE / "src").iterdir()] if path.is_dir() or path.suffix == ".py"
+    ]
     assert len(requirements) > 10
+    assert {"model", "progress", "payload", "training"} <= {*folders}
     for name in [*requirements, *folders, "pil", "yaml", "sklearn", "data", "artifacts"]:
         slug = re.sub(r"[-.]", "_", name).lower()
         if not slug.startswith("_"):
@@ -173,7 +174,7 @@ def test_answers_at_the_prompts_are_data(tmp_path: Path) -> None:
     """Template syntax and shell syntax that somebody types end up in the files as they were typed."""
     description = "{{ 7 * 7 }} {% raw %} {# no #} $(touch canary) `touch canary` $(shell touch canary)"
     author = 'Robert\'); DROP TABLE "Students";-- \\ # {braces}'
-    answers = ["Cats", "cats", description, author, "eu-west-1", "2", "n", "y"]
+    answers = ["Cats", "cats", description, author, "eu-west-1", "2", "3", "y"]
     command = [sys.executable, "-m", "cookiecutter", str(TEMPLATE), "--output-dir", str(tmp_path)]
     done = subprocess.run(command, input="\n".join(answers) + "\n", capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -187,19 +188,49 @@ def test_answers_at_the_prompts_are_data(tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("canary"))
 
 
+@given(scope=PRINTABLE | st.sampled_from(["local", "cloud", "full", "Full", "cloud "]))
+def test_scopes_come_from_the_list(scope: str) -> None:
+    assert (problem(scope=scope) is None) == (scope in ("local", "cloud", "full"))
+
+
 def test_booleans_and_choices_from_the_command_line(tmp_path: Path) -> None:
-    done = bake(tmp_path, "project_name=Big Cats", "github_workflows=false", "mlflow=yes", "licence=MIT")
+    done = bake(tmp_path, "project_name=Big Cats", "scope=full", "mlflow=yes", "licence=MIT")
     assert done.returncode == 0, done.stderr
     project = tmp_path / "big_cats"
-    assert not (project / ".github").exists()
-    assert (project / "pipelines" / "track.py").exists()
+    assert (project / ".github" / "workflows" / "deliver.yml").exists()
+    assert (project / "pipelines" / "tracking" / "track.py").exists()
     assert "cd big_cats" in done.stdout
     assert (project / ".git").is_dir()
-    for answer in ("github_workflows=maybe", "licence=GPL"):
+    for answer in ("scope=everything", "mlflow=maybe", "licence=GPL"):  # cookiecutter looks before any hook can
         done = bake(tmp_path, "project_slug=other", answer)
         assert done.returncode != 0
-        assert answer.partition("=")[2] in done.stderr + done.stdout
+        last = done.stderr.splitlines()[-1]
+        assert answer.partition("=")[0] in last
+        assert answer.partition("=")[2] in last
         assert not (tmp_path / "other").exists()
+
+
+def test_mlflow_in_a_smaller_scope_waits_and_says_so(tmp_path: Path) -> None:
+    for scope in ("local", "cloud", "full"):
+        done = bake(tmp_path, f"project_slug=in_{scope}", f"scope={scope}", "mlflow=yes")
+        assert done.returncode == 0, done.stderr
+        said = [line for line in done.stdout.splitlines() if "MLflow" in line]
+        assert len(said) == (scope != "full")
+        assert (tmp_path / f"in_{scope}" / "pipelines" / "tracking").exists() == (scope == "full")
+        facts = json.loads((tmp_path / f"in_{scope}" / ".cruft.json").read_text(encoding="utf-8"))
+        assert facts["context"]["cookiecutter"]["scope"] == scope
+        assert facts["context"]["cookiecutter"]["mlflow"] is True
+
+
+def test_the_hook_removes_what_is_there(tmp_path: Path) -> None:
+    """Its table names nothing that the tree does not have, and one part's removal never ends another's."""
+    source = (TEMPLATE / "hooks" / "post_gen_project.py").read_text(encoding="utf-8")
+    variables: dict[str, Any] = {"__name__": "hook"}
+    answers = {"project_slug": "cats", "scope": "local", "mlflow": True, "__tracking": ""}
+    exec(jinja2.Environment(autoescape=False).from_string(source).render(cookiecutter=answers), variables)
+    for path in variables["lacks"]():
+        assert (TREE / path).exists(), f"the template has no {path}"
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_text_that_is_given_as_data_is_data() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -11,9 +12,11 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import (
+    NO_ENGINE,
     TEMPLATE,
     Bake,
     Project,
+    run_tests,
 )
 
 
@@ -50,9 +53,22 @@ def test_a_lock_is_respected(bake: Bake, tmp_path: Path) -> None:
     assert (project.path / "uv.lock").read_bytes() == before
 
 
+@pytest.mark.parametrize("scope", ["local", "cloud"])
+def test_a_smaller_scope_needs_no_more_than_it_installs(bake: Bake, scope: str) -> None:
+    """In an environment of its own: its tests pass, without an engine, and so does its lint."""
+    project = bake(scope=scope)
+    project.make("setup")
+    uv = str(TEMPLATE / ".venv" / "bin" / "uv")
+    listed = project.run(uv, "pip", "list", "--format", "json", "--python", project.program("python")).stdout
+    there = {package["name"] for package in json.loads(listed)} & {"cfn-lint", "moto", "optuna"}
+    assert there == ({"cfn-lint", "moto"} if scope == "cloud" else set())
+    project.make("lint")
+    run_tests(project, **NO_ENGINE)
+
+
 def test_a_laptop_without_torch_reaches_the_job(bake: Bake) -> None:
     """Everything that `pipelines` imports is in the group `laptop`."""
-    project = bake()
+    project = bake(scope="full")
     project.make("setup", "ARGS=--group laptop")
     files = [path.relative_to(project.path) for path in (project.path / "pipelines").rglob("[!_]*.py")]
     code = "import " + ", ".join(".".join(path.with_suffix("").parts) for path in files)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tests.conftest import (
     FAULTS,
+    FUZZING,
     NO_ENGINE,
     OTHER_HOSTS,
     TEMPLATE,
@@ -22,7 +23,7 @@ from tests.conftest import (
 
 def test_hostile_data_and_settings(bake: Bake, ready: Project, tmp_path: Path) -> None:
     """The others: they pass where no engine answers, and all of them are linted."""
-    project = bake()
+    project = bake(scope="full")
     (project.path / ".venv").symlink_to(ready.path / ".venv")
     names = add_tests(project)
     caches = {"RUFF_CACHE_DIR": str(tmp_path / "ruff"), "MYPY_CACHE_DIR": str(tmp_path / "mypy")}
@@ -30,12 +31,12 @@ def test_hostile_data_and_settings(bake: Bake, ready: Project, tmp_path: Path) -
     for words in (["ruff", "check", "."], ["ruff", "format", "--check", "."], mypy):
         done = project.run(ready.program(words[0]), *words[1:], **caches)
         assert done.returncode == 0, done.stdout + done.stderr
-    elsewhere = {FAULTS, TRACKING, *(f"tests/test_{name}.py" for name in OTHER_HOSTS.values())}
+    elsewhere = {FAULTS, FUZZING, TRACKING, *(f"tests/test_{name}.py" for name in OTHER_HOSTS.values())}
     run_tests(project, *(name for name in names if name not in USE_THE_ENGINE | elsewhere), **NO_ENGINE)
 
 
 def test_mlflow_logs_a_run_once_and_never_fails_training(bake: Bake, ready: Project) -> None:
-    project = bake(mlflow=True)
+    project = bake(scope="full", mlflow=True)
     (project.path / ".venv").symlink_to(ready.path / ".venv")
     uv = str(TEMPLATE / ".venv" / "bin" / "uv")
     project.make("setup")

@@ -39,15 +39,16 @@ def audit(workflows: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([str(program), *options, str(workflows)], capture_output=True, text=True, timeout=120)
 
 
-def test_an_option_decides_about_all_workflows(bake: Bake, default: Project) -> None:
-    assert set(texts(default)) == {"ci.yml", "deliver.yml", "weekly.yml"}
-    without = bake(github_workflows=False)
-    assert not (without.path / ".github").exists()
-    assert texts(bake(mlflow=True, aws_region="eu-west-1")) == texts(default)
+def test_the_scope_decides_about_workflows(bake: Bake, default: Project, full: Project) -> None:
+    assert set(texts(full)) == {"ci.yml", "deliver.yml", "weekly.yml"}
+    for project in (default, bake(scope="local")):
+        assert set(texts(project)) == {"ci.yml"}
+        assert audit(project.path / ".github" / "workflows").returncode == 0
+    assert texts(bake(scope="full", mlflow=True, aws_region="eu-west-1")) == texts(full)
 
 
-def test_zizmor_finds_nothing(default: Project) -> None:
-    done = audit(default.path / ".github" / "workflows")
+def test_zizmor_finds_nothing(full: Project) -> None:
+    done = audit(full.path / ".github" / "workflows")
     assert done.returncode == 0, done.stdout
 
 
@@ -63,41 +64,41 @@ def test_zizmor_finds_nothing(default: Project) -> None:
     ],
 )
 def test_zizmor_would_find_something(bake: Bake, name: str, old: str, new: str) -> None:
-    folder = bake().path / ".github" / "workflows"
+    folder = bake(scope="full").path / ".github" / "workflows"
     text = (folder / name).read_text(encoding="utf-8")
     assert old in text
     (folder / name).write_text(text.replace(old, new), encoding="utf-8")
     assert audit(folder).returncode != 0
 
 
-def test_actions_are_pinned_to_commits_that_were_looked_up(default: Project) -> None:
-    used = [use for text in texts(default).values() for use in re.findall(r"- uses: (.*)", text)]
+def test_actions_are_pinned_to_commits_that_were_looked_up(full: Project) -> None:
+    used = [use for text in texts(full).values() for use in re.findall(r"- uses: (.*)", text)]
     assert {use.partition("@")[0] for use in used} == {*PINS}
     for use in used:
         assert use == f"{use.partition('@')[0]}@{PINS[use.partition('@')[0]]}"
 
 
-def test_every_step_is_a_verb_that_exists(default: Project) -> None:
-    for name in texts(default):
-        for job in workflow(default, name)["jobs"].values():
+def test_every_step_is_a_verb_that_exists(full: Project) -> None:
+    for name in texts(full):
+        for job in workflow(full, name)["jobs"].values():
             for step in (step for step in job.get("steps", []) if "run" in step):
                 words = step["run"].split()
                 assert words[0] == "make"
                 assert "${{" not in step["run"], "an expression would be pasted into a shell"
-                expanded = default.run("make", "-n", *words[1:], **step.get("env", {}))
+                expanded = full.run("make", "-n", *words[1:], **step.get("env", {}))
                 assert expanded.returncode == 0, expanded.stderr
 
 
-def test_rights_are_the_least(default: Project) -> None:
-    ci, deliver = workflow(default, "ci.yml"), workflow(default, "deliver.yml")
-    weekly = workflow(default, "weekly.yml")
+def test_rights_are_the_least(full: Project) -> None:
+    ci, deliver = workflow(full, "ci.yml"), workflow(full, "deliver.yml")
+    weekly = workflow(full, "weekly.yml")
     assert ci["permissions"] == deliver["permissions"] == weekly["permissions"] == {}
     assert {name: job["permissions"] for name, job in weekly["jobs"].items()} == {"test": READS, "audit": READS}
     assert {name: job["permissions"] for name, job in deliver["jobs"].items()} == {
         "test": READS, "pipeline": AS_ROLE, "deploy": AS_ROLE,
     }  # fmt: skip
     assert {name: job["permissions"] for name, job in ci["jobs"].items()} == {"test": READS}
-    assert "secrets." not in "".join(texts(default).values()), "there are no keys"
+    assert "secrets." not in "".join(texts(full).values()), "there are no keys"
     for job in (deliver["jobs"]["pipeline"], deliver["jobs"]["deploy"]):
         uses = [step.get("uses", step.get("run", "")).partition("@")[0] for step in job["steps"]]
         assert uses.index("make setup") < uses.index("aws-actions/configure-aws-credentials"), "packages get no role"
@@ -108,9 +109,9 @@ def test_rights_are_the_least(default: Project) -> None:
         )  # of the stack's role
 
 
-def test_nothing_is_delivered_unasked(default: Project) -> None:
+def test_nothing_is_delivered_unasked(full: Project) -> None:
     """Off without a role; only from main; tests come first, then a person, and a run does not overtake another."""
-    deliver = workflow(default, "deliver.yml")
+    deliver = workflow(full, "deliver.yml")
     jobs = deliver["jobs"]
     assert set(deliver["on"]) == {"push", "workflow_dispatch"}
     assert deliver["on"]["push"]["branches"] == ["main"]
@@ -120,29 +121,29 @@ def test_nothing_is_delivered_unasked(default: Project) -> None:
     assert jobs["pipeline"]["needs"] == "test"
     assert "if" not in jobs["pipeline"], "it would run although the tests were skipped or failed"
     assert jobs["test"]["uses"] == "./.github/workflows/ci.yml"
-    assert "workflow_call" in workflow(default, "ci.yml")["on"]
+    assert "workflow_call" in workflow(full, "ci.yml")["on"]
     assert jobs["deploy"]["needs"] == "pipeline"
     assert "needs.pipeline.result == 'success' || inputs.package != ''" in jobs["deploy"]["if"]
     assert jobs["deploy"]["environment"] == "production"
     assert deliver["concurrency"]["cancel-in-progress"] == "false"
-    groups = [workflow(default, name)["concurrency"]["group"] for name in ("ci.yml", "deliver.yml")]
+    groups = [workflow(full, name)["concurrency"]["group"] for name in ("ci.yml", "deliver.yml")]
     assert groups[0].startswith("ci-${{ github.workflow }}-"), "a called workflow in its caller's group waits for ever"
     runs = [step["run"] for step in jobs["deploy"]["steps"] if "run" in step]
     assert runs == ["make setup", "make approve YES=1", "make deploy YES=1 ARGS=--rollback"]
     assert jobs["deploy"]["steps"][-1]["env"]["ENDPOINT__ROLLOUT"] == "canary"
 
 
-def test_the_stack_lets_in_what_the_workflow_is(default: Project) -> None:
+def test_the_stack_lets_in_what_the_workflow_is(full: Project) -> None:
     """The environment's name is part of what GitHub calls a job; the stack has to know it."""
-    stack = (default.path / "infrastructure" / "automation.yaml").read_text(encoding="utf-8")
-    environment = workflow(default, "deliver.yml")["jobs"]["deploy"]["environment"]
+    stack = (full.path / "infrastructure" / "automation.yaml").read_text(encoding="utf-8")
+    environment = workflow(full, "deliver.yml")["jobs"]["deploy"]["environment"]
     assert stack.count(f'"repo:${{Name}}:environment:{environment}"') == 2
     assert stack.count('"repo:${Name}:ref:refs/heads/${GitHubBranch}"') == 2
     assert "MaxSessionDuration: 21600" in stack
 
 
-def test_every_week_both_ends_of_the_bounds_are_tested_and_audited(default: Project) -> None:
-    weekly = workflow(default, "weekly.yml")
+def test_every_week_both_ends_of_the_bounds_are_tested_and_audited(full: Project) -> None:
+    weekly = workflow(full, "weekly.yml")
     assert set(weekly["on"]) == {"schedule", "workflow_dispatch"}
     assert re.fullmatch(r"\d+ \d+ \* \* [0-6]", weekly["on"]["schedule"][0]["cron"])
     test, audited = weekly["jobs"]["test"], weekly["jobs"]["audit"]

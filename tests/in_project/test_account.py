@@ -39,10 +39,10 @@ def made(monkeypatch: pytest.MonkeyPatch) -> Made:
     """How often the project's code made which client; the SDK makes some of its own."""
     found, real = Made(), boto3.Session.client
 
-    def client(self: Any, service: str, region: str | None = None, **more: Any) -> Any:
+    def client(self: Any, *words: Any, **more: Any) -> Any:
         if sys._getframe(1).f_globals["__name__"].startswith("pipelines."):
-            found[service, region] += 1
-        return real(self, service, region, **more)
+            found[words] += 1
+        return real(self, *words, **more)
 
     monkeypatch.setattr(boto3.Session, "client", client)
     return found

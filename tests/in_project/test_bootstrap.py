@@ -350,7 +350,7 @@ def test_one_account_sees_a_stack_that_is_made_changed_and_removed(
     assert account.stack().bucket == BUCKET
     bootstrap.bootstrap(account, yes=True)
     assert "is up to date" in capsys.readouterr().out
-    destroy.destroy_stack(account, everything=False, confirmed="", yes=True)
+    destroy.destroy_stack(account, everything=True, confirmed=NAME, yes=True)
     destroy.destroy_stack(account, everything=False, confirmed="", yes=True)
     assert f"there is no stack {NAME}" in capsys.readouterr().out
     bootstrap.bootstrap(account, yes=True)

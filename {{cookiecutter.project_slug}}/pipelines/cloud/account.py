@@ -101,7 +101,8 @@ class Account:
         from botocore.config import Config
 
         key = service, region or self.region
-        limits = Config(retries={"mode": "standard", "max_attempts": ATTEMPTS}, connect_timeout=10, read_timeout=60)
+        retries = {"mode": "standard", "total_max_attempts": ATTEMPTS}
+        limits = Config(retries=retries, connect_timeout=10, read_timeout=60)
         with self._one:
             if key not in self._clients:
                 self._clients[key] = self.session.client(*key, config=limits)
