@@ -26,8 +26,9 @@ NEXT = """
 {{ cookiecutter.project_slug }} is ready. Next:
   cd {{ cookiecutter.project_slug }}
   make train-local                        # sample images, in a local container where Docker runs
+  make report                             # tests the model and writes a page about it
   make train-local DATA=folder/of/images  # your own: one sub-folder a class
-  make                                    # everything else
+  make                                    # the other verbs
 """
 
 

@@ -318,3 +318,10 @@ def test_readme_names_only_verbs_and_variables_that_exist(ready: Project) -> Non
         assert verb in ROWS, f"the README names make {verb}"
     known = {name for verb in ROWS for name in taken(verb)} | {"ARGS", "IMAGES__BASE", "SCOPE"}
     assert set(re.findall(r"\b([A-Z_]{3,})=", readme)) <= known
+
+
+def test_help_for_a_reader_who_has_seen_enough(bake: Bake) -> None:
+    """As in `make help | head -1`: no traceback."""
+    done = bake().run("bash", "-c", "python3 -m pipelines help | true; echo ${PIPESTATUS[0]}", PYTHONUNBUFFERED="1")
+    assert done.stdout.strip() in ("0", "141")
+    assert not done.stderr

@@ -20,7 +20,7 @@ from pipelines.batch import transform
 from pipelines.cloud import destroy, inventory, prices, processing, status, train
 from pipelines.cloud.account import Account, Stack
 from pipelines.cloud.inventory import Item
-from pipelines.config import Settings, load
+from pipelines.config import load
 from pipelines.endpoint import deploy
 from pipelines.monitoring import monitor
 from pipelines.pipeline import cloud as pipeline

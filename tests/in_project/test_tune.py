@@ -182,7 +182,7 @@ def test_a_search_is_followed_to_its_table(
     assert re.search(rf"\n\*  0\.9700 .*0\.01 .* Completed +{NAME}-003-abcd\n", out)
     assert re.search(rf"\n {{22,}}.*0\.05 .* Failed +{NAME}-002-abcd\n", out)
     assert f"make pull JOB={NAME}-003-abcd" in out
-    assert 'ARGS="--set training.batch_size=64 --set training.learning_rate=0.01' in out
+    assert "ARGS='--set training.batch_size=64 --set training.learning_rate=0.01" in out
     asked = ("DescribeHyperParameterTuningJob", "ListTrainingJobsForHyperParameterTuningJob")
     check_golden("tune_follow", [next(call for call in search if call[0] == name) for name in asked])
     assert run_main(monkeypatch, "--job", NAME, "--set", "tuning.goal=Minimize") == 0  # it is the job's own that counts

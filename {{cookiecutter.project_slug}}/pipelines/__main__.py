@@ -33,7 +33,8 @@ VERBS: Table = {
         "setup": (["pipelines/environment.py"], "the environment in .venv, with uv (ARGS go to `uv pip install`)"),
         "data": ("local.data", "pack DATA=<folder of images, a sub-folder a class>; without it the sample digits"),
         "train-local": (
-            "local.train", "train through ModelTrainer in a local container (DATA= RUN= LOCAL_MODE= INSTANCE_COUNT=)"
+            "local.train",
+            "train on this machine, in a container where Docker runs (DATA= RUN= LOCAL_MODE= INSTANCE_COUNT=)",
         ),
         "evaluate": ("local.evaluate", "metrics of a run on the test split (RUN=)"),
         "report": ("local.report", "a run as one HTML page; evaluates it first where that was not done (RUN=)"),
@@ -75,7 +76,9 @@ VERBS: Table = {
             "search the hyperparameters on SageMaker, or show that of JOB= (DATA= WAIT=1 YES=1 PLAN=1)",
         ),
         "pipeline": (
-            "pipeline.cloud", "the same as a SageMaker Pipeline; DATA= may be s3://... (WAIT=1 YES=1 PLAN=1)"
+            "pipeline.cloud",
+            "preprocess, train, evaluate, gate and register as a SageMaker Pipeline; DATA= may be s3://... (WAIT=1 "
+            "YES=1 PLAN=1)",
         ),
         "logs": ("cloud.jobs", "the log of JOB=, followed as long as it runs"),
         "pull": ("cloud.pull", "fetch the run of training job JOB= into artifacts/"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import errno
 import logging
+import os
 import re
 import shlex
 import shutil
@@ -42,6 +43,9 @@ def run_verb(main: Callable[[], int]) -> NoReturn:
         sys.exit(error.code)
     except Finished:
         sys.exit(0)
+    except BrokenPipeError:  # whoever read what is printed has seen enough, as in `make help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
             raise
