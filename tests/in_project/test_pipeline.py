@@ -154,10 +154,11 @@ def test_the_pipeline_s_role_may_start_its_steps_and_gives_them_the_other_role()
 
 PRINTED = """
 import json, pathlib, tempfile
+from pipelines.cloud.account import Account
 from pipelines.config import load
 from pipelines.training_pipeline import LOCAL, Inputs, definition
 with tempfile.TemporaryDirectory() as staged:
-    print(json.dumps(definition(load(), LOCAL, Inputs("s3://local/raw/"), pathlib.Path(staged))))
+    print(json.dumps(definition(Account(load(), LOCAL), Inputs("s3://local/raw/"), pathlib.Path(staged))))
 """
 
 
@@ -519,5 +520,5 @@ def test_a_step_that_fails_fails_the_command(verb: Verb, project: Path, tmp_path
 
 
 def test_importing_is_quick_and_needs_no_sdk() -> None:
-    code = "import sys, pipelines.pipeline, pipelines.pipeline_local; assert not {'boto3', 'torch'} & {*sys.modules}"
+    code = "import sys, pipelines.pipeline.cloud, pipelines.pipeline.local; assert not {'boto3', 'torch'} & {*sys.modules}"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
