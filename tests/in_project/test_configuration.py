@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
 import time
 from contextlib import closing
 from dataclasses import replace
@@ -14,11 +15,12 @@ from typing import Any
 import pytest
 import yaml
 
-from pipelines import ROOT
-from pipelines.config import Settings, _keys, load
+from pipelines import ROOT, config
+from pipelines.config import Settings, _keys, load, sections
 from pipelines.local import container
 from pipelines.local.job import Job
 from pipelines.local.view import TrainingView
+from pipelines.schema import PARTS
 from pipelines.terminal import UserError
 from tests.helpers import Verb
 
@@ -29,7 +31,7 @@ ODD = [
 FILES = {
     name: yaml.safe_load((ROOT / "configs" / name).read_text()) for name in ("training.yaml", "infrastructure.yaml")
 }
-SETTINGS = [(section, key) for section in Settings.model_fields for key in _keys(section)]
+SETTINGS = [(section, key) for section in sections() for key in _keys(section)]
 
 
 def written(folder: Path, section: str, key: str | None, value: object) -> Path:
@@ -124,6 +126,28 @@ def test_a_misspelt_key_is_answered_with_the_nearest(tmp_path: Path, section: st
         assert misspelt in str(error.value)
         assert "did you mean" in str(error.value)
         assert key in str(error.value).partition("did you mean")[2]
+
+
+def test_a_smaller_scope_has_no_more_settings_than_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A section is there with its part of `pipelines/`, and a key that only larger scopes have is not known."""
+    place = tmp_path / "infrastructure.yaml"
+    (tmp_path / "training.yaml").write_text(yaml.safe_dump(FILES["training.yaml"]))
+    found = yaml.safe_load(yaml.safe_dump(FILES["infrastructure.yaml"]))
+    del found["tuning"], found["aws"]["github"]
+    place.write_text(yaml.safe_dump(found))
+    with pytest.raises(UserError, match=r"^configs: tuning\.ranges is missing; add it"):
+        load((), {}, tmp_path)
+    monkeypatch.setattr(config, "PARTS", PARTS | {"tuning": "nowhere"})
+    assert load(["aws.budget_usd=7"], {"TUNING__MAX_JOBS": "soon"}, tmp_path).aws.budget_usd == 7
+    for override, message in {
+        "tuning.max_jobs=2": "--set tuning.max_jobs=2: unknown section 'tuning'; did you mean training?",
+        "aws.github=octo/cats": "--set aws.github=octo/cats: unknown key 'github' in aws; known: budget_usd, ",
+    }.items():
+        with pytest.raises(UserError, match=f"^{re.escape(message)}"):
+            load([override], {}, tmp_path)
+    place.write_text(yaml.safe_dump(found | {"tuning": {"max_job": 2}}))
+    with pytest.raises(UserError, match=r"^configs: unknown key tuning\.max_job \(value 2\); did you mean max_jobs"):
+        load((), {}, tmp_path)
 
 
 def test_numbers_are_those_of_yaml_1_2() -> None:

@@ -52,7 +52,8 @@ def load(
         UserError: naming the key, the value and the nearest valid name.
     """
     document = {"training": _read(folder / "training.yaml"), **_read(folder / "infrastructure.yaml")}
-    known = {section: _keys(section, document.get(section)) for section in sections()}
+    known = {section: _keys(section, document.get(section)) for section in Settings.model_fields
+             if section in (*document, *sections())}  # fmt: skip
     for section in known:
         document.setdefault(section, {})  # what is there needs its settings
     for name, value in environment.items():
