@@ -551,7 +551,7 @@ def test_without_capture_it_refuses_with_the_fix(captured: Hosting, capture: dic
     captured.calls.answers["DescribeEndpointConfig"] = facts | (
         {"DataCaptureConfig": both | capture} if capture else {}
     )
-    with pytest.raises(UserError, match=rf"does not capture .* make deploy ENDPOINT={NAME} ARGS=\"--set endpoint.capt"):
+    with pytest.raises(UserError, match=rf"does not capture .* make deploy ENDPOINT={NAME} ARGS='--set endpoint.capt"):
         watch()
     assert not ours(captured.calls)
 

@@ -104,7 +104,7 @@ def test_bars_and_tables_on_a_terminal(project: Path, raw: Path) -> None:
     _, lines = on_a_terminal(project, "evaluate")
     bar("evaluating", 9, "images", lines)
     assert lines[-4] == "next:"
-    _, lines = on_a_terminal(project, "batch_local", "--data", str(raw))
+    _, lines = on_a_terminal(project, "batch-local", "--data", str(raw))
     bar("classifying", 60, "images", lines)
     assert lines[-2] == "next:"
 
