@@ -466,7 +466,7 @@ def registered(verb: Verb, project: Path, mode: str, target: str | None, monkeyp
 
     monkeypatch.setattr(deploy, "_see", see)
     given = dict.fromkeys(("run", "job", "package", "endpoint", "type", "weight"), None)
-    deploy.deploy(Account(settings()), Namespace(**given, artifact=artifact, yes=True, rollback=False))
+    deploy.deploy(Account(settings()), Namespace(**given, artifact=artifact, yes=True, plan=False, rollback=False))
     assert seen == [4]
 
 
@@ -520,5 +520,5 @@ def test_a_step_that_fails_fails_the_command(verb: Verb, project: Path, tmp_path
 
 
 def test_importing_is_quick_and_needs_no_sdk() -> None:
-    code = "import sys, pipelines.pipeline.cloud, pipelines.pipeline.local; assert not {'boto3', 'torch'} & {*sys.modules}"
+    code = "import sys; from pipelines.pipeline import cloud, local; assert not {'boto3', 'torch'} & {*sys.modules}"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
