@@ -325,3 +325,21 @@ def test_help_for_a_reader_who_has_seen_enough(bake: Bake) -> None:
     done = bake().run("bash", "-c", "python3 -m pipelines help | true; echo ${PIPESTATUS[0]}", PYTHONUNBUFFERED="1")
     assert done.stdout.strip() in ("0", "141")
     assert not done.stderr
+
+
+def test_help_beside_a_verb_runs_nothing(bake: Bake, ready: Project) -> None:
+    project = bake()
+    (project.path / ".venv").symlink_to(ready.path / ".venv")
+    for words in (("help", "train-local"), ("train-local", "help")):
+        done = project.make(*words)
+        assert done.stdout.startswith("usage: python -m pipelines train-local")
+        assert not (project.path / "data").exists()
+
+
+def test_a_verb_of_a_larger_scope_says_so(bake: Bake, ready: Project) -> None:
+    for scope, verb, larger in (("local", "deploy", "cloud"), ("local", "tune", "full"), ("cloud", "tune", "full")):
+        done = bake(scope=scope).run(ready.program("python"), "-m", "pipelines", verb)
+        assert done.returncode == 2
+        assert (
+            done.stderr == f"error: {verb} comes with a larger scope: `make update-template SCOPE={larger}` adds it\n"
+        )

@@ -165,7 +165,7 @@ def test_an_alias_is_sent_as_its_arn_and_never_for_disks_with_hardware_keys(
 @pytest.mark.parametrize(
     ("price", "overrides", "words"),
     [
-        (None, [], "a price that is not known is over aws.budget_usd (20 USD)"),
+        (None, [], "a price that is not known counts as over aws.budget_usd (20 USD)"),
         (6.0, [], "24.00 USD is over"),
         (3.0, ["compute.instances=2"], "24.00 USD is over"),
         (4.0, ["compute.spot=false", "compute.max_hours=4.5", "compute.keep_alive_minutes=60"], "22.00 USD is over"),

@@ -127,7 +127,10 @@ VERBS: Table = {
         "update-template": (
             "update_template", "merge what is new in the template, keeping your changes; SCOPE=full: grow to that scope"
         ),
-        "clean": (["pipelines/environment.py --clean"], "remove caches; data and artifacts stay"),
+        "clean": (
+            ["pipelines/environment.py --clean"],
+            "remove caches, and what interrupted runs left; data and artifacts stay",
+        ),
     },
 }  # fmt: skip
 AWS = "On SageMaker"
@@ -185,7 +188,7 @@ def refuse(names: Iterable[str], goals: Sequence[str]) -> None:
         sections = _sections(rows) if key else []
         if name in known or OTHERS.fullmatch(name) or section in sections:
             continue
-        close = difflib.get_close_matches(name, [*known, *(f"{other}__{key}" for other in sections)], 1)
+        close = difflib.get_close_matches(name.upper(), [*known, *(f"{other}__{key}" for other in sections)], 1)
         hint = f"did you mean {close[0]}?" if close else (
             f"it takes {', '.join([*known, 'ARGS'])}; a variable of the environment goes before make: {name}=... make"
         )  # fmt: skip
@@ -224,6 +227,11 @@ def run(verb: str, words: list[str]) -> int:
         UserError: when there is no such verb, or when it says so.
     """
     rows = {name: row for stage in verbs().values() for name, row in stage.items()}
+    if verb not in rows and (row := next((rows[verb] for rows in VERBS.values() if verb in rows), None)):
+        small = row[0].partition(".")[0] in ("cloud", "endpoint", "pipeline", "registry") and "train" not in rows
+        raise UserError(
+            f"{verb} comes with a larger scope: `make update-template SCOPE={'cloud' if small else 'full'}` adds it", 2
+        )
     if verb not in rows:
         close = difflib.get_close_matches(verb, rows, 1)
         hint = f"did you mean {close[0]}?" if close else "`make help` shows all"
@@ -259,12 +267,16 @@ def _track(verb: str, words: list[str]) -> int:
 
 def main() -> int:
     """Command line; see the module's docstring."""
-    usual = os.environ.get("MAKE_GOALS") == ""  # make alone
+    goals = os.environ.get("MAKE_GOALS", "alone").split()
     words = sys.argv[1:] + (words_of_make() if "MAKE_GIVEN" in os.environ else [])
     verb, *words = words or ["help"]
+    if "help" in goals and len(goals) > 1:  # `make help train`: nobody wants to train
+        if verb == "help":
+            return 0
+        words = ["--help"]
     if verb not in ("help", "-h", "--help"):
         return run(verb, words)
-    print(listing(not usual))
+    print(listing(bool(goals)))  # none: make alone
     return 0
 
 

@@ -92,7 +92,8 @@ class Parser(argparse.ArgumentParser):
             message = re.sub(
                 rf"{action.option_strings[0]}(?![\w-])", f"{action.option_strings[0]} ({variable}=)", message
             )
-        raise UserError(f"{message}; `{self.prog} --help` shows the options", 2)
+        shows = f"make {self.prog.rpartition(' ')[2]} ARGS=--help" if given else f"{self.prog} --help"
+        raise UserError(f"{message}; `{shows}` shows the options", 2)
 
 
 def parser(description: str, settings: bool = False) -> Parser:

@@ -60,13 +60,13 @@ def update(scope: str | None) -> str:
     current, more = before["context"]["cookiecutter"]["scope"], list[str]()
     if scope and not larger(scope, current):
         return f"this project's scope is {current} already; `make update-template` takes what is new in the template"
-    if scope:
-        more = ["--variables-to-update", json.dumps({"scope": scope})]
-        print(f"growing from {current} to {scope}; what is new in the template comes with it", flush=True)
     if not git("rev-parse", "--quiet", "--verify", "HEAD"):
         raise UserError("the project has no commit yet; `git add . && git commit` first, so that nothing can be lost")
     if git("status", "--porcelain"):
         raise UserError("there are changes that are not committed; commit or stash them, so that nothing can be lost")
+    if scope:
+        more = ["--variables-to-update", json.dumps({"scope": scope})]
+        print(f"growing from {current} to {scope}; what is new in the template comes with it", flush=True)
     bundle = certificates()
     done = subprocess.run(
         [find_uv(ROOT / ".venv"), "tool", "run", "--from", CRUFT, "cruft", "update", "--skip-apply-ask", *more],

@@ -64,11 +64,16 @@ def check_budget(settings: Settings, dollars_at_most: float | None, yes: bool) -
     Raises:
         UserError: when it is not; None, an unknown price, never is.
     """
-    known = "a price that is not known" if dollars_at_most is None else f"{dollars_at_most:.2f} USD"
-    if not yes and (dollars_at_most is None or dollars_at_most > settings.aws.budget_usd):
+    budget = settings.aws.budget_usd
+    if not yes and dollars_at_most is None:
         raise UserError(
-            f"{known} is over aws.budget_usd ({settings.aws.budget_usd:g} USD), so nothing was created; "
-            "say YES=1 to go on, or raise the budget"
+            f"a price that is not known counts as over aws.budget_usd ({budget:g} USD), so nothing was created; "
+            "`make doctor` says whether AWS can be asked, and YES=1 without PLAN=1 goes on all the same"
+        )
+    if not yes and dollars_at_most is not None and dollars_at_most > budget:
+        raise UserError(
+            f"{dollars_at_most:.2f} USD is over aws.budget_usd ({budget:g} USD), so nothing was created; "
+            "raise the budget, or say YES=1 without PLAN=1 to go on"
         )
 
 

@@ -38,6 +38,7 @@ def process(account: Account, source: str | None, yes: bool, plan: bool = False)
     """
     settings = account.settings
     compute, source = settings.compute, source or settings.data.source
+    data.look(source)
     stack = prices.stack(account, plan)
     local = None if plan or source.startswith("s3://") else data.raw(source)
     name, longest = f"{project.job_prefix()}-{runs.new_name()}", hours(settings)

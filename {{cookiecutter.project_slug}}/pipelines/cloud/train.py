@@ -58,6 +58,8 @@ def train(account: Account, source: str | None, run: str | None, yes: bool, plan
     """
     settings = account.settings
     compute, source = settings.compute, source or settings.data.source
+    if not run:
+        data.look(source)
     prices.stack(account, plan)
     request = _resumed(account, run) if run else None
     local = None if plan or request or source.startswith("s3://") else data.prepare(settings, source)

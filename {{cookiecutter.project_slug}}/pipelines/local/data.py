@@ -62,6 +62,16 @@ def raw(source: str) -> Path:
     return SAMPLE
 
 
+def look(source: str) -> None:
+    """Make sure that a source names something, where a price is all that is asked for.
+
+    Raises:
+        UserError: when there is no such folder.
+    """
+    if source != "sample" and not source.startswith("s3://"):
+        _folder(source)
+
+
 def options(settings: Settings) -> list[str]:
     """What the packing script is told, here and on SageMaker."""
     training, data = settings.training, settings.data

@@ -46,6 +46,7 @@ def start(account: Account, source: str | None, yes: bool, plan: bool = False) -
         UserError: when nothing was started.
     """
     source = source or account.settings.data.source
+    data.look(source)
     prices.stack(account, plan)
     local = None if plan or source.startswith("s3://") else data.raw(source)
     prices.afford(account.settings, *_plan(account, source), yes, plan)

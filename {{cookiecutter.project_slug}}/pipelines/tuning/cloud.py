@@ -62,6 +62,7 @@ def tune(account: Account, source: str | None, yes: bool, plan: bool = False) ->
             f"under a tuner {settings.images.training} takes its source from S3 and trains on one instance: set "
             "compute.isolation to false and compute.instances to 1, or images.training to project"
         )
+    data.look(source)
     prices.stack(account, plan)
     local = None if plan or source.startswith("s3://") else data.prepare(settings, source)
     image = images.uri(account, "training")
