@@ -52,6 +52,7 @@ def measured(project: Project, folder: Path, name: str, *words: str, **environme
     return results, (folder / "benchmarks.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_training(ready: Project, tmp_path: Path) -> None:
     for split in ("train", "val", "test"):  # as CIFAR-10 would be given
         for label, colour in (("dark", 40), ("light", 200)):
@@ -74,6 +75,7 @@ def test_training(ready: Project, tmp_path: Path) -> None:
     assert text.count("\n## ") == PUBLISHED.read_text(encoding="utf-8").count("\n## ")  # it took the old one's place
 
 
+@pytest.mark.slow
 def test_training_needs_only_what_the_container_has(ready: Project) -> None:
     code = (
         f"import sys; sys.modules |= dict.fromkeys({(*ABSENT, 'pipelines')}); sys.path.insert(0, 'benchmarks')\n"
@@ -85,6 +87,7 @@ def test_training_needs_only_what_the_container_has(ready: Project) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_serving(ready: Project, tmp_path: Path) -> None:
     (tmp_path / "benchmarks.json").write_text('{"date": "before", "train.x": 1, "serve.old": 1}')
     results, text = measured(ready, tmp_path, "serve", "--small", "--runs", "0", INFERENCE_QUEUE="8")
@@ -100,7 +103,7 @@ def test_serving(ready: Project, tmp_path: Path) -> None:
     assert results.keys() >= SERVING | {"train.x"}
 
 
-@pytest.mark.hosts
+@pytest.mark.slow
 def test_serving_beside_other_servers(ready: Project, tmp_path: Path) -> None:
     others = serve.hosts()
     _, text = measured(ready, tmp_path, "serve", "--runs", "1", **others)
@@ -213,6 +216,7 @@ def test_make_hands_the_same_options_to_each_benchmark() -> None:
         assert "--runs" in done.stdout
 
 
+@pytest.mark.slow
 def test_the_check_of_a_gpu_starts_with_the_few_packages_of_a_device_machine(ready: Project, tmp_path: Path) -> None:
     """Tiny, on a CPU: that its imports follow the project's modules, and that a check can fail."""
     names = ("environment", "augmentation_matches_cpu", "smoke_cnn_fp32_direct", "artifact_gpu_against_cpu", "serving")

@@ -31,7 +31,7 @@ from tests.conftest import (
 from tests.photos import CLASSES, FLOOR, SETTINGS, accuracy
 
 
-@pytest.mark.parametrize("scope", ["cloud", "full"])
+@pytest.mark.parametrize("scope", ["cloud", pytest.param("full", marks=pytest.mark.slow)])
 def test_its_own_tests_pass(bake: Bake, ready: Project, scope: str) -> None:
     """Those of the scope `local` are in the next test."""
     project = bake(scope=scope)

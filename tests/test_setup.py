@@ -53,7 +53,7 @@ def test_a_lock_is_respected(bake: Bake, tmp_path: Path) -> None:
     assert (project.path / "uv.lock").read_bytes() == before
 
 
-@pytest.mark.parametrize("scope", ["local", "cloud"])
+@pytest.mark.parametrize("scope", ["local", pytest.param("cloud", marks=pytest.mark.slow)])
 def test_a_smaller_scope_needs_no_more_than_it_installs(bake: Bake, scope: str) -> None:
     """In an environment of its own: its tests pass, without an engine, and so does its lint."""
     project = bake(scope=scope)
