@@ -387,7 +387,7 @@ def test_money(hosting: Hosting, monkeypatch: pytest.MonkeyPatch, capsys: pytest
         run("aws.budget_usd=3", yes=False)
     assert "create the realtime endpoint" in capsys.readouterr().out, "the plan comes before the refusal"
     monkeypatch.setattr(prices, "hourly", lambda *_: None)
-    with pytest.raises(UserError, match="a price that is not known is over"):
+    with pytest.raises(UserError, match="a price that is not known counts as over"):
         run(yes=False)
     assert not left()
     assert not written(hosting.calls), "nothing was even uploaded"
