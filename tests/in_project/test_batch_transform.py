@@ -250,7 +250,7 @@ def test_money_and_limits(hosting: Hosting, prefix: str, monkeypatch: pytest.Mon
     with pytest.raises(UserError, match=r"4\.00 USD is over aws.budget_usd \(3 USD\)"):
         start(prefix, "aws.budget_usd=3", "endpoint.instances=2", yes=False)
     monkeypatch.setattr(prices, "hourly", lambda *_: None)
-    with pytest.raises(UserError, match="a price that is not known is over"):
+    with pytest.raises(UserError, match="a price that is not known counts as over"):
         start(prefix, yes=False)
     with pytest.raises(UserError, match="too old for this torch; choose a type without a GPU"):
         start(prefix, "endpoint.instance_type=ml.g4dn.xlarge")
