@@ -283,7 +283,6 @@ def test_the_pipeline_is_made_started_and_updated_where_it_differs(
     shown = capsys.readouterr().out
     assert f"pipeline {NAME} in us-east-1" in shown
     assert "costs at most 12.00 USD" in shown
-    assert "Preprocess -->|packed| Evaluate" in shown
     assert shown.index("costs at most") < shown.index("uploading")
     made = account.named("CreatePipeline")[0]
     document = json.loads(made["PipelineDefinition"])

@@ -1,6 +1,6 @@
 """Tracking: MLflow after the fact, whatever its store does, and TensorBoard's event files.
 
-The tests of MLflow need `pipelines/track.py`, which a bake with the answer mlflow has.
+The tests of MLflow need `pipelines/tracking/`, which a bake with the answer mlflow has.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ HISTORY = [
      "images_per_second": 1000.0 + epoch}
     for epoch in (1, 2, 3)
 ]  # fmt: skip
-needs_mlflow = pytest.mark.skipif(not (ROOT / "pipelines" / "track.py").exists(), reason="baked without mlflow")
+needs_mlflow = pytest.mark.skipif(not (ROOT / "pipelines" / "tracking").exists(), reason="baked without mlflow")
 
 
 @pytest.fixture
