@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import io
+import struct
+import time
+import zlib
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -129,3 +133,145 @@ def test_normalise_gives_zero_mean_and_unit_deviation() -> None:
 def test_png_round_trip_is_exact() -> None:
     image = np.random.default_rng(0).integers(0, 256, (7, 9, 3), dtype=np.uint8)
     assert np.array_equal(imaging.decode(imaging.encode_png(image)), image)
+
+
+def chunk(name: bytes, content: bytes) -> bytes:
+    return struct.pack(">L", len(content)) + name + content + struct.pack(">L", zlib.crc32(name + content))
+
+
+def png(parts: bytes, mark: bytes = b"IDAT") -> bytes:
+    data = encoded(picture(), "PNG")
+    place = data.index(mark) - 4
+    return data[:place] + parts + data[place:]
+
+
+def jpeg(parts: bytes, mark: bytes = b"\xff\xdb", size: int = 16, **options: object) -> bytes:
+    data = encoded(Image.new("L", (size, size), 99), "JPEG", **options)
+    place = data.rindex(mark)
+    return data[:place] + parts + data[place:]
+
+
+def bmp(side: int, compression: int, runs: bytes) -> bytes:
+    bits, colours = (8, 256) if compression == 1 else (4, 16)
+    start = 54 + 4 * colours
+    facts = (40, side, side, 1, bits, compression, len(runs), 2835, 2835, colours, 0)
+    head = b"BM" + struct.pack("<LHHL", start + len(runs), 0, 0, start) + struct.pack("<LllHHLLllLL", *facts)
+    return head + bytes(4 * colours) + runs
+
+
+def tiff(tags: dict[int, int], content: bytes = b"", big: bool = False, side: int = 16) -> bytes:
+    """Grey, from tags of one number; 0 stands for as many places as fit into the content, which they all point at."""
+    fields = {256: side, 257: side, 258: 8, 259: 1, 262: 1, 277: 1, **tags}
+    head = b"II+\0\x08\0\0\0\x10" + bytes(7) if big else b"II*\0\x08" + bytes(3)
+    entry, size = ("<HHQQ", 8) if big else ("<HHLL", 4)
+    start = len(head) + (8 if big else 2) + struct.calcsize(entry) * len(fields) + size
+    directory = struct.pack("<Q" if big else "<H", len(fields))
+    for tag, value in sorted(fields.items()):
+        directory += struct.pack(entry, tag, 4, 1 if value else len(content) // 4, value or start)
+    return head + directory + bytes(size) + content
+
+
+SCAN = b"\xff\xda\x00\x08\x01\x01\x00\x01\x3f\x00"  # of one component, without data
+END = b"\xff\xd9"
+N = 6 * 2**20 - 2000  # about what a request may have
+PROFILE = chunk(b"iCCP", b"k\0\0" + zlib.compress(bytes(2**20), 9))
+HOSTILE: dict[str, tuple[Callable[[], bytes], str]] = {
+    "passes": (lambda: jpeg(SCAN * 8_000, END, 1000, progressive=True), "more than 800 passes over 1000000 pixels"),
+    "passes of a small one": (lambda: jpeg(SCAN * 600_000, END, progressive=True), "more than 80000 passes over 256 pixels"),
+    "passes, not progressive": (lambda: jpeg(SCAN * 8_000, END, 1000), "more than 800 passes"),
+    "passes, filled": (lambda: jpeg((b"\xff" * 9 + SCAN) * 8_000, END, 1000, progressive=True), "more than 800 passes"),
+    "passes after an end in a comment": (
+        lambda: jpeg(b"\xff\xfe\x00\x04" + END + SCAN * 8_000, END, 1000, progressive=True),
+        "more than 800 passes",
+    ),
+    "comments": (lambda: jpeg(b"\xff\xfe\0\2" * (N // 4)), "too many parts"),
+    "application segments": (lambda: jpeg(b"\xff\xe2\0\2" * (N // 4)), "too many parts"),
+    "fill bytes": (lambda: jpeg(b"\xff" * N), "too many parts"),
+    "tables": (lambda: jpeg((b"\xff\xdb\0\x43\0" + b"\1" * 64) * (N // 69)), "too many parts"),
+    "profiles": (lambda: png(PROFILE * (N // len(PROFILE))), "more than 16 colour profiles"),
+    "profiles at the end": (lambda: png(PROFILE * (N // len(PROFILE)), b"IEND"), "more than 16 colour profiles"),
+    "texts": (lambda: png(chunk(b"tEXt", b"k\0v") * (N // 15)), "too many parts"),
+    "packed texts": (lambda: png(chunk(b"zTXt", b"k\0\0" + zlib.compress(bytes(2**20), 9)) * 5000), "Too much memory"),
+    "unknown chunks": (lambda: png(chunk(b"abCd", b"") * (N // 12)), "too many parts"),
+    "unknown chunks at the end": (lambda: png(chunk(b"abCd", b"") * (N // 12), b"IEND"), "too many parts"),
+    "empty pixels": (lambda: png(chunk(b"IDAT", b"") * (N // 12)), "too many parts"),
+    "runs": (lambda: bmp(7000, 1, b"\1\7" * (N // 2)), "at most 1048576 pixels"),
+    "runs of four bits": (lambda: bmp(7000, 2, b"\xff\7" * (N // 2)), "at most 1048576 pixels"),
+    "ends of lines": (lambda: bmp(7000, 1, b"\1\7\0\0" * 7000), "at most 1048576 pixels"),
+    "runs of nothing": (lambda: bmp(1000, 1, b"\0\0" * (N // 2)), "too many parts"),
+    "strips": (lambda: tiff({273: 0, 278: 1, 279: 7}, bytes(4_000_000), side=7000), "1000000 strips or tiles"),
+    "tiles": (lambda: tiff({322: 1, 323: 1, 324: 0, 325: 1}, bytes(4_000_000), side=7000), "1000000 strips or tiles"),
+    "strips of a big file": (lambda: tiff({273: 0, 278: 1, 279: 7}, bytes(N), big=True, side=7000), "strips or tiles"),
+    "a tile that is larger": (
+        lambda: tiff({259: 8, 322: 2**15, 323: 2**15, 324: 150, 325: 999_999}, zlib.compress(bytes(2**30), 1)),
+        "tiles of 1073741824 pixels",
+    ),
+    "passes in a strip": (
+        lambda: tiff({259: 7, 273: 150, 278: 9000, 279: 80_000}, jpeg(SCAN * 800, END, 5000, progressive=True), side=5000),
+        "more than 32 passes over 25000000 pixels",
+    ),
+    "fields": (lambda: tiff(dict.fromkeys(range(1000, 60_000), 7)), "too many parts"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_work_is_refused_before_it_is_done(name: str) -> None:
+    """Each took from four seconds to an hour of a decoder, or gigabytes, in the size that a request may have."""
+    make, message = HOSTILE[name]
+    data = make()
+    assert len(data) <= 6 * 2**20
+    begun = time.thread_time()
+    with pytest.raises(imaging.ImageError, match=message):
+        imaging.decode(data, 50_000_000, 100)
+    assert time.thread_time() - begun < 1
+
+
+def test_usual_pictures_are_far_from_the_limits() -> None:
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (600, 800, 3), dtype=np.uint8))
+    video = np.random.default_rng(1).bytes(3_000_000) + SCAN * 9_000  # that a phone puts behind its picture
+    pictures = [
+        encoded(noise, "JPEG", progressive=True),
+        encoded(noise, "JPEG", progressive=True) + video,
+        encoded(noise, "JPEG", exif=exif(6)) + video,
+        encoded(noise, "JPEG", comment=video[:60_000]),
+        encoded(noise, "MPO", save_all=True, append_images=[noise] * 3),
+        encoded(noise, "PNG", compress_level=0),
+        encoded(noise, "TIFF", strip_size=1),
+        encoded(noise, "TIFF", compression="jpeg", strip_size=8 * 2400),
+        encoded(noise, "TIFF", compression="tiff_adobe_deflate", big_tiff=True),
+        encoded(noise, "WEBP", save_all=True, append_images=[noise] * 3),
+        bmp(600, 1, (b"\1\7\1\x08" * 300 + b"\0\0") * 600),
+    ]
+    for data in pictures:
+        assert imaging.decode(data).shape[2] == 3
+    passes = jpeg(SCAN * 1500, END, 100, progressive=True)
+    assert imaging.decode(passes).shape == (100, 100, 3)
+
+
+def exif(orientation: int) -> Image.Exif:
+    fields = Image.Exif()
+    fields[0x0112] = orientation
+    return fields
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "WEBP", "TIFF", "PNG"])
+def test_orientation_is_applied_once_in_every_format(kind: str) -> None:
+    options = {"lossless": True} if kind == "WEBP" else {"quality": 95} if kind == "JPEG" else {}
+    turned = encoded(picture().transpose(Image.Transpose.ROTATE_90), kind, exif=exif(6), **options)
+    assert np.abs(imaging.decode(turned).astype(int) - np.asarray(picture())).mean() < 5
+
+
+def test_large_transparent_pictures_are_blended_like_small_ones() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (1500, 1000, 4), dtype=np.uint8)  # more than one strip
+    whole = imaging.decode(encoded(Image.fromarray(pixels)))
+    assert np.array_equal(whole[1400:], imaging.decode(encoded(Image.fromarray(pixels[1400:]))))
+
+
+def test_bytes_that_are_read_again_and_again_are_metered() -> None:
+    """A directory of a TIFF may point at the same bytes many times (Pillow before 13 kept a copy for each)."""
+    stream = imaging._Metered(bytes(2**20))
+    for _ in range(5):
+        stream.seek(0)
+        stream.read()
+    with pytest.raises(imaging.ImageError, match="too many parts"):
+        stream.seek(0) or stream.read()

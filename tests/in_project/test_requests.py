@@ -198,12 +198,12 @@ def test_npy_and_json_numbers_get_the_same_answer(classifier: inference.Classifi
 
 
 def test_nesting_is_counted_outside_strings_only() -> None:
-    payload._check_depth(json.dumps({"instances": [{"b64": "[[[[[[[[[[[[\\" + '"{{{{{{{{{{{{{'}]}))
-    payload._check_depth(deep(8).decode())
-    payload._check_depth("[" + ",".join(["[{}]"] * 1000) + "]")
-    for text in (deep(9).decode(), "[{" * 5 + "}]" * 5, "{[" * 5 + "]}" * 5):
+    for document in ({"instances": [{"b64": "[[[[[[[[[[[[\\" + '"{{{{{{{{{{{{{'}]}, [[[], {}]] * 1000):
+        payload._outline(json.dumps(document).encode())
+    payload._outline(deep(8))
+    for text in (deep(9), b"[{" * 5 + b"}]" * 5, b"{[" * 5 + b"]}" * 5, b'"\\\\"' + b"[" * 9):
         with pytest.raises(RequestError, match="nested deeper than the limit of 8"):
-            payload._check_depth(text)
+            payload._outline(text)
 
 
 def test_limits_of_one_image(monkeypatch: pytest.MonkeyPatch) -> None:

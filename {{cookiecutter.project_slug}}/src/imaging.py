@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Sequence
+import re
+import struct
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 if TYPE_CHECKING:
     import torch
@@ -22,6 +25,22 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
 MAX_PIXELS = 100_000_000  # 300 MB once decoded; a larger header is refused before any pixel is read
 BACKGROUND = (255, 255, 255)  # what transparent pixels are blended on
 
+# What a picture may ask of a decoder, far above what cameras and editors write: a few kB can ask for hours.
+MAX_READS = 4000  # by which Pillow takes a header apart, and one more for each so many bytes of the rest:
+BYTES_A_READ = 512
+MAX_PASSES = 16  # of a progressive JPEG over the largest image; smaller ones may have more. Usual are ten.
+PASS_PIXELS = 10_000  # what the start of a pass costs
+MAX_STRIPS = 2**15  # or tiles of a TIFF
+MAX_RUN_LENGTH = 2**20  # pixels, and bytes, of a run-length encoded BMP, which Pillow decodes in Python
+MAX_PROFILES = 16  # colour profiles of a PNG; Pillow unpacks up to 1 MiB for each
+_MARKER = re.compile(rb"\xff([\x01-\xcf\xd8-\xfe])")  # of JPEG; 0 and the restart markers belong to the pixels
+
+_TRANSPOSE = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # fmt: skip  # what makes a picture of this EXIF orientation upright
+
 Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit warns or raises, by size; `decode` has one limit that raises
 
 _constants: dict[tuple[object, ...], tuple[torch.Tensor, torch.Tensor]] = {}  # of `normalise`, by its arguments
@@ -29,6 +48,21 @@ _constants: dict[tuple[object, ...], tuple[torch.Tensor, torch.Tensor]] = {}  # 
 
 class ImageError(ValueError):
     """The bytes are not an image that this project can read; the message says why."""
+
+
+class _Metered(io.BytesIO):
+    """Bytes that can be read so many times only: whatever loop over the parts of a file Pillow has, it ends."""
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__(data)
+        self.reads, self.bytes = MAX_READS, 4 * len(data) + 2**20  # what is left of them
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        data = super().read(size)
+        self.reads, self.bytes = self.reads - 1, self.bytes - len(data)
+        if self.reads < 0 or self.bytes < 0:
+            raise ImageError("the image consists of too many parts; save it again with another program")
+        return data
 
 
 def decode(data: bytes, max_pixels: int = MAX_PIXELS, max_aspect: float = math.inf) -> NDArray[np.uint8]:
@@ -47,14 +81,16 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS, max_aspect: float = math.i
         ImageError: when the bytes are no such image, are damaged, or hold too many pixels.
     """
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        with opened(data) as image:
             width, height = image.size
             if width * height > max_pixels:
                 raise ImageError(f"the image has {width}x{height} pixels, more than the limit of {max_pixels}")
             if max(width, height) > max_aspect * min(width, height):
                 raise ImageError(f"the image has {width}x{height} pixels, more than {max_aspect} times as long as wide")
+            _check_work(image, data, max_pixels)
             image.load()
-            return np.ascontiguousarray(_to_rgb(ImageOps.exif_transpose(image)))
+            turn = _TRANSPOSE.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+            return np.ascontiguousarray(_to_rgb(image if turn is None else image.transpose(turn)))
     except ImageError:
         raise
     except UnidentifiedImageError:
@@ -62,6 +98,69 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS, max_aspect: float = math.i
         raise ImageError(f"{len(data)} bytes that are not a readable image (formats: {known})") from None
     except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, EOFError, MemoryError and more
         raise ImageError(f"the image is damaged: {error}") from error
+
+
+@contextmanager
+def opened(data: bytes) -> Iterator[Image.Image]:
+    """Pillow's image of which the header is read: its size is known, and no pixel is decoded.
+
+    Raises:
+        Exception: as `Image.open` does, and an ImageError when the header alone would be too much work.
+    """
+    stream = _Metered(data)
+    if data[:2] in (b"II", b"MM") and _strips(data) > MAX_STRIPS:
+        raise ImageError(f"the image has {_strips(data)} strips or tiles, more than the limit of {MAX_STRIPS}")
+    if data.startswith(b"\x89PNG") and data.count(b"iCCP") > MAX_PROFILES:
+        raise ImageError(f"the image has more than {MAX_PROFILES} colour profiles; save it again with another program")
+    with Image.open(stream, formats=FORMATS) as image:
+        stream.reads += len(data) // BYTES_A_READ + 4 * len(image.tile)
+        if image.tile and image.tile[0].codec_name == "bmp_rle":
+            if image.width * image.height > MAX_RUN_LENGTH:
+                raise ImageError(f"a run-length encoded BMP has at most {MAX_RUN_LENGTH} pixels here; save it as PNG")
+            stream.reads += min(len(data), MAX_RUN_LENGTH)
+        yield image
+
+
+def _strips(data: bytes) -> int:
+    """How many strips or tiles the first directory of a TIFF names."""
+    order, big = "<" if data[:2] == b"II" else ">", data[2] == 43
+    field, first, rest = (f"{order}Q", 8, "HHQ8x") if big else (f"{order}L", 4, "HHL4x")
+    try:
+        (start,) = struct.unpack_from(field, data, first)
+        (count,) = struct.unpack_from(field if big else f"{order}H", data, start)
+    except (struct.error, OverflowError):
+        return 0  # for Pillow to refuse
+    start, size = start + (8 if big else 2), struct.calcsize(order + rest)
+    count = min(count, (len(data) - start) // size)
+    entries = struct.iter_unpack(order + rest, data[start : start + count * size])
+    return max((number for tag, _, number in entries if tag in (273, 324)), default=0)
+
+
+def _check_work(image: Image.Image, data: bytes, max_pixels: int) -> None:
+    """Refuse what would keep a decoder busy for long although the image is small enough."""
+    pixels, scans, tags = image.width * image.height, 0, getattr(image, "tag_v2", {})
+    if "jpeg" in str(image.info.get("compression")):  # in each strip or tile of a TIFF
+        pixels, scans = min(tags.get(278, image.height), image.height) * image.width, data.count(b"\xff\xda")
+    if 322 in tags and (pixels := tags[322] * tags[323]) > max(max_pixels, 2**16):
+        raise ImageError(f"the image has tiles of {pixels} pixels, more than the limit of {max_pixels}")
+    limit = MAX_PASSES * max(max_pixels, 100 * PASS_PIXELS) // max(pixels, PASS_PIXELS)
+    if image.format in ("JPEG", "MPO") and data.count(b"\xff\xda") > limit:
+        scans = _scans(data, limit)
+    if scans > limit:
+        raise ImageError(f"the image has more than {limit} passes over {pixels} pixels; save it again")
+
+
+def _scans(data: bytes, limit: int) -> int:
+    """How many passes a JPEG has: scans outside of other segments, and before what may follow the image."""
+    scans, place = 0, 2
+    while scans <= limit and (marker := _MARKER.search(data, place)):
+        code, place = marker[1][0], marker.end()
+        if code == 0xD9 and scans:  # the end of the image
+            break
+        scans += code == 0xDA
+        if code not in (0x01, 0xD8, 0xD9):  # markers without a segment
+            place += int.from_bytes(data[place : place + 2], "big")
+    return scans
 
 
 def _to_rgb(image: Image.Image) -> NDArray[np.uint8]:
@@ -72,10 +171,20 @@ def _to_rgb(image: Image.Image) -> NDArray[np.uint8]:
         grey = (values.astype(np.uint32) >> 8).astype(np.uint8)  # convert("RGB") would clip all of it to white
         return np.repeat(grey[:, :, None], 3, axis=2)
     if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
-        canvas = Image.new("RGBA", image.size, (*BACKGROUND, 255))
-        canvas.alpha_composite(image.convert("RGBA"))
-        image = canvas
+        return _on_background(image)
     return np.asarray(image.convert("RGB"))
+
+
+def _on_background(image: Image.Image) -> NDArray[np.uint8]:
+    """Blend strip by strip: the blending lets no other thread work meanwhile."""
+    pixels = np.empty((image.height, image.width, 3), dtype=np.uint8)
+    rows = max(1, 2**20 // image.width)
+    for top in range(0, image.height, rows):
+        strip = image.crop((0, top, image.width, min(top + rows, image.height))).convert("RGBA")
+        canvas = Image.new("RGBA", strip.size, (*BACKGROUND, 255))
+        canvas.alpha_composite(strip)
+        pixels[top : top + rows] = np.asarray(canvas.convert("RGB"))
+    return pixels
 
 
 def fit(image: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
