@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
 if TYPE_CHECKING:
     import torch
@@ -23,18 +23,19 @@ if TYPE_CHECKING:
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
 MAX_PIXELS = 100_000_000  # 300 MB once decoded; a larger header is refused before any pixel is read
+AGAIN = "save it again with another program"
 BACKGROUND = (255, 255, 255)  # what transparent pixels are blended on
 
-# What a picture may ask of a decoder, far above what cameras and editors write: a few kB can ask for hours.
+# What a picture may ask of a decoder, far above what cameras and editors write: a few kB can ask for hours. A request
+# may hold many pictures, so each limit follows the picture's size in bytes or pixels, or costs little beside them.
 MAX_READS = 4000  # by which Pillow takes a header apart, and one more for each so many bytes of the rest:
 BYTES_A_READ = 512
-MAX_PASSES = 16  # of a progressive JPEG over the largest image; smaller ones may have more. Usual are ten.
-PASS_PIXELS = 10_000  # what the start of a pass costs
-MAX_STRIPS = 2**15  # or tiles of a TIFF
-MAX_RUN_LENGTH = 2**20  # pixels, and bytes, of a run-length encoded BMP, which Pillow decodes in Python
-MAX_PROFILES = 16  # colour profiles of a PNG; Pillow unpacks up to 1 MiB for each
-_MARKER = re.compile(rb"\xff([\x01-\xcf\xd8-\xfe])")  # of JPEG; 0 and the restart markers belong to the pixels
+MAX_PASSES = 20  # of a progressive JPEG, where ten are usual; up to five times as many of a small one
+MAX_STRIPS, BYTES_A_STRIP = 512, 64  # or tiles of a TIFF that is not compressed; more, if each has so many bytes
+MAX_TILE = 2**20  # pixels of a tile that is larger than its image
+PNG_CHUNKS = (b"IHDR", b"PLTE", b"tRNS", b"eXIf", b"IDAT", b"IEND")  # others can be bombs, and change no pixel
 
+_MARKER = re.compile(rb"\xff([\x01-\xcf\xd8-\xfe])")  # of JPEG; 0 and the restart markers belong to the pixels
 _TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
     5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
@@ -61,7 +62,7 @@ class _Metered(io.BytesIO):
         data = super().read(size)
         self.reads, self.bytes = self.reads - 1, self.bytes - len(data)
         if self.reads < 0 or self.bytes < 0:
-            raise ImageError("the image consists of too many parts; save it again with another program")
+            raise ImageError(f"the image consists of too many parts; {AGAIN}")
         return data
 
 
@@ -87,7 +88,7 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS, max_aspect: float = math.i
                 raise ImageError(f"the image has {width}x{height} pixels, more than the limit of {max_pixels}")
             if max(width, height) > max_aspect * min(width, height):
                 raise ImageError(f"the image has {width}x{height} pixels, more than {max_aspect} times as long as wide")
-            _check_work(image, data, max_pixels)
+            _check_work(image, data)
             image.load()
             turn = _TRANSPOSE.get(image.getexif().get(ExifTags.Base.Orientation, 1))
             return np.ascontiguousarray(_to_rgb(image if turn is None else image.transpose(turn)))
@@ -101,53 +102,67 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS, max_aspect: float = math.i
 
 
 @contextmanager
-def opened(data: bytes) -> Iterator[Image.Image]:
+def opened(data: bytes) -> Iterator[ImageFile.ImageFile]:
     """Pillow's image of which the header is read: its size is known, and no pixel is decoded.
 
     Raises:
         Exception: as `Image.open` does, and an ImageError when the header alone would be too much work.
     """
+    if data.startswith(b"\x89PNG"):
+        data = _without_extras(data)
+    elif data[:2] in (b"II", b"MM") and _strips(data) > 2**16:
+        raise ImageError(f"the image has more than {2**16} strips or tiles; {AGAIN}")
     stream = _Metered(data)
-    if data[:2] in (b"II", b"MM") and _strips(data) > MAX_STRIPS:
-        raise ImageError(f"the image has {_strips(data)} strips or tiles, more than the limit of {MAX_STRIPS}")
-    if data.startswith(b"\x89PNG") and data.count(b"iCCP") > MAX_PROFILES:
-        raise ImageError(f"the image has more than {MAX_PROFILES} colour profiles; save it again with another program")
     with Image.open(stream, formats=FORMATS) as image:
+        if len(image.tile) > max(MAX_STRIPS, len(data) // BYTES_A_STRIP):
+            raise ImageError(f"the image has {len(image.tile)} strips or tiles in {len(data)} bytes; {AGAIN}")
         stream.reads += len(data) // BYTES_A_READ + 4 * len(image.tile)
-        if image.tile and image.tile[0].codec_name == "bmp_rle":
-            if image.width * image.height > MAX_RUN_LENGTH:
-                raise ImageError(f"a run-length encoded BMP has at most {MAX_RUN_LENGTH} pixels here; save it as PNG")
-            stream.reads += min(len(data), MAX_RUN_LENGTH)
         yield image
 
 
+def _without_extras(data: bytes) -> bytes:
+    """A PNG file with nothing but what its pixels need."""
+    kept, place = [data[:8]], 8
+    for _ in range(MAX_READS + len(data) // BYTES_A_READ):
+        if place >= len(data):
+            return b"".join(kept)
+        end = place + 12 + int.from_bytes(data[place : place + 4], "big")
+        if data[place + 4 : place + 8] in PNG_CHUNKS:
+            kept.append(data[place:end])
+        place = end
+    raise ImageError(f"the image consists of too many parts; {AGAIN}")
+
+
 def _strips(data: bytes) -> int:
-    """How many strips or tiles the first directory of a TIFF names."""
-    order, big = "<" if data[:2] == b"II" else ">", data[2] == 43
-    field, first, rest = (f"{order}Q", 8, "HHQ8x") if big else (f"{order}L", 4, "HHL4x")
+    """How many strips or tiles the first directory of a TIFF names at most; 0 when it has none."""
+    order, big = "<" if data[:2] == b"II" else ">", data[2:3] == b"+"
+    offset, first, field = (f"{order}Q", 8, f"{order}HHQ8x") if big else (f"{order}L", 4, f"{order}HHL4x")
     try:
-        (start,) = struct.unpack_from(field, data, first)
-        (count,) = struct.unpack_from(field if big else f"{order}H", data, start)
+        (start,) = struct.unpack_from(offset, data, first)
+        (count,) = struct.unpack_from(offset if big else f"{order}H", data, start)
     except (struct.error, OverflowError):
         return 0  # for Pillow to refuse
-    start, size = start + (8 if big else 2), struct.calcsize(order + rest)
-    count = min(count, (len(data) - start) // size)
-    entries = struct.iter_unpack(order + rest, data[start : start + count * size])
+    start, size = start + (8 if big else 2), struct.calcsize(field)
+    fields = data[start : start + min(count, MAX_READS) * size]
+    entries = struct.iter_unpack(field, fields[: len(fields) // size * size])
     return max((number for tag, _, number in entries if tag in (273, 324)), default=0)
 
 
-def _check_work(image: Image.Image, data: bytes, max_pixels: int) -> None:
+def _check_work(image: ImageFile.ImageFile, data: bytes) -> None:
     """Refuse what would keep a decoder busy for long although the image is small enough."""
-    pixels, scans, tags = image.width * image.height, 0, getattr(image, "tag_v2", {})
-    if "jpeg" in str(image.info.get("compression")):  # in each strip or tile of a TIFF
-        pixels, scans = min(tags.get(278, image.height), image.height) * image.width, data.count(b"\xff\xda")
-    if 322 in tags and (pixels := tags[322] * tags[323]) > max(max_pixels, 2**16):
-        raise ImageError(f"the image has tiles of {pixels} pixels, more than the limit of {max_pixels}")
-    limit = MAX_PASSES * max(max_pixels, 100 * PASS_PIXELS) // max(pixels, PASS_PIXELS)
-    if image.format in ("JPEG", "MPO") and data.count(b"\xff\xda") > limit:
-        scans = _scans(data, limit)
-    if scans > limit:
-        raise ImageError(f"the image has more than {limit} passes over {pixels} pixels; save it again")
+    if image.tile and image.tile[0].codec_name == "bmp_rle":  # Pillow decodes it in Python, pixel by pixel
+        raise ImageError(f"a BMP with run-length encoding is not supported; {AGAIN}")
+    pixels, tags = image.width * image.height, getattr(image, "tag_v2", {})
+    part = tags[322] * tags[323] if 322 in tags else min(tags.get(278, image.height), image.height) * image.width
+    if part > max(pixels, MAX_TILE):
+        raise ImageError(f"the image has tiles of {part} pixels; {AGAIN}")
+    if image.format in ("JPEG", "MPO") or "jpeg" in str(image.info.get("compression")):
+        limit = MAX_PASSES * min(max(2**18 // part, 1), 5) * math.ceil(pixels / part)
+        scans = data.count(b"\xff\xda")
+        if scans > limit and image.format != "TIFF":
+            scans = _scans(data, limit)
+        if scans > limit:
+            raise ImageError(f"the image has more than {limit} passes over {part} pixels; {AGAIN}")
 
 
 def _scans(data: bytes, limit: int) -> int:

@@ -203,7 +203,8 @@ async def serve(model_dir: Path, host: str, port: int, settings: Settings) -> in
     batcher = Batcher(model_dir, settings.merged, settings.threads, settings.timeout)
     config = uvicorn.Config(
         application(batcher, settings), host=host, port=port, log_config=None, access_log=False, lifespan="off",
-        timeout_graceful_shutdown=DRAIN_SECONDS, server_header=False, http=Connection, backlog=ACCEPTED,
+        timeout_graceful_shutdown=DRAIN_SECONDS, server_header=False, http=Connection, ws="none",
+        backlog=ACCEPTED,
     )  # fmt: skip
     server, code = Server(config), 0
 
