@@ -180,7 +180,7 @@ def test_what_is_half_received_is_bounded(beside: Any, monkeypatch: pytest.Monke
             body = HEAD + b"Content-Length: %d\r\n\r\n" % length + b"x" * (length - 1)
             half = [stack.enter_context(client.connect(body)) for _ in range(4)]  # with room for 3
             (refused,) = select.select(half, [], [], 5)[0]
-            assert b"no room for more that is only half received" in refused.recv(2**16)
+            assert refused.recv(2**16).startswith(b"HTTP/1.1 503 ")
             assert not select.select([one for one in half if one != refused], [], [], 0.1)[0]
         client.answers()
 

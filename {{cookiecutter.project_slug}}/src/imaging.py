@@ -158,10 +158,7 @@ def _check_work(image: ImageFile.ImageFile, data: bytes) -> None:
         raise ImageError(f"the image has tiles of {part} pixels; {AGAIN}")
     if image.format in ("JPEG", "MPO") or "jpeg" in str(image.info.get("compression")):
         limit = MAX_PASSES * min(max(2**18 // part, 1), 5) * math.ceil(pixels / part)
-        scans = data.count(b"\xff\xda")
-        if scans > limit and image.format != "TIFF":
-            scans = _scans(data, limit)
-        if scans > limit:
+        if (data.count(b"\xff\xda") if tags else _scans(data, limit)) > limit:
             raise ImageError(f"the image has more than {limit} passes over {part} pixels; {AGAIN}")
 
 
