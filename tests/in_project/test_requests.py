@@ -234,6 +234,12 @@ def test_only_what_stands_in_instances_counts(classifier: inference.Classifier) 
         assert len(inference.predict_fn(inference.input_fn(text), classifier)["labels"]) == 1
     later = '{"instances": [[1]], "instances": ' + json.dumps([number] * 2) + "}"
     assert len(inference.input_fn(later)) == 2
+    image = {"b64": base64.b64encode(photo()).decode(), "id": "7", "name": 'a "cat", [1]', "box": [1, 2, 3, 4]}
+    beside = {"ids": list(range(256)), "names": ["x"] * 256, "meta": [{"id": 1, "tags": ["a", "b"]}] * 256}
+    for indent in (None, 2, "\t"):
+        assert len(inference.input_fn(json.dumps({**beside, "instances": [image] * 256}, indent=indent))) == 256
+    unicode = "".join(f"\\u{ord(letter):04x}" for letter in image["b64"])
+    assert len(inference.input_fn('{"\\u0069nstances": [{"\\u00624": 1, "b64": "' + unicode + '"}]}')) == 1
     escaped = base64.b64encode(photo()).decode().replace("/", r"\/")
     assert len(inference.input_fn('{"instances": [{"b64": "' + escaped + '", "id": "a"}]}')) == 1
 

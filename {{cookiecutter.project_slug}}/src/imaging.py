@@ -10,7 +10,7 @@ import io
 import math
 import re
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -29,11 +29,12 @@ BACKGROUND = (255, 255, 255)  # what transparent pixels are blended on
 # What a picture may ask of a decoder, far above what cameras and editors write: a few kB can ask for hours. A request
 # may hold many pictures, so each limit follows the picture's size in bytes or pixels, or costs little beside them.
 MAX_READS = 4000  # by which Pillow takes a header apart, and one more for each so many bytes of the rest:
-BYTES_A_READ = 512
+BYTES_A_READ = 128
 MAX_PASSES = 20  # of a progressive JPEG, where ten are usual; up to five times as many of a small one
 MAX_STRIPS, BYTES_A_STRIP = 512, 64  # or tiles of a TIFF that is not compressed; more, if each has so many bytes
 MAX_TILE = 2**20  # pixels of a tile that is larger than its image
-PNG_CHUNKS = (b"IHDR", b"PLTE", b"tRNS", b"eXIf", b"IDAT", b"IEND")  # others can be bombs, and change no pixel
+PNG_CHUNKS = (b"IHDR", b"PLTE", b"tRNS", b"eXIf", b"IDAT", b"IEND")  # others can be bombs, and change no pixel, but
+PNG_TEXTS = (b"XML:com.adobe.xmp\0", b"Raw profile type exif\0")  # these may say which side is up
 
 _MARKER = re.compile(rb"\xff([\x01-\xcf\xd8-\xfe])")  # of JPEG; 0 and the restart markers belong to the pixels
 _TRANSPOSE = {
@@ -110,8 +111,8 @@ def opened(data: bytes) -> Iterator[ImageFile.ImageFile]:
     """
     if data.startswith(b"\x89PNG"):
         data = _without_extras(data)
-    elif data[:2] in (b"II", b"MM") and _strips(data) > 2**16:
-        raise ImageError(f"the image has more than {2**16} strips or tiles; {AGAIN}")
+    elif data[:2] in (b"II", b"MM"):
+        _check_directory(data)
     stream = _Metered(data)
     with Image.open(stream, formats=FORMATS) as image:
         if len(image.tile) > max(MAX_STRIPS, len(data) // BYTES_A_STRIP):
@@ -122,30 +123,35 @@ def opened(data: bytes) -> Iterator[ImageFile.ImageFile]:
 
 def _without_extras(data: bytes) -> bytes:
     """A PNG file with nothing but what its pixels need."""
-    kept, place = [data[:8]], 8
+    kept, place, texts = [data[:8]], 8, 4
     for _ in range(MAX_READS + len(data) // BYTES_A_READ):
-        if place >= len(data):
-            return b"".join(kept)
-        end = place + 12 + int.from_bytes(data[place : place + 4], "big")
-        if data[place + 4 : place + 8] in PNG_CHUNKS:
+        end, name = place + 12 + int.from_bytes(data[place : place + 4], "big"), data[place + 4 : place + 8]
+        if text := bool(texts) and data.startswith(PNG_TEXTS, place + 8):
+            texts -= 1
+        if text or name in PNG_CHUNKS:
             kept.append(data[place:end])
         place = end
+        if place >= len(data) or name == b"IEND":
+            return b"".join(kept)
     raise ImageError(f"the image consists of too many parts; {AGAIN}")
 
 
-def _strips(data: bytes) -> int:
-    """How many strips or tiles the first directory of a TIFF names at most; 0 when it has none."""
+def _check_directory(data: bytes) -> None:
+    """Refuse a TIFF whose first directory Pillow would not read as libtiff does, or names very many strips or tiles."""
     order, big = "<" if data[:2] == b"II" else ">", data[2:3] == b"+"
     offset, first, field = (f"{order}Q", 8, f"{order}HHQ8x") if big else (f"{order}L", 4, f"{order}HHL4x")
     try:
         (start,) = struct.unpack_from(offset, data, first)
         (count,) = struct.unpack_from(offset if big else f"{order}H", data, start)
     except (struct.error, OverflowError):
-        return 0  # for Pillow to refuse
+        return  # for Pillow to refuse
     start, size = start + (8 if big else 2), struct.calcsize(field)
     fields = data[start : start + min(count, MAX_READS) * size]
-    entries = struct.iter_unpack(field, fields[: len(fields) // size * size])
-    return max((number for tag, _, number in entries if tag in (273, 324)), default=0)
+    entries = [*struct.iter_unpack(field, fields[: len(fields) // size * size])]
+    if len({tag for tag, _, _ in entries}) < len(entries):  # one takes the first of them, the other the last
+        raise ImageError(f"the image has a field twice; {AGAIN}")
+    if any(number > 2**16 for tag, _, number in entries if tag in (273, 324)):
+        raise ImageError(f"the image has more than {2**16} strips or tiles; {AGAIN}")
 
 
 def _check_work(image: ImageFile.ImageFile, data: bytes) -> None:
@@ -158,7 +164,7 @@ def _check_work(image: ImageFile.ImageFile, data: bytes) -> None:
         raise ImageError(f"the image has tiles of {part} pixels; {AGAIN}")
     if image.format in ("JPEG", "MPO") or "jpeg" in str(image.info.get("compression")):
         limit = MAX_PASSES * min(max(2**18 // part, 1), 5) * math.ceil(pixels / part)
-        if (data.count(b"\xff\xda") if tags else _scans(data, limit)) > limit:
+        if (_scans_of_strips(data, tags) if tags else _scans(data, limit)) > limit:
             raise ImageError(f"the image has more than {limit} passes over {part} pixels; {AGAIN}")
 
 
@@ -170,9 +176,17 @@ def _scans(data: bytes, limit: int) -> int:
         if code == 0xD9 and scans:  # the end of the image
             break
         scans += code == 0xDA
-        if code not in (0x01, 0xD8, 0xD9):  # markers without a segment
+        if code >= 0xC0 and code not in (0xD8, 0xD9):  # others have no segment
             place += int.from_bytes(data[place : place + 2], "big")
     return scans
+
+
+def _scans_of_strips(data: bytes, tags: Mapping[int, Any]) -> int:
+    """How many passes the strips or tiles of a TIFF's first image have at most; other pages do not count."""
+    places, sizes = ([*tags.get(strips, ()), *tags.get(tiles, ())] for strips, tiles in ((273, 324), (279, 325)))
+    if len(places) != len(sizes) or 0 in sizes or sum(sizes) > 2 * len(data):  # each may be anything
+        return len(places) * data.count(b"\xff\xda")
+    return sum(data.count(b"\xff\xda", place, place + size) for place, size in zip(places, sizes, strict=True))
 
 
 def _to_rgb(image: Image.Image) -> NDArray[np.uint8]:

@@ -25,7 +25,7 @@ IMAGE_TYPES = ("application/x-image", "image/jpeg", "image/png", "image/webp", "
 JSON_TYPE = "application/json"
 NPY_TYPE = "application/x-npy"
 NO_INSTANCES = 'instances must all be {"b64": "..."}, or lists of numbers of one shape'
-STRINGS = 16  # of JSON for each instance; and lists or objects beside the model's rows
+STRINGS = 64  # of JSON for each instance; so many lists beside the model's rows; and so many values beside instances
 Batch = list[NDArray[np.uint8]] | NDArray[np.float32]
 _PARSING = threading.Lock()  # more than one at a time would gain nothing, and keep others from what lies between
 UNKNOWN_SIDE = 1024  # where no model was loaded yet
@@ -197,14 +197,15 @@ def _outline(data: bytes) -> tuple[bytes, list[slice]]:
     starts, ends = places[opening & (depth == 3)], places[~opening & (depth == 2)]  # inside {"instances": [ ... ]}
     if len(starts) != len(ends):
         raise RequestError(400, "the body is not valid JSON: a bracket has no partner")
-    _check_count(len(starts))
+    if len(starts) > 4 * LIMITS.max_batch:  # a request may say something of each instance beside them
+        _check_count(len(starts))
     spans = [slice(start, end + 1) for start, end in zip(starts.tolist(), ends.tolist(), strict=True)]
     commas = text == ord(",")
     inside = [int(np.count_nonzero(commas[span])) for span in spans]
     for number, count in enumerate(inside):
         _check_size(number, count + 1)
-    if np.count_nonzero(commas) - sum(inside) > STRINGS + LIMITS.max_batch:
-        raise RequestError(413, f"the request has more instances than the limit of {LIMITS.max_batch}")
+    if (beside := int(np.count_nonzero(commas)) - sum(inside)) > STRINGS * LIMITS.max_batch:
+        raise RequestError(413, f"the JSON has {beside} values, more than {LIMITS.max_batch} instances can need")
     return outline, spans
 
 

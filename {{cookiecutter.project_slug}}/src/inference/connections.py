@@ -24,7 +24,7 @@ HEAD_SECONDS = 10.0  # for the head of a request, from its first byte; or from t
 BODY_SECONDS = 10.0  # for the next part of a body,
 BYTES_A_SECOND = 64 * 2**10  # and on the whole, after as long a start, at least this
 READ_SECONDS = 60.0  # for a client to take its answer
-PIECES, PIECE_BYTES = 200, 512  # so many pieces of a body may be small; of more, each has so many bytes on average
+PIECES, PIECE_BYTES = 1000, 512  # so many pieces of a body may be small; of more, each has so many bytes on average
 
 
 class Parser(h11.Connection):
