@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 import uvicorn
-from tests.helpers import free_port
-from tests.hosting import ask
 
 from inference import connections, serve
+from tests.helpers import free_port
+from tests.hosting import ask
 
 HEAD = b"POST /invocations HTTP/1.1\r\nHost: x\r\n"
 LONG = 20_000_000  # bytes of the answer to "long": more than the system keeps for a client that does not read

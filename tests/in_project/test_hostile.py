@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+
 from tests.hosting import ANY_IMAGE, JSON, Running, ask, serving
 from tests.test_imaging import HOSTILE
 from tests.test_inference import artifact, photo

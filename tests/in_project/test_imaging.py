@@ -184,7 +184,8 @@ HOSTILE: dict[str, tuple[Callable[[], bytes], str]] = {
     "passes, filled": (lambda: jpeg((b"\xff" * 9 + SCAN) * 8_000, END, 1000, progressive=True), PASSES),
     "passes after a false end": (lambda: jpeg(b"\xff\xfe\0\4" + END + SCAN * 8_000, END, 1000), PASSES),
     "passes in what has no length": (
-        lambda: jpeg(b"\xff\x02\xff\xff" + SCAN * 6_000, END, 1000, progressive=True), PASSES,
+        lambda: jpeg(b"\xff\x02\xff\xff" + SCAN * 6_000, END, 1000, progressive=True),
+        PASSES,
     ),
     "comments": (lambda: jpeg(b"\xff\xfe\0\2" * (N // 4)), PARTS),
     "application segments": (lambda: jpeg(b"\xff\xe2\0\2" * (N // 4)), PARTS),
@@ -209,11 +210,11 @@ HOSTILE: dict[str, tuple[Callable[[], bytes], str]] = {
         "tiles of 67108864 pixels",
     ),
     "passes in a strip": (
-        lambda: tiff({259: 7, 273: 150, 278: 2**32 - 1, 279: 80_000}, jpeg(SCAN * 99, END, 5000), side=5000),
+        lambda: tiff({259: 7, 273: 122, 278: 2**32 - 1, 279: 294_290}, jpeg(SCAN * 99, END, 5000), side=5000),
         "more than 20 passes over 25000000 pixels",
     ),
     "strips that are all the same": (
-        lambda: tiff({259: 7, 273: 0, 278: 1, 279: 0}, struct.pack("<L", 150) * 60_000 + SCAN * 9, side=5000),
+        lambda: tiff({259: 7, 273: 0, 278: 1}, struct.pack("<L", 150) * 60_000 + SCAN * 9, side=5000),
         "more than 500000 passes over 5000 pixels",
     ),
     "a field twice": (lambda: tiff({322: 16, 323: 16, 324: 8, 325: 8}).replace(b"\x43\1", b"\x42\1"), "field twice"),
@@ -273,16 +274,16 @@ def test_usual_pictures_are_far_from_the_limits() -> None:
 
 
 def test_what_others_write_beside_a_picture_is_no_work() -> None:
-    """Pages of a scan, what follows the end of a file, pixels in many small chunks, and duplicates of colour profiles."""
+    """Pages of a scan, what follows the end of a file, pixels in many small chunks, large colour profiles."""
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 400, 3), dtype=np.uint8))
-    pages = {"format": "TIFF", "save_all": True, "append_images": [noise] * 119}
+    pages = {"save_all": True, "append_images": [noise] * 119}
     small = encoded(noise, "PNG", compress_level=0)
     place, size = small.index(b"IDAT") - 4, int.from_bytes(small[small.index(b"IDAT") - 4 :][:4], "big")
     pixels = small[place + 8 : place + 8 + size]
     pieces = b"".join(chunk(b"IDAT", pixels[start : start + 600]) for start in range(0, size, 600))
     pictures = [
-        encoded(noise, compression="jpeg", **pages),
-        encoded(noise, compression="jpeg", strip_size=16 * 1200, **pages),
+        encoded(noise, "TIFF", compression="jpeg", **pages),
+        encoded(noise, "TIFF", compression="jpeg", strip_size=16 * 1200, **pages),
         small + bytes(2_000_000),
         small[:place] + pieces + small[place + 12 + size :],
         encoded(noise, "JPEG") + encoded(noise, "JPEG", progressive=True) * 30,
@@ -309,6 +310,7 @@ def test_orientation_in_the_texts_of_a_png(name: bytes, mark: bytes) -> None:
     assert np.array_equal(imaging.decode(png(chunk(name, texts[name]), mark)), turned)
 
 
+@pytest.mark.filterwarnings("ignore")
 def test_fields_that_all_point_at_the_same_bytes_cost_no_memory() -> None:
     """Of the EXIF of a picture of 5 MB, Pillow before 13 kept a copy for each: 6 GB."""
     fields = b"".join(struct.pack("<HHLL", 1000 + number, 1, 5_000_000, 8) for number in range(100))
