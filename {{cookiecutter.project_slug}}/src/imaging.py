@@ -32,7 +32,6 @@ MAX_READS = 4000  # by which Pillow takes a header apart, and one more for each 
 BYTES_A_READ = 128
 MAX_PASSES = 20  # of a progressive JPEG, where ten are usual; up to five times as many of a small one
 MAX_STRIPS, BYTES_A_STRIP = 512, 64  # or tiles of a TIFF that is not compressed; more, if each has so many bytes
-MAX_TILE = 2**20  # pixels of a tile that is larger than its image
 PNG_CHUNKS = (b"IHDR", b"PLTE", b"tRNS", b"eXIf", b"IDAT", b"IEND")  # others can be bombs, and change no pixel, but
 PNG_TEXTS = (b"XML:com.adobe.xmp\0", b"Raw profile type exif\0")  # these may say which side is up
 
@@ -126,12 +125,10 @@ def _without_extras(data: bytes) -> bytes:
     kept, place, texts = [data[:8]], 8, 4
     for _ in range(MAX_READS + len(data) // BYTES_A_READ):
         end, name = place + 12 + int.from_bytes(data[place : place + 4], "big"), data[place + 4 : place + 8]
-        if text := bool(texts) and data.startswith(PNG_TEXTS, place + 8):
-            texts -= 1
+        texts -= (text := texts > 0 and data.startswith(PNG_TEXTS, place + 8))
         if text or name in PNG_CHUNKS:
             kept.append(data[place:end])
-        place = end
-        if place >= len(data) or name == b"IEND":
+        if (place := end) >= len(data) or name == b"IEND":
             return b"".join(kept)
     raise ImageError(f"the image consists of too many parts; {AGAIN}")
 
@@ -160,7 +157,7 @@ def _check_work(image: ImageFile.ImageFile, data: bytes) -> None:
         raise ImageError(f"a BMP with run-length encoding is not supported; {AGAIN}")
     pixels, tags = image.width * image.height, getattr(image, "tag_v2", {})
     part = tags[322] * tags[323] if 322 in tags else min(tags.get(278, image.height), image.height) * image.width
-    if part > max(pixels, MAX_TILE):
+    if part > max(pixels, 2**20):  # a tile may be larger than its image
         raise ImageError(f"the image has tiles of {part} pixels; {AGAIN}")
     if image.format in ("JPEG", "MPO") or "jpeg" in str(image.info.get("compression")):
         limit = MAX_PASSES * min(max(2**18 // part, 1), 5) * math.ceil(pixels / part)
