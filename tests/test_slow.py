@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import random
 import subprocess
 from pathlib import Path
 
@@ -13,10 +15,12 @@ pytestmark = pytest.mark.slow
 
 
 def test_thousands_of_random_requests(bake: Bake, ready: Project) -> None:
+    """For 20 minutes: half of them requests to a server, half of them pictures and bodies that are damaged."""
     project = bake(scope="full")
     (project.path / ".venv").symlink_to(ready.path / ".venv")
     assert FUZZING in add_tests(project)
-    run_tests(project, FUZZING, **NO_ENGINE)
+    seed = os.environ.get("FUZZ_SEED", str(random.SystemRandom().randrange(2**30)))  # a failure names its own
+    run_tests(project, FUZZING, FUZZ_MINUTES=os.environ.get("FUZZ_MINUTES", "10"), FUZZ_SEED=seed, **NO_ENGINE)
 
 
 @pytest.mark.parametrize("scope", ["local", "cloud", "full"])

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-PACKAGES = ("ray[serve]>=2.57,<3", "torch>=2.10,<3", "numpy>=2.0,<3", "pillow>=12.3,<14", "safetensors>=0.6,<1")
+PACKAGES = ("ray[serve]>=2.57,<3", "torch>=2.10,<3", "numpy>=2.0,<3", "pillow>=13,<14", "safetensors>=0.6,<1")
 READY_SECONDS = 240
 BRIDGE = Path(__file__).with_name("ray_app.py")
 START = """

@@ -33,7 +33,7 @@ PACKAGES = (
     "setuptools<81",  # later ones have no pkg_resources, which the toolkit imports
     "torch>=2.10,<3",
     "numpy>=2.0,<3",
-    "pillow>=12.3,<14",
+    "pillow>=13,<14",
     "safetensors>=0.6,<1",
 )
 READY_SECONDS = 180

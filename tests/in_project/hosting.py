@@ -378,6 +378,8 @@ def input_fn(body, content_type, context):
         if wish == "modules":
             raise RequestError(400, " ".join(sys.modules))
         raise _errors[wish]
+    if verb == "hold":
+        _hold(wish)
     if verb == "set":
         context.set_response_header(0, *json.loads(wish))
     if verb == "return":

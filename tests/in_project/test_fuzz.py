@@ -1,6 +1,7 @@
 """Thousands of random requests, seeded: never a 5xx, never a traceback, no growing memory, and a server that lives.
 
 python -m pytest tests/test_fuzz.py
+FUZZ_MINUTES=20 FUZZ_SEED=7000000 python -m pytest tests/test_fuzz.py   # as long, with seeds from this one on
 """
 
 from __future__ import annotations
@@ -10,9 +11,15 @@ import contextlib
 import http.client
 import io
 import json
+import multiprocessing
+import os
+import resource
 import socket
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +27,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import payload
 from tests.hosting import Reply, Running, ask, npy, serving
 from tests.test_inference import artifact, photo
 
@@ -130,18 +138,115 @@ def server(artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
 
 def test_random_requests(server: Running) -> None:
-    statuses, memory = [], []
+    statuses, memory, end = [], [], time.monotonic() + 60 * MINUTES
     with ThreadPoolExecutor(CLIENTS) as pool:
-        for number in range(ROUNDS):
-            for found in pool.map(lambda seed: client(server.port, seed), [[number, one] for one in range(CLIENTS)]):
+        while len(memory) < ROUNDS or time.monotonic() < end:
+            seeds = [[FIRST_SEED + len(memory), one] for one in range(CLIENTS)]
+            for found in pool.map(lambda seed: client(server.port, seed), seeds):
                 statuses += found
             memory.append(server.stat("VmRSS"))
-    assert len(statuses) > 0.95 * ROUNDS * CLIENTS * EACH
+    assert len(statuses) > 0.95 * len(memory) * CLIENTS * EACH
     assert {200, 400, 404, 405, 406, 415} <= set(statuses)
     assert 0.05 < statuses.count(200) / len(statuses) < 0.6
-    assert memory[-1] - memory[ROUNDS // 2 - 1] < GROWTH, memory
+    assert memory[-1] - memory[len(memory) // 2 - 1] < GROWTH, memory
     assert not [line for line in server.lines() if line["level"] != "info"]
     assert ask(server.url, photo("left"), "image/png").labels() == ["left"]
+
+
+MINUTES = float(os.environ.get("FUZZ_MINUTES", "0.2"))
+FIRST_SEED = int(os.environ.get("FUZZ_SEED", "0"))
+KEPT: tuple[int, ...] = ()  # seeds of which something was wrong once
+SECONDS = 2  # of a decoder, for one picture or body
+MEMORY = 6 * 2**30  # of the process that decodes; none of these pictures is large
+VALUES_OF = (0, 1, 2, 3, 4, 7, 8, 16, 127, 128, 255, 256, 1000, 2**15, 2**16 - 1, 2**24, 2**31 - 1, 2**31, 2**32 - 1)
+
+
+def seeds_of_pictures() -> list[bytes]:
+    """One of every kind that is read, and what attackers send, in small."""
+    picture = Image.open(io.BytesIO(photo())).convert("RGB").resize((64, 48))
+    found = []
+    for kind, mode, options in (
+        ("JPEG", "RGB", {}), ("JPEG", "CMYK", {"progressive": True}), ("JPEG", "L", {"restart_marker_blocks": 1}),
+        ("MPO", "RGB", {"save_all": True, "append_images": [picture]}),
+        ("PNG", "RGBA", {}), ("PNG", "P", {}), ("PNG", "I;16", {}),
+        ("PNG", "RGB", {"save_all": True, "append_images": [picture]}),
+        ("WEBP", "RGBA", {"lossless": True}), ("WEBP", "RGB", {"save_all": True, "append_images": [picture]}),
+        ("BMP", "RGB", {}), ("BMP", "P", {}), ("TIFF", "RGB", {}), ("TIFF", "L", {"compression": "jpeg"}),
+        ("TIFF", "1", {"compression": "group4"}), ("TIFF", "RGB", {"compression": "tiff_lzw", "strip_size": 192}),
+        ("TIFF", "RGB", {"compression": "tiff_adobe_deflate", "big_tiff": True}),
+    ):  # fmt: skip
+        buffer = io.BytesIO()
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        kept = {} if kind == "BMP" else {"exif": exif}
+        picture.convert("L" if mode == "I;16" else mode).convert(mode).save(buffer, kind, **options, **kept)
+        found.append(buffer.getvalue())
+    return found
+
+
+def damaged(data: bytes, random: np.random.Generator) -> bytes:
+    """Numbers that are replaced by unlikely ones, and parts that are cut, doubled, repeated or taken from elsewhere."""
+    body = bytearray(data)
+    for _ in range(random.integers(1, 6)):
+        start = int(random.integers(len(body))) if random.integers(2) else int(random.integers(min(len(body), 200)))
+        part = body[start : start + int(random.integers(1, 80))]
+        choice = int(random.integers(6))
+        if choice < 3:
+            width = int(random.choice([1, 2, 4]))
+            value = VALUES_OF[int(random.integers(len(VALUES_OF)))] % 256**width
+            body[start : start + width] = value.to_bytes(width, "little" if random.integers(2) else "big")
+        elif choice == 3:
+            body[start : start + len(part)] = b""
+        elif choice == 4:
+            body[start:start] = part * int(random.choice([1, 2, 50, 5000]))
+        else:
+            body[start : start + len(part)] = random.bytes(len(part))
+        body = body[: 3 * 2**20] or bytearray(1)
+    return bytes(body)
+
+
+def decode_all(seeds: Sequence[int]) -> list[str]:
+    """In a process of its own, which may die: what was wrong with the pictures and bodies of these seeds."""
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)  # libtiff's warnings
+    warnings.simplefilter("ignore")
+    pictures, wrong = seeds_of_pictures(), []
+    for seed in seeds:
+        random = np.random.default_rng(seed)
+        if seed % 3:
+            body, kind = damaged(pictures[seed % len(pictures)], random), "image/png"
+            if seed % 9 == 1:
+                body, kind = json.dumps({"instances": [{"b64": base64.b64encode(body).decode()}]}).encode(), TYPES[0]
+        else:
+            body, kind = valid(random)
+            body = damaged(body, random)
+        begun = time.thread_time()
+        try:
+            batch = payload.read(body, kind)
+            assert all(image.dtype in (np.uint8, np.float32) for image in batch)
+        except payload.RequestError:
+            pass
+        except Exception as error:
+            wrong.append(f"seed {seed}: {error!r}")
+        if (seconds := time.thread_time() - begun) > SECONDS:
+            wrong.append(f"seed {seed}: {seconds:.1f} s for {len(body)} bytes")
+    return wrong
+
+
+def test_damaged_pictures_and_bodies() -> None:
+    """For FUZZ_MINUTES, each seed once; a message names the seed, which then belongs into KEPT."""
+    end, first = time.monotonic() + 60 * MINUTES, FIRST_SEED
+    seeds: Sequence[int] = KEPT
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        while time.monotonic() < end:
+            try:
+                assert not pool.submit(decode_all, seeds).result(timeout=300)
+            except BrokenProcessPool:
+                pytest.fail(f"the decoder died at one of the seeds {[*seeds]}")
+            seeds = range(first, first + 200)
+            first += 200
+    print(f"seeds {FIRST_SEED} to {first}")
 
 
 PIECES = (b"POST /invocations HTTP/1.1\r\n", b"GET /ping HTTP/1.1\r\n", b"Host: x\r\n", b"\r\n", b"\n", b":\r\n",

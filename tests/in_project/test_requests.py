@@ -5,7 +5,10 @@ from __future__ import annotations
 import base64
 import io
 import json
+import math
 import shutil
+import time
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +90,19 @@ BAD: list[tuple[bytes | str, str | None, int]] = [
     (header("{'descr': '<f4', 'fortran_order': False, 'shape': (1.5,)}") + b"123456", NPY, 400),
     (header("{'descr': '|O', 'fortran_order': False, 'shape': (1,)}") + b"12345678", NPY, 400),
     (header("[" * 100), NPY, 400),
+    (header("{'descr': '<f4', 'fortran_order': False, 'shape': (" + "1," * 25 + ")}") + b"1234", NPY, 400),
+    (npy(np.zeros((1, 3, 13, 13))), NPY, 400),
+    (json.dumps({"instances": np.zeros((1, 3, 13, 13)).tolist()}), JSON_TYPE, 400),
+    (json.dumps({"instances": [1] * 300}), JSON_TYPE, 413),
+    (b'{"instances": [1, 2]}', JSON_TYPE, 400),
+    (b'{"instances": [[1] [2]]}', JSON_TYPE, 400),
+    (b'{"instances": [[1], ]}', JSON_TYPE, 400),
+    (b'{"instances": [[1}]}', JSON_TYPE, 400),
+    (b'{"instances": [[1]], "more": [[x]]}', JSON_TYPE, 400),
+    (b'{"instances": [[1]], "b64": "open}', JSON_TYPE, 400),
+    (b'{"instances": [[1]]', JSON_TYPE, 400),
+    (b'\\"{"instances": [[1]]}\\"', JSON_TYPE, 400),
+    ('{"instances": [{"b64": "\ud800"}]}', JSON_TYPE, 400),
     (header("", (9, 9)), NPY, 400),
 ]
 
@@ -198,12 +214,110 @@ def test_npy_and_json_numbers_get_the_same_answer(classifier: inference.Classifi
 
 
 def test_nesting_is_counted_outside_strings_only() -> None:
-    payload._check_depth(json.dumps({"instances": [{"b64": "[[[[[[[[[[[[\\" + '"{{{{{{{{{{{{{'}]}))
-    payload._check_depth(deep(8).decode())
-    payload._check_depth("[" + ",".join(["[{}]"] * 1000) + "]")
-    for text in (deep(9).decode(), "[{" * 5 + "}]" * 5, "{[" * 5 + "]}" * 5):
+    documents: list[Any] = [{"instances": [{"b64": "[[[[[[[[[[[[\\" + '"{{{{{{{{{{{{{'}]}, [[], {}] * 100]
+    for document in documents:
+        payload._outline(json.dumps(document).encode())
+    payload._outline(deep(8))
+    for text in (deep(9), b"[{" * 5 + b"}]" * 5, b"{[" * 5 + b"]}" * 5, b'"\\\\"' + b"[" * 9):
         with pytest.raises(RequestError, match="nested deeper than the limit of 8"):
-            payload._check_depth(text)
+            payload._outline(text)
+
+
+def test_only_what_stands_in_instances_counts(classifier: inference.Classifier) -> None:
+    number = np.zeros((3, 12, 12)).tolist()
+    documents: list[dict[str, Any]] = [
+        {"more": [[[1]], {"a": {"b": 2}}], "instances": [number], "": {"": 1}},
+        {"instances": [[[1]]], "name": 'a "quoted" \\ [[[[[[[[[[ name', "options": {"instances": [[1]]}},
+    ]
+    for document in documents:
+        text = json.dumps(document).replace('[[[1]]], "name"', f'[{json.dumps(number)}], "name"')
+        assert len(inference.predict_fn(inference.input_fn(text), classifier)["labels"]) == 1
+    later = '{"instances": [[1]], "instances": ' + json.dumps([number] * 2) + "}"
+    assert len(inference.input_fn(later)) == 2
+    image = {"b64": base64.b64encode(photo()).decode(), "id": "7", "name": 'a "cat", [1]', "box": [1, 2, 3, 4]}
+    beside = {"ids": list(range(256)), "names": ["x"] * 256, "meta": [{"id": 1, "tags": ["a", "b"]}] * 256}
+    for indent in (None, 2, "\t"):
+        assert len(inference.input_fn(json.dumps({**beside, "instances": [image] * 256}, indent=indent))) == 256
+    unicode = "".join(f"\\u{ord(letter):04x}" for letter in image["b64"])
+    assert len(inference.input_fn('{"\\u0069nstances": [{"\\u00624": 1, "b64": "' + unicode + '"}]}')) == 1
+    escaped = base64.b64encode(photo()).decode().replace("/", r"\/")
+    assert len(inference.input_fn('{"instances": [{"b64": "' + escaped + '", "id": "a"}]}')) == 1
+
+
+PIECES = (b'"', b'\\"', b"\\", b"\\\\", b"[", b"]", b"{", b"}", b"[]", b"[],", b"{},", b'"",', b"1,", b"1e9,", b"[1],",
+          b'"a":', b"null,", b"\xff", b"\0", b" ", b"9" * 99, b'[["", 1],', b'{"instances":[', b'{"b64":"')  # fmt: skip
+
+
+def looked_at(body: bytes) -> tuple[float, int]:
+    """Seconds and bytes that a body costs until it is refused or decoded."""
+    tracemalloc.start()
+    begun = time.thread_time()
+    try:
+        payload.read(body, JSON_TYPE)
+    except RequestError:
+        pass
+    finally:
+        seconds, memory = time.thread_time() - begun, tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    return seconds, memory
+
+
+@pytest.mark.usefixtures("classifier")  # so that it is known what the model takes
+@pytest.mark.parametrize("seed", range(len(PIECES) + 6))
+def test_time_and_memory_grow_with_the_length_of_a_body_at_most(seed: int) -> None:
+    """One piece again and again behind each beginning, and mixtures, up to the limit of bytes."""
+    random = np.random.default_rng(seed)
+    chosen = [seed] if seed < len(PIECES) else random.integers(len(PIECES), size=random.integers(2, 5)).tolist()
+    piece = b"".join(PIECES[index] for index in chosen)
+    for start in (b"", b'{"instances":[[', b'{"instances":[["'):
+        costs = [looked_at((start + piece * (size // len(piece)))[:size]) for size in (2**18, 6 * 2**20)]
+        seconds, memory = zip(*costs, strict=True)
+        assert seconds[1] < min(1.5, 24 * 4 * max(seconds[0], 0.002)), (start, piece[:20], costs)
+        assert memory[1] < 20 * 6 * 2**20, (start, piece[:20], costs)
+
+
+def test_many_pictures_that_are_each_just_within_the_limits_are_no_long_work() -> None:
+    buffer = io.BytesIO()
+    Image.new("L", (228, 228), 99).save(buffer, "JPEG", progressive=True)
+    passes = buffer.getvalue()[:-2] + b"\xff\xda\x00\x08\x01\x01\x00\x01\x3f\x00" * 94 + b"\xff\xd9"
+    body = json.dumps({"instances": [{"b64": base64.b64encode(passes).decode()}] * 256}).encode()
+    begun = time.thread_time()
+    assert len(inference.input_fn(body)) == 256
+    assert time.thread_time() - begun < 4
+
+
+def test_strings_among_numbers_never_reach_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Numpy makes all of them as long as the longest: these 508 kB became 4.8 GB."""
+    monkeypatch.setattr(payload, "side", 0)
+    body = b'{"instances":[["' + b"x" * 500_000 + b'"' + b',""' * 2000 + b"]]}"
+    seconds, memory = looked_at(body)
+    assert seconds < 0.5
+    assert memory < 10 * len(body)
+    with pytest.raises(RequestError, match="lists of numbers of one shape"):
+        inference.input_fn(body)
+
+
+def test_numbers_are_limited_by_what_the_model_takes(
+    classifier: inference.Classifier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(payload, "side", 12)
+    whole = json.dumps({"instances": np.zeros((256, 3, 12, 12), int).tolist()}, separators=(",", ":"))
+    assert len(inference.predict_fn(inference.input_fn(whole), classifier)["labels"]) == 256
+    for numbers in (np.zeros((1, math.prod((3, 12, 12)) + 1), int), np.zeros((2, 3, 12, 13), int)):
+        for body, kind in ((json.dumps({"instances": numbers.tolist()}), JSON_TYPE), (npy(numbers), NPY)):
+            with pytest.raises(RequestError, match=r"numbers; the model takes shape \(3, 12, 12\)"):
+                inference.input_fn(body, kind)
+    monkeypatch.setattr(payload, "side", 0)  # no model was loaded here
+    assert inference.input_fn(json.dumps({"instances": np.zeros((1, 3, 12, 13), int).tolist()})).shape[3] == 13
+
+
+def test_a_request_for_which_there_is_no_memory_is_not_the_client_s_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> Any:
+        raise MemoryError
+
+    monkeypatch.setattr(payload, "_rows", full)
+    with pytest.raises(MemoryError):  # the server answers 503
+        inference.input_fn(b'{"instances": [[1]]}')
 
 
 def test_limits_of_one_image(monkeypatch: pytest.MonkeyPatch) -> None:

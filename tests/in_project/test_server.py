@@ -174,7 +174,7 @@ def test_a_request_that_fails_in_a_merged_batch_fails_alone(probe: Probe) -> Non
         return lambda: ask(probe.url, body, ANY_IMAGE)
 
     calls = [call(photo(label)) for label in ("up", "left", "down")]
-    for name, status in (("memory", 500), ("stop", 500), ("exit", 500), ("time", 500), ("forbidden", 403)):
+    for name, status in (("memory", 503), ("stop", 500), ("exit", 500), ("time", 500), ("forbidden", 403)):
         bad, *good = probe.together(call(coded(name)), *calls)
         assert "secret" not in bad.refused(status)
         assert [answer.labels() for answer in good] == [["up"], ["left"], ["down"]]
@@ -185,8 +185,9 @@ def test_handlers_that_fail_cost_only_their_request(probe: Probe) -> None:
     for place in ("input", "output"):
         for name in ERRORS:
             answer = ask(probe.url, photo(), ANY_IMAGE, X_Amzn_SageMaker_Custom_Attributes=f"{place}:{name}")
-            message = answer.refused(403 if name == "forbidden" else 500)
-            assert message == "not you" if name == "forbidden" else f"({answer.headers['x-request-id']})" in message
+            message = answer.refused({"forbidden": 403, "memory": 503}.get(name, 500))
+            expected = {"forbidden": "not you", "memory": "not enough memory for this request now"}
+            assert expected.get(name, f"({answer.headers['x-request-id']})") in message
             logged = [
                 line for line in probe.running.lines() if line.get("request_id") == answer.headers["x-request-id"]
             ]
@@ -314,6 +315,24 @@ def test_a_model_that_is_stuck(small: Probe) -> None:
     small.running.wait_until(200)
     assert ask(small.url, photo(), ANY_IMAGE).labels() == ["up"]
     assert small.sizes_after(before) == [1, 1]  # nobody waits for the other answer any more
+
+
+def test_decoders_that_are_stuck(small: Probe) -> None:
+    """One of two costs nothing but itself; a server without any is broken, and is not when they are done after all."""
+
+    def held() -> Any:
+        return ask(small.url, photo(), ANY_IMAGE, X_Amzn_SageMaker_Custom_Attributes="hold:decoder")
+
+    (small.folder / "decoder").touch()
+    assert held().refused(504) == "no answer within 2 s"
+    assert small.running.ping() == 200
+    assert ask(small.url, photo(), ANY_IMAGE).labels() == ["up"]
+    assert held().refused(504)
+    small.running.wait_until(503)
+    assert "not ready" in ask(small.url, photo(), ANY_IMAGE).refused(503)
+    (small.folder / "decoder").unlink()
+    small.running.wait_until(200)
+    assert ask(small.url, photo(), ANY_IMAGE).labels() == ["up"]
 
 
 def test_from_loading_to_leaving(handlers: Path, tmp_path: Path) -> None:

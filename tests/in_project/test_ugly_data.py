@@ -66,9 +66,18 @@ def jpeg() -> bytes:
     return buffer.getvalue()
 
 
+def passes() -> bytes:
+    """A progressive JPEG file with 50,000 empty passes over its pixels, which take minutes."""
+    buffer = io.BytesIO()
+    draw("down", 1, 1000).save(buffer, "JPEG", progressive=True)
+    return buffer.getvalue()[:-2] + b"\xff\xda\x00\x08\x01\x01\x00\x01\x3f\x00" * 50_000 + b"\xff\xd9"
+
+
 @pytest.mark.parametrize(
     ("name", "data", "reason"),
     [
+        ("passes.jpg", passes(), "more than 20 passes over 1000000 pixels"),
+        ("marks.jpg", b"\xff\xd8" + b"\xff" * 6_000_000, "too many parts"),
         ("truncated.jpg", jpeg()[:-200], "the image is damaged"),
         ("empty.jpg", b"", "0 bytes that are not a readable image"),
         ("text.jpg", b"dear diary", "not a readable image"),

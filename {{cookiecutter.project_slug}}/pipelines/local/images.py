@@ -25,7 +25,7 @@ from progress import waiting
 
 Target = Literal["training", "serving"]
 DOCKERFILE = ROOT / "docker" / "Dockerfile"
-SERVER = [SOURCE / "inference" / name for name in ("serve.py", "batcher.py")]
+SERVER = [SOURCE / "inference" / name for name in ("serve.py", "batcher.py", "connections.py")]
 BUILD_LOG = ROOT / ".cache" / "image-build.log"
 ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}  # `docker info` says one, an image the other
 PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy")

@@ -2,6 +2,10 @@
 
 Part of the server; see `serve.py`. Batches are merged as they are found: nothing waits for company, so a request alone
 is answered as soon as it can be, and the more requests there are the larger the batches get.
+
+A thread cannot be stopped, as a process could be. But to decode is to call the artifact's own handlers, and each
+process that did so would import torch: 4 s and 500 MB. So `imaging.py` bounds the work beforehand, a decoder that is
+not done in time counts as lost, and a server that has lost all of them says so at `/ping` and is replaced.
 """
 
 from __future__ import annotations
@@ -37,13 +41,15 @@ class Batcher:
     Args:
         model_dir: an unpacked artifact; the handlers in its `code/` are used.
         merged: images of one merged batch, at most.
-        threads: that decode, and that torch computes with.
-        patience: seconds of one computation after which the model counts as stuck.
+        threads: that decode (at least two), and that torch computes with.
+        timeout: seconds after which nobody waits for an answer any more: a decoder that is not done then is stuck, and
+            a model that is not done after twice as many.
     """
 
-    def __init__(self, model_dir: Path, merged: int, threads: int, patience: float) -> None:
-        self._model_dir, self._merged, self._threads, self._patience = model_dir, merged, threads, patience
+    def __init__(self, model_dir: Path, merged: int, threads: int, timeout: float) -> None:
+        self._model_dir, self._merged, self._threads, self._timeout = model_dir, merged, threads, timeout
         self._decoders = ThreadPoolExecutor(max(threads, 2), "decode")
+        self._decoding: dict[Any, float] = {}  # since when each request that is being decoded is
         self._computer = ThreadPoolExecutor(1, "model")
         self._waiting: deque[Waiting] = deque()
         self._wake = asyncio.Event()
@@ -62,9 +68,11 @@ class Batcher:
 
     @property
     def healthy(self) -> bool:
-        """Whether requests will be answered: the model is loaded, and not stuck."""
-        stuck = self._busy_since is not None and time.monotonic() - self._busy_since > self._patience
-        return self._worker is not None and not self._worker.done() and not stuck
+        """Whether requests will be answered: the model is loaded and not stuck, nor are all decoders."""
+        now = time.monotonic()
+        stuck = self._busy_since is not None and now - self._busy_since > 2 * self._timeout
+        lost = sum(now - since > self._timeout for since in [*self._decoding.values()]) >= max(self._threads, 2)
+        return self._worker is not None and not self._worker.done() and not stuck and not lost
 
     def _load(self) -> None:
         self._handlers = import_handlers(self._model_dir / "code")
@@ -88,8 +96,14 @@ class Batcher:
 
     def _decode(self, body: bytes, content_type: str | None, context: Any) -> Any:
         """Where the handlers have a function `fit`, it makes images small before they wait, however large they came."""
-        batch, fit = call(self._handlers.input_fn, body, content_type, context), getattr(self._handlers, "fit", None)
-        return call(fit, batch, self._model) if fit else batch
+        key = object()
+        self._decoding[key] = time.monotonic()
+        try:
+            batch = call(self._handlers.input_fn, body, content_type, context)
+            fit = getattr(self._handlers, "fit", None)
+            return call(fit, batch, self._model) if fit else batch
+        finally:
+            del self._decoding[key]
 
     async def _work(self) -> None:
         """Merge what waits, compute, hand out; for as long as the server runs."""

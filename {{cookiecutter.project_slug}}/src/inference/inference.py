@@ -64,6 +64,7 @@ def model_fn(model_dir: str, context: Any = None) -> Classifier:
     """
     folder = Path(model_dir)
     classifier = replace(load(folder, verify(folder)), bf16=_setting("INFERENCE_PRECISION", "fp32", "bf16"))
+    payload.takes(classifier.image_size)
     if _setting("INFERENCE_COMPILE", "no", "yes"):
         classifier.model.compile()
     _check_golden(folder, classifier)

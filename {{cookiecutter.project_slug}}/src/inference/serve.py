@@ -3,11 +3,12 @@
     serve                                                                  # in the image: /opt/ml/model is served
     python src/inference/serve.py --model-dir folder-of-an-unpacked-artifact --host 127.0.0.1
 
-One process and one event loop; `batcher.py` has what happens off it. The image holds these two files alone, so they
-import nothing else of the project; the rest of the code comes with the artifact. Settings are environment variables,
-whole numbers from 1: INFERENCE_QUEUE (requests inside; more get 503), INFERENCE_MERGED (images of one merged batch),
-INFERENCE_THREADS (of torch, and for decoding), INFERENCE_TIMEOUT (seconds for a request, its body included); and the
-limits of `payload.py`. A model that does not load ends the server with code 3; SIGTERM lets it answer what is inside.
+One process and one event loop; `connections.py` has how requests come to it and `batcher.py` what happens off it. The
+image holds these three files alone, so they import nothing else of the project; the rest of the code comes with the
+artifact. Settings are environment variables, whole numbers from 1: INFERENCE_QUEUE (requests inside; more get 503),
+INFERENCE_MERGED (images of one merged batch), INFERENCE_THREADS (of torch, and for decoding), INFERENCE_TIMEOUT
+(seconds for a request, its body included); and the limits of `payload.py`. A model that does not load ends the server
+with code 3; SIGTERM lets it answer what is inside.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import os
 import re
 import resource
 import signal
+import socket
 import sys
 import time
 import traceback
@@ -42,6 +44,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from inference.batcher import Batcher
+from inference.connections import ACCEPTED, Connection, Intake, Refused, let_wait
 
 MODEL_DIR = Path("/opt/ml/model")
 DRAIN_SECONDS = 20  # after SIGTERM; the platform kills after 30
@@ -74,14 +77,6 @@ class Settings:
     max_bytes: int = field(default_factory=lambda: number("INFERENCE_MAX_BYTES", 6 * 2**20))
 
 
-class Refused(Exception):
-    """The server itself refuses a request; with the status and a sentence."""
-
-    def __init__(self, status: int, message: str) -> None:
-        super().__init__(message)
-        self.status = status
-
-
 class Context:
     """What handlers get as `context`: headers of request and response, by the names of the PyTorch toolkit."""
 
@@ -108,7 +103,7 @@ class Context:
 
 def application(batcher: Batcher, settings: Settings) -> Starlette:
     """The routes. Whatever else is asked for is 404, or 405 for another method."""
-    inside = 0  # requests
+    intake = Intake(settings.queue, settings.max_bytes)
 
     async def ping(_: Request) -> Response:
         return Response(status_code=200 if batcher.healthy else 503)
@@ -121,24 +116,24 @@ def application(batcher: Batcher, settings: Settings) -> Starlette:
         )
 
     async def invocations(request: Request) -> Response:
-        nonlocal inside
         started, context, body = time.perf_counter(), Context(request), b""
         message, response = "", None
-        inside += 1
         try:
             if not batcher.healthy:
                 raise Refused(503, "the model is not ready")
-            if inside > settings.queue:
-                raise Refused(503, f"{settings.queue} requests are being answered, which is the limit; try again")
             async with asyncio.timeout(settings.timeout):
-                body = await read_body(request, settings.max_bytes)
+                body = await intake.receive(request)
                 types = request.headers.get("content-type"), request.headers.get("accept")
-                content, kind = await batcher.answer(body, *types, context)
+                with intake.answering():
+                    content, kind = await batcher.answer(body, *types, context)
             response, status = Response(content, 200, context.response_headers, kind), 200
         except TimeoutError:
             status, message = 504, f"no answer within {settings.timeout} s"
         except ClientDisconnect:
             status = 499
+        except MemoryError as error:
+            status, message = 503, "there is not enough memory for this request now; try again, or send less"
+            log("error", request_id=context.request_id, message="".join(traceback.format_exception(error)))
         except Exception as error:
             given = getattr(error, "status", None)
             expected = isinstance(error, Refused) or (isinstance(given, int) and 400 <= given < 500)
@@ -146,8 +141,8 @@ def application(batcher: Batcher, settings: Settings) -> Starlette:
             message = str(error) if expected else f"the server failed; its log has why ({context.request_id})"
             if not expected:
                 log("error", request_id=context.request_id, message="".join(traceback.format_exception(error)))
-        finally:
-            inside -= 1
+        if status == 408:
+            context.response_headers["Connection"] = "close"
         if status == 503:
             context.response_headers["Retry-After"] = "1"
         milliseconds = round(1000 * (time.perf_counter() - started), 1)
@@ -173,20 +168,6 @@ def sentence(message: str) -> str:
     return json.dumps({"error": message})
 
 
-async def read_body(request: Request, limit: int) -> bytes:
-    """The whole body, unless it is longer than `limit` bytes: then it is not even read."""
-    too_long = Refused(413, f"the body has more bytes than the limit of {limit}")
-    length = request.headers.get("content-length", "0")
-    if length.isdecimal() and int(length) > limit:
-        raise too_long
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > limit:
-            raise too_long
-    return bytes(body)
-
-
 def log(level: str, **facts: Any) -> None:
     """One line of JSON; never a payload."""
     logger.info(json.dumps({"time": round(time.time(), 3), "level": level} | facts))
@@ -194,6 +175,12 @@ def log(level: str, **facts: Any) -> None:
 
 class Server(uvicorn.Server):
     """uvicorn's server, which exits with 0 after SIGTERM instead of dying of the signal."""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen."""
+        await super().startup(sockets)
+        for server in self.servers:
+            let_wait(server)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -213,10 +200,11 @@ async def serve(model_dir: Path, host: str, port: int, settings: Settings) -> in
     Raises:
         SystemExit: when the port cannot be had; the log says why.
     """
-    batcher = Batcher(model_dir, settings.merged, settings.threads, 2 * settings.timeout)
+    batcher = Batcher(model_dir, settings.merged, settings.threads, settings.timeout)
     config = uvicorn.Config(
         application(batcher, settings), host=host, port=port, log_config=None, access_log=False, lifespan="off",
-        timeout_graceful_shutdown=DRAIN_SECONDS, server_header=False,
+        timeout_graceful_shutdown=DRAIN_SECONDS, server_header=False, http=Connection, ws="none",
+        backlog=ACCEPTED,
     )  # fmt: skip
     server, code = Server(config), 0
 

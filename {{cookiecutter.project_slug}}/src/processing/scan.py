@@ -10,8 +10,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image
-
 import imaging
 from training.config import SMALL_IMAGE, TORCHVISION_SIZE
 
@@ -19,6 +17,7 @@ SPLITS = ("train", "validation", "test")
 SHARES = {"train": 0.70, "validation": 0.15, "test": 0.15}
 READY_MADE = {"train": "train", "training": "train", "val": "validation", "valid": "validation",
               "validation": "validation", "test": "test"}  # fmt: skip
+HEADER_WITHIN = 64 * 2**20  # bytes of a file
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 
 
@@ -176,7 +175,7 @@ def automatic_size(folder: Path, items: Sequence[Item]) -> int:
     sides = []
     for item in items[:: max(1, len(items) // 500)]:
         try:
-            with Image.open(folder / item.path, formats=imaging.FORMATS) as image:
+            with (folder / item.path).open("rb") as file, imaging.opened(file.read(HEADER_WITHIN)) as image:
                 sides.append(min(image.size))
         except Exception:  # noqa: S112  unreadable files are reported when they are decoded
             continue
