@@ -20,17 +20,27 @@ from pydantic import BaseModel, ValidationError
 from pipelines import ROOT
 from pipelines.schema import PARTS, Range, Settings, Tuning
 from pipelines.terminal import UserError
+from progress import plain
 from training.config import ConfigurationError, Hyperparameters, nearest, parse, shown
 
 __all__ = ["Range", "Settings", "Tuning", "load", "number"]
 
 
+UNREADABLE = (ValueError, OverflowError, RecursionError)  # numbers, dates and brackets that Python does not take
+
+
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's numbers: for PyYAML `1e-3` would be text."""
+    """YAML 1.2's numbers: for PyYAML `1e-3` would be text; and no aliases, of which a few lines grow to gigabytes."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """As PyYAML's."""
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("it has an alias, such as *name; write the value out")
+        return super().compose_node(parent, index)
 
 
 _Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
 )
 
 
@@ -107,8 +117,8 @@ def _read(path: Path) -> dict[str, Any]:
         document = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506  (a safe loader)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    except (yaml.YAMLError, *UNREADABLE) as error:
+        raise UserError(f"{path} is not valid YAML: {plain(' '.join(str(error).split()))}") from error
     if not isinstance(document, dict):
         raise UserError(f"{path} must hold keys and values, not {type(document).__name__}")
     return document
@@ -122,6 +132,8 @@ def _override(document: dict[str, Any], known: dict[str, list[str]], path: str, 
         value = yaml.load(text, _Loader)  # noqa: S506  (a safe loader)
     except yaml.YAMLError:
         value = text
+    except UNREADABLE as error:
+        raise UserError(f"{shown(origin)}: {shown(text)} cannot be read as a value: {error}") from None
     if key not in known[section]:
         raise UserError(f"{origin}: unknown key {key!r} in {section}; {nearest(key, known[section])}")
     if not isinstance(document.get(section), dict):

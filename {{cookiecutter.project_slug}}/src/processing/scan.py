@@ -13,6 +13,7 @@ from pathlib import Path
 from PIL import Image
 
 import imaging
+from progress import plain
 from training.config import SMALL_IMAGE, TORCHVISION_SIZE
 
 SPLITS = ("train", "validation", "test")
@@ -131,6 +132,9 @@ def _label(name: str) -> str:
         name.encode("utf-8")
     except UnicodeEncodeError as error:
         raise PackingError(f"class folder {name!r} has a name that is not valid UTF-8; rename it") from error
+    if plain(name) != name:
+        raise PackingError(f"class folder {name!r} has characters in its name that nobody sees or that change how text "
+                           "runs; rename it")  # fmt: skip
     return unicodedata.normalize("NFC", name)
 
 
