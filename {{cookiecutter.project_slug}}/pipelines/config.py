@@ -74,7 +74,7 @@ def load(
     for override in (*overrides, *given):
         path, separator, value = override.partition("=")
         if not separator:
-            raise UserError(f"--set {override!r} has no value; write --set section.key=value")
+            raise UserError(f"--set {shown(override)} has no value; write --set section.key=value")
         _override(document, known, path.strip(), value, f"--set {override}")
     try:
         document["training"] = parse(document["training"])  # the same checks as in the container
@@ -114,7 +114,7 @@ def _check_range(name: str, choice: Range | list[Any], training: dict[str, Any])
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        document = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506  (a safe loader)
+        document = _parsed(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
     except (yaml.YAMLError, *UNREADABLE) as error:
@@ -124,18 +124,26 @@ def _read(path: Path) -> dict[str, Any]:
     return document
 
 
+def _parsed(text: str) -> Any:
+    """What YAML says, when it is something that a message can show."""
+    found = yaml.load(text, _Loader)  # noqa: S506  (a safe loader)
+    str(found)  # fails for numbers that Python reads and does not write, such as 0xfff...
+    return found
+
+
 def _override(document: dict[str, Any], known: dict[str, list[str]], path: str, text: str, origin: str) -> None:
     section, separator, key = path.partition(".")
+    origin = plain(origin if len(origin) <= 200 else f"{origin[:160]}... ({len(origin)} characters)")
     if not separator or section not in known:
-        raise UserError(f"{origin}: unknown section {section!r}; {nearest(section, known)}")
+        raise UserError(f"{origin}: unknown section {shown(section)}; {nearest(section, known)}")
     try:
-        value = yaml.load(text, _Loader)  # noqa: S506  (a safe loader)
+        value = _parsed(text)
     except yaml.YAMLError:
         value = text
     except UNREADABLE as error:
-        raise UserError(f"{shown(origin)}: {shown(text)} cannot be read as a value: {error}") from None
+        raise UserError(f"{origin} cannot be read: {str(error).partition(';')[0]}") from None
     if key not in known[section]:
-        raise UserError(f"{origin}: unknown key {key!r} in {section}; {nearest(key, known[section])}")
+        raise UserError(f"{origin}: unknown key {shown(key)} in {section}; {nearest(key, known[section])}")
     if not isinstance(document.get(section), dict):
         document[section] = {}
     document[section][key] = value

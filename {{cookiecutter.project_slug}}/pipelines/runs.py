@@ -27,7 +27,6 @@ CHECKPOINTS = ROOT / ".cache" / "checkpoints"
 STAMPS = ROOT / ".cache" / "data"  # what was packed from where, by data set
 LATEST = "latest"
 NAME = re.compile(r"\d{8}-\d{6}-[0-9a-f]{4}")
-DAMAGED = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)  # of strange values
 WIDTH = 79  # columns of what is shown
 FILES = ("metrics.json", "metrics.jsonl", "train.log", "run.json")  # beside model.tar.gz
 
@@ -143,7 +142,7 @@ def describe(folder: Path) -> str:
     """
     try:
         return _described(folder)
-    except DAMAGED as error:
+    except terminal.DAMAGED as error:
         raise UserError(f"{folder}: its files do not hold what a run writes ({shown(error)})") from error
 
 
@@ -193,5 +192,5 @@ def example_image(folder: Path) -> str:
         rows = json.loads((data / "test" / "dataset.json").read_text(encoding="utf-8"))["rows"]
         path = source / (rows["test"] or rows["train"])[0]
         return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
-    except (OSError, UserError, *DAMAGED):
+    except (OSError, UserError, *terminal.DAMAGED):
         return "path/to/an/image"

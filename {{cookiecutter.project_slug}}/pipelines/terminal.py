@@ -19,6 +19,8 @@ from progress import plain
 
 PRINTED = string.ascii_letters + string.digits + "./_"  # what printf gives back as it is
 ON, OFF = ("1", "yes", "true", "on"), ("", "0", "no", "false", "off")
+# What values of other kinds than expected lead to, as in the files of a stranger's run.
+DAMAGED = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 given: dict[str, str] = {}  # the environment of this call of make, which holds its variables; empty without make
 
 

@@ -94,7 +94,7 @@ def _images(account: Account, source: str, local: Path | None) -> dict[str, int]
     """
     from processing.scan import SUFFIXES
 
-    files = storage.below(local) if local else storage.listed(account, source)
+    files = storage.pictures(local).items() if local else storage.listed(account, source)
     sizes = {file: size for file, size in files if file.lower().endswith(SUFFIXES) and "/." not in f"/{file}"}
     if not sizes:
         raise UserError(f"{source} holds no image; DATA names a folder, or s3://bucket/prefix, that does")

@@ -88,7 +88,7 @@ def main() -> int:
     a, b = (page.read(folder) for folder in names(options.a, options.b))
     try:
         tables, said = [("Differences", differences(a, b)), ("Metrics", metrics(a, b))], verdict(a, b)
-    except runs.DAMAGED as error:
+    except terminal.DAMAGED as error:
         raise UserError(f"the files of these runs do not hold what a run writes ({shown(error)})") from error
     print(f"A {a.folder.name}\nB {b.folder.name}")
     for title, rows in tables:

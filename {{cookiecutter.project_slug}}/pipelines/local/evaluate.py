@@ -32,9 +32,7 @@ def evaluate(folder: Path) -> int:
     with contextlib.suppress(OSError):  # a name that is too long
         there = (data / "dataset.json").is_file()
     if not there:
-        raise UserError(
-            f"{data_set} is gone, which run {run} was trained on; pack it again (`make data`)"
-        )
+        raise UserError(f"{data_set} is gone, which run {run} was trained on; pack it again (`make data`)")
     if runs.read(data / "dataset.json").get("fingerprint") != facts["dataset_fingerprint"]:
         raise UserError(
             f"{data_set} has changed since run {run} was trained on it, so its test split may hold images that the "

@@ -19,8 +19,7 @@ from typing import Any
 from pipelines import ROOT
 from pipelines.report import charts
 from pipelines.report.charts import number_text
-from pipelines.runs import DAMAGED
-from pipelines.terminal import UserError
+from pipelines.terminal import DAMAGED, UserError
 from training.config import shown
 
 NAME = "report.html"
