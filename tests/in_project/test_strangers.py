@@ -33,15 +33,16 @@ from tests.test_report import evaluation, run
 __all__ = ["aws", "run"]
 LINE = "epoch=9 step=9 train_loss=0.0001 val_loss=0.0001 val_accuracy=1.0000 images_per_second=9"
 HOSTILE = [
-    "\x1b]52;c;cm0gLXJm\x07", "\x1b[2J\x1b[H", "\x9b31m", "\x9d52;c;cm0=\x9c", f"x\n{LINE}", f"x\r{LINE}", f"x\x0b{LINE}",
-    f"x\x85{LINE}", f"x\u2028{LINE}", "\u202egpj.exe", "\u2066x\u2069", "\u200fx", "a\u200bb", "a\ufeffb", "a\u2060b",
-    "\x1b]8;;http://evil\x1b\\x", "\x1bP+q\x1b\\", "\x08\x08\x7f", "\U000e0041\U000e0042", "x\u3164", "\u061cx", "a\u00adb",
-    "a\u200db", "\x0e\x0f\x05",
+    "\x1b]52;c;cm0gLXJm\x07", "\x1b[2J\x1b[H", "\x9b31m", "\x9d52;c;cm0=\x9c", f"x\n{LINE}",
+    f"x\r{LINE}", f"x\x0b{LINE}", f"x\x85{LINE}", f"x\u2028{LINE}", "\u202egpj.exe", "\u2066x\u2069",
+    "\u200fx", "a\u200bb", "a\ufeffb", "a\u2060b", "\x1b]8;;http://evil\x1b\\x", "\x1bP+q\x1b\\",
+    "\x08\x08\x7f", "\U000e0041\U000e0042", "x\u3164", "\u061cx", "a\u00adb", "a\u200db", "\x0e\x0f\x05",
 ]  # fmt: skip
 HARMLESS = [
-    "café", "cafe\u0301", "日本語", "한국어", "שלום", "می\u200cخواهم", "क्\u200dष", "\u845b\U000e0100", "❤\ufe0f", "1\ufe0f\u20e3",
-    "👩\u200d💻", "👨\u200d👩\u200d👧", "🏳\ufe0f\u200d🌈", "👍🏽", "🏴\U000e0067\U000e0062\U000e0065\U000e006e\U000e0067\U000e007f",
-    "$(x) `y` 'z'", "val_accuracy=0.99", "a\u00a0b", "\u3000x", "½ µm",
+    "café", "cafe\u0301", "日本語", "한국어", "שלום", "\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645", "\u0915\u094d\u200d\u0937", "\u845b\U000e0100",
+    "❤\ufe0f", "1\ufe0f\u20e3", "👩\u200d💻", "👨\u200d👩\u200d👧", "🏳\ufe0f\u200d🌈", "👍🏽",
+    "🏴\U000e0067\U000e0062\U000e0065\U000e006e\U000e0067\U000e007f", "$(x) `y` 'z'", "val_accuracy=0.99",
+    "a\u00a0b", "\u3000x", "½ µm",
 ]  # fmt: skip
 
 
@@ -278,11 +279,13 @@ def test_a_run_that_python_cannot_read_is_one_sentence(run: Path, file: str, con
     (run / "evaluation.json").write_text(json.dumps(evaluation(["a", "b"])))
     (run / file).write_bytes(content.encode("latin-1"))
     for verb in (runs.describe, page.write):
+        said = ""
         try:
             verb(run)
         except UserError as error:
-            assert len(str(error).splitlines()) == 1
-            assert len(str(error)) < 1000
+            said = str(error)
+        assert len(said.splitlines()) <= 1
+        assert len(said) < 1000
 
 
 def test_a_printed_command_gives_a_shell_exactly_the_value() -> None:
