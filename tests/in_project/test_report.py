@@ -290,12 +290,16 @@ def attacks(port: int) -> list[str]:
         f"<script>document.title='owned';fetch('{url}/script')</script>",
         f"<img src={url}/img onerror=\"document.title='owned'\">", f"<svg onload=\"location='{url}/svg'\">",
         f"<iframe src={url}/frame srcdoc='<script>top.document.title=1</script>'></iframe>",
-        f"<link rel=stylesheet href={url}/css>", f"<style>@import '{url}/import'; body {{ background: url({url}/bg) }}</style>",
-        f"<base href={url}/base/>", f"<form id=f action={url}/form><input name=q autofocus onfocus=f.submit()></form>",
-        f"<object data={url}/object></object><embed src={url}/embed>", f"<video src={url}/video autoplay poster={url}/poster>",
-        f"</title></style></script><a href={url} ping={url}/ping>x</a>", f"\"><img src={url}/quote>", f"'><img src={url}/single>",
-        f"--v:1;background:url({url}/style)", f"{{{{ 7*7 }}}}{{% include '{url}' %}}", f"<input autofocus onfocus=location='{url}/f'>",
-        f"<link rel=prefetch href={url}/prefetch><link rel=dns-prefetch href={url}>", "<plaintext>", "<!--", "]]><script>",
+        f"<link rel=stylesheet href={url}/css>",
+        f"<style>@import '{url}/import'; body {{ background: url({url}/bg) }}</style>", f"<base href={url}/base/>",
+        f"<form id=f action={url}/form><input name=q autofocus onfocus=f.submit()></form>",
+        f"<object data={url}/object></object><embed src={url}/embed>",
+        f"<video src={url}/video autoplay poster={url}/poster>",
+        f"</title></style></script><a href={url} ping={url}/ping>x</a>", f"\"><img src={url}/quote>",
+        f"'><img src={url}/single>", f"--v:1;background:url({url}/style)", f"{{{{ 7*7 }}}}{{% include '{url}' %}}",
+        f"<input autofocus onfocus=location='{url}/f'>",
+        f"<link rel=prefetch href={url}/prefetch><link rel=dns-prefetch href={url}>", "<plaintext>", "<!--",
+        "]]><script>",
     ]  # fmt: skip
 
 
