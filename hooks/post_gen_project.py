@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 # What a scope adds to the smaller ones. `make update-template SCOPE=...` bakes again, and so brings it.
@@ -44,11 +46,21 @@ def git(*words: str) -> str:
     return subprocess.run(["git", *words], capture_output=True, text=True).stdout.strip()
 
 
+def started(name: str) -> Path | None:
+    """The folder that cookiecutter was given: a relative one is of the shell, which this program has left."""
+    path = Path(os.environ.get("PWD", ""), Path(name).expanduser())
+    return path if name and path.is_absolute() and (path / "cookiecutter.json").is_file() else None
+
+
 def remember() -> None:
     """Note the template's commit and the answers where cruft looks for them: `make update-template`."""
-    home, given = ANSWERS.get("_repo_dir", ""), Path(ANSWERS.get("_template", ""))
-    commit = git("-C", home, "rev-parse", "HEAD") if home else ""
-    template = str(given.resolve()) if given.is_dir() else git("-C", home, "remote", "get-url", "origin")
+    sys.path.insert(0, "")
+    sys.dont_write_bytecode = True
+    from pipelines.update_template import address  # of the new project: without the token that an address may hold
+
+    home, given = (started(ANSWERS.get(name, "")) for name in ("_repo_dir", "_template"))
+    commit = git("-C", str(home), "rev-parse", "HEAD") if home else ""
+    template = str(given.resolve()) if given else address(git("-C", str(home), "remote", "get-url", "origin"))
     if commit and template:
         answers = {name: value for name, value in ANSWERS.items() if not name.startswith("_")}
         facts = {"template": template, "commit": commit, "checkout": None, "context": {"cookiecutter": answers}}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import keyword
 import os
@@ -257,3 +258,72 @@ def test_without_git_and_inside_a_repository(tmp_path: Path) -> None:
     done = bake(tmp_path / "repository")
     assert done.returncode == 0, done.stderr
     assert not (tmp_path / "repository" / "image_classifier" / ".git").exists()
+
+
+def address() -> Any:
+    """The function of the tree that hook and update share."""
+    code = "import sys; sys.dont_write_bytecode = True; from pipelines.update_template import address\n"
+    code += "print([address(line) for line in sys.argv[1:]])"
+
+    def run(*lines: str) -> Any:
+        done = subprocess.run(
+            [sys.executable, "-c", code, *lines], cwd=TREE, capture_output=True, text=True, check=True
+        )
+        return ast.literal_eval(done.stdout)
+
+    return run
+
+
+ADDRESSES = {
+    "https://user:s3cret@host/team/it.git": "https://host/team/it.git",
+    "https://s3cret@host/it": "https://host/it",
+    "https://oauth2:s3cret@host:8443/it": "https://host:8443/it",
+    "HTTPS://x-access-token:s3cret@host/it": "HTTPS://host/it",
+    "https://us%40er:s3%2Fcret@host/@scope/it": "https://host/@scope/it",
+    "https://a@b:s3cret@host/it": "https://host/it",
+    "https://host/it.git?private_token=s3cret": "https://host/it.git",
+    "https://host/it.git#access_token=s3cret": "https://host/it.git",
+    "https://u:s3cret@host?token=s3cret": "https://host",
+    "http://u:s3cret@[::1]:80/it": "http://[::1]:80/it",
+    "git://u:s3cret@host/it": "git://host/it",
+    "ssh://git:s3cret@host:22/it": "ssh://git@host:22/it",
+    "git+ssh://git:s3cret@host/it": "git+ssh://git@host/it",
+}
+SAME = ("ssh://git@host/it", "git@host:team/it.git", "https://host/it.git", "https://host/@scope/it", "/srv/it@home?x",
+        "file:///srv/it#1", "../it")  # fmt: skip
+
+
+def test_an_address_is_kept_without_what_lets_somebody_in() -> None:
+    cleaned = address()(*ADDRESSES, *SAME)
+    assert cleaned == [*ADDRESSES.values(), *SAME]
+    assert "s3cret" not in str(cleaned)
+    assert address()(*cleaned) == cleaned
+
+
+def test_a_token_in_the_templates_address_is_not_written_down(tmp_path: Path) -> None:
+    """As where a private template is cloned with a token: git keeps that in the clone, and the hook asks git."""
+    clone = tmp_path / "clone"
+    subprocess.run(["git", "clone", "--quiet", str(TEMPLATE), str(clone)], check=True)
+    for name in ("cookiecutter.json", "hooks", TREE.name):
+        source = TEMPLATE / name
+        shutil.copytree(source, clone / name, dirs_exist_ok=True) if source.is_dir() else shutil.copy(source, clone)
+    url = "https://user:ghp_s3cret@example.com/it.git?token=s3cret"
+    subprocess.run(["git", "-C", str(clone), "remote", "set-url", "origin", url], check=True)
+    code = "import sys; from unittest import mock; from cookiecutter.main import cookiecutter\n"
+    code += "with mock.patch('cookiecutter.main.determine_repo_dir', return_value=(sys.argv[2], False)):\n"
+    code += "    cookiecutter(sys.argv[1], no_input=True, output_dir=sys.argv[3])"
+    done = subprocess.run([sys.executable, "-c", code, url, str(clone), str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    text = (tmp_path / "image_classifier" / ".cruft.json").read_text()
+    assert json.loads(text)["template"] == "https://example.com/it.git"
+    assert "s3cret" not in text
+    assert not list((tmp_path / "image_classifier").rglob("__pycache__"))
+
+
+def test_a_template_in_the_folder_where_one_stands_is_remembered(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "cookiecutter", ".", "--no-input", "--output-dir", str(tmp_path)],
+        cwd=TEMPLATE, env=os.environ | {"PWD": str(TEMPLATE)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "image_classifier" / ".cruft.json").read_text())["template"] == str(TEMPLATE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 from cookiecutter.main import cookiecutter
 
-from tests.conftest import TEMPLATE, Project, run_tests
+from tests.conftest import TEMPLATE, Project, fresh_shell, run_tests
 
 SOURCE = "{{cookiecutter.project_slug}}"
 NEW = "A sentence that the template's newer version has.\n"
@@ -79,7 +80,7 @@ def test_improvements_come_and_changes_stay(template: Path, project: Project) ->
     (project.path / "src" / "ours.py").write_text('"""Ours."""\n')
     before = commit(project.path)
     newest = improve(template)
-    done = project.make("update-template")
+    done = project.make("update-template", "YES=1")
     assert f"merged with the template's {newest[:12]}" in done.stdout
     assert git(project.path, "rev-parse", "HEAD") == before  # nothing was committed
     settings = (project.path / "configs" / "training.yaml").read_text()
@@ -89,7 +90,8 @@ def test_improvements_come_and_changes_stay(template: Path, project: Project) ->
     assert (project.path / "docs" / "new.md").read_text() == NEW
     assert not (project.path / "docs" / "own-loop.md").exists()
     assert (project.path / "src" / "ours.py").exists()
-    assert json.loads((project.path / ".cruft.json").read_text())["commit"] == newest
+    facts = json.loads((project.path / ".cruft.json").read_text())
+    assert (facts["commit"], facts["checkout"]) == (newest, None)  # the next update is free to go further
     run_tests(project, "tests/test_house.py", "tests/test_inference.py")
     commit(project.path)
     assert f"nothing is new since {newest[:12]}" in project.make("update-template").stdout
@@ -99,7 +101,7 @@ def test_lines_that_both_changed_are_named_and_nothing_is_lost(template: Path, p
     replace(project.path / "configs" / "training.yaml", "batch_size: 64", "batch_size: 16")
     commit(project.path)
     improve(template)
-    done = project.run("make", "update-template")
+    done = project.run("make", "update-template", "YES=1")
     assert done.returncode
     assert "you and the template changed the same lines of configs/training.yaml" in done.stderr
     both = (project.path / "configs" / "training.yaml").read_text()
@@ -151,7 +153,7 @@ def test_a_project_grows_and_keeps_its_changes(
         replace(one.path / "src" / "model.py", "import torch\n", "import torch  # ours\n")
         (one.path / "src" / "ours.py").write_text('"""Ours."""\n')
         commit(one.path)
-    done = small.make("update-template", f"SCOPE={after}")
+    done = small.make("update-template", f"SCOPE={after}", "YES=1")
     assert f"growing from {before} to {after}; what is new in the template comes with it" in done.stdout
     assert f"merged with the template's {newest[:12]}" in done.stdout
     facts = json.loads((small.path / ".cruft.json").read_text())
@@ -187,3 +189,67 @@ def test_a_scope_that_is_smaller_or_unknown_is_refused(project: Project, scope: 
     assert line.startswith(sentence)
     assert "Traceback" not in done.stderr
     assert not git(project.path, "status", "--porcelain")
+
+
+def test_what_is_new_is_shown_before_any_of_it_runs(template: Path, project: Project) -> None:
+    """Without a terminal and without YES nothing of the new commit runs; what it would be is on the screen, as text."""
+    ran = template.parent / "ran"
+    hook = template / "hooks" / "post_gen_project.py"
+    hook.write_text(f"{hook.read_text()}\nopen({str(ran)!r}, 'w')  # \x1b]52;c;cm0=\x07 \u202egpj.exe\n")
+    (template / "hooks" / "a\nb").write_text("x\rforged\n")
+    git(template, "add", "--all")
+    git(template, "commit", "--quiet", "--message", "harmless \x1b[2K\u2066")
+    done = project.run("make", "update-template")
+    assert done.returncode
+    assert "error: the template has changed, as shown above, and its hooks would run here; say YES=1 to go on" in (
+        done.stderr.splitlines()
+    )
+    assert not ran.exists()
+    assert not git(project.path, "status", "--porcelain")
+    assert "harmless" in done.stdout
+    assert f"+open({str(ran)!r}, 'w')  # " in done.stdout
+    assert all(character.isprintable() or character == "\n" for character in done.stdout)
+    assert project.run("make", "update-template", "YES=no").returncode
+    assert not ran.exists()
+    project.make("update-template", "YES=1")
+    assert ran.exists()
+
+
+@pytest.mark.parametrize(("answer", "taken"), [("y", True), ("n", False), ("", False), ("yes please", False)])
+def test_somebody_at_a_terminal_is_asked(template: Path, project: Project, answer: str, taken: bool) -> None:
+    newest = improve(template)
+    line = f"{shlex.quote(project.program('python'))} -m pipelines update-template"
+    done = subprocess.run(
+        ["script", "-qec", line, "/dev/null"], input=answer + "\n", cwd=project.path, env=fresh_shell(),
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert "take this, and run the template's hooks? [y/N]" in done.stdout
+    assert NEW in done.stdout.replace("\r", "")
+    assert (f"merged with the template's {newest[:12]}" in done.stdout) == taken
+    assert ("error: nothing was changed" in done.stdout) == (not taken)
+
+
+@pytest.mark.parametrize("commit", ["--output=/tmp/x", "0" * 40, "HEAD", "$(touch canary)"])
+def test_a_commit_that_is_none_is_refused(project: Project, commit: str) -> None:
+    state = project.path / ".cruft.json"
+    facts = json.loads(state.read_text())
+    state.write_text(json.dumps(facts | {"commit": commit}))
+    git(project.path, "commit", "--quiet", "--all", "--message", "x")
+    done = project.run("make", "update-template", "YES=1")
+    assert done.returncode
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert f"it has no commit {commit}; nothing was changed" in line
+    assert "Traceback" not in done.stderr
+    assert not list(project.path.rglob("canary"))
+
+
+def test_a_token_in_the_address_is_taken_out(project: Project) -> None:
+    state = project.path / ".cruft.json"
+    facts = json.loads(state.read_text())
+    state.write_text(json.dumps(facts | {"template": "https://user:s3cret@example.com/team/template.git"}))
+    git(project.path, "commit", "--quiet", "--all", "--message", "x")
+    done = project.run("make", "update-template", "YES=1")
+    assert done.returncode
+    assert "held a password or token, which is taken out now" in done.stderr
+    assert "s3cret" not in state.read_text() + done.stdout + done.stderr
+    assert json.loads(state.read_text())["template"] == "https://example.com/team/template.git"

@@ -71,6 +71,8 @@ def terminal() -> Any:
     assert spec
     assert spec.loader
     module = importlib.util.module_from_spec(spec)
+    if str(TREE / "src") not in sys.path:
+        sys.path.append(str(TREE / "src"))
     spec.loader.exec_module(module)
     return module
 
@@ -148,7 +150,8 @@ def test_what_runs_before_the_environment_is_python_3_9(name: str) -> None:
     tree = ast.parse((TREE / "pipelines" / f"{name}.py").read_text(encoding="utf-8"), feature_version=(3, 9))
     used = {part.name if isinstance(node, ast.Import) else node.module for node in tree.body
             if isinstance(node, ast.Import | ast.ImportFrom) for part in node.names}  # fmt: skip
-    assert {str(module).split(".")[0] for module in used} <= {*sys.stdlib_module_names, "pipelines"}
+    assert {str(module).split(".")[0] for module in used} <= {*sys.stdlib_module_names, "pipelines", "progress"}
+    ast.parse((TREE / "src" / "progress.py").read_text(encoding="utf-8"), feature_version=(3, 9))
 
 
 def test_the_makefile_is_short_and_old_enough_for_macos() -> None:

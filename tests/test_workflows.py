@@ -18,6 +18,7 @@ PINS = {  # tags, looked up in the actions' repositories
 }
 READS = {"contents": "read"}
 AS_ROLE = {"contents": "read", "id-token": "write"}
+CHECK = "the package is a version, its ARN, or the champion"
 SWITCH = "vars.AWS_ROLE_ARN != ''"
 BRANCH = "github.ref == 'refs/heads/main'"
 
@@ -82,9 +83,11 @@ def test_every_step_is_a_verb_that_exists(full: Project) -> None:
     for name in texts(full):
         for job in workflow(full, name)["jobs"].values():
             for step in (step for step in job.get("steps", []) if "run" in step):
+                assert "${{" not in step["run"], "an expression would be pasted into a shell"
+                if step.get("name") == CHECK:
+                    continue
                 words = step["run"].split()
                 assert words[0] == "make"
-                assert "${{" not in step["run"], "an expression would be pasted into a shell"
                 expanded = full.run("make", "-n", *words[1:], **step.get("env", {}))
                 assert expanded.returncode == 0, expanded.stderr
 
@@ -128,9 +131,47 @@ def test_nothing_is_delivered_unasked(full: Project) -> None:
     assert deliver["concurrency"]["cancel-in-progress"] == "false"
     groups = [workflow(full, name)["concurrency"]["group"] for name in ("ci.yml", "deliver.yml")]
     assert groups[0].startswith("ci-${{ github.workflow }}-"), "a called workflow in its caller's group waits for ever"
-    runs = [step["run"] for step in jobs["deploy"]["steps"] if "run" in step]
+    assert jobs["deploy"]["steps"][0]["name"] == CHECK
+    runs = [step["run"] for step in jobs["deploy"]["steps"][1:] if "run" in step]
     assert runs == ["make setup", "make approve YES=1", "make deploy YES=1 ARGS=--rollback"]
     assert jobs["deploy"]["steps"][-1]["env"]["ENDPOINT__ROLLOUT"] == "canary"
+
+
+ARN = "arn:aws:sagemaker:eu-central-1:123456789012:model-package/image-classifier/7"
+HOSTILE = [
+    "$(touch canary)", "`touch canary`", "1; touch canary", "1\ntouch canary", "champion\n", "$(shell touch canary)",
+    "1 && touch canary", "'; touch canary; '", '"; touch canary; "', "a[$(touch canary)]", "1\r", "--help", "0", "-1",
+    "1" * 400, f"{ARN}\n{ARN}", f"{ARN} ", f" {ARN}", ARN.replace("sagemaker", "iam"), ARN + "$(touch canary)", "*",
+    "${PATH}", "${{ github.token }}", "\x1b]52;c;cm0=\x07", "\u0663", "\uff11", "%0A", "::set-output name=x::y", "Champion",
+    "champion;", "../1", "",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("value", [*HOSTILE, "champion", "3", ARN, ARN.replace("aws:", "aws-us-gov:", 1)])
+def test_an_input_is_checked_before_anything_uses_it(full: Project, tmp_path: Path, value: str) -> None:
+    """The step itself, in a real bash as GitHub starts it."""
+    step = workflow(full, "deliver.yml")["jobs"]["deploy"]["steps"][0]
+    assert step["env"] == {"PACKAGE": "${{ inputs.package || 'champion' }}"}
+    script = tmp_path / "step.sh"
+    script.write_text(step["run"], encoding="utf-8")
+    done = subprocess.run(
+        ["bash", "--noprofile", "--norc", "-eo", "pipefail", str(script)], cwd=tmp_path,
+        env={"PATH": "/usr/bin:/bin", "PACKAGE": value, "LC_ALL": "C.UTF-8"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert (done.returncode == 0) == (value not in HOSTILE)
+    assert [path.name for path in tmp_path.iterdir()] == ["step.sh"]
+    assert not done.stderr
+    assert done.stdout in ("", "package is neither a version, such as 3, nor an ARN of one, nor champion\n")
+
+
+def test_inputs_reach_shells_by_the_environment_only(full: Project) -> None:
+    """Those of the template's own workflows, too."""
+    own = {path.name: path.read_text(encoding="utf-8") for path in (TEMPLATE / ".github" / "workflows").glob("*.yml")}
+    for name, text in [*texts(full).items(), *own.items()]:
+        for job in yaml.load(text, yaml.BaseLoader)["jobs"].values():
+            for step in job.get("steps", []):
+                assert "${{" not in step.get("run", ""), name
+                assert "github.event" not in str(step), name
 
 
 def test_the_stack_lets_in_what_the_workflow_is(full: Project) -> None:

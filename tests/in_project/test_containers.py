@@ -104,6 +104,55 @@ def test_both_modes_keep_the_same_contract(tmp_path: Path, packed: Path, nothing
     assert files[0] == files[1]
 
 
+RIGHTS = """
+import json, os
+status = dict(line.rstrip().split(":", 1) for line in open("/proc/self/status"))
+facts = {name: status[name].strip() for name in ("CapEff", "CapBnd", "NoNewPrivs")}
+for name in ("SM_SOURCE_DIR", "SM_CHANNEL_CODE", "SM_CHANNEL_TRAIN", "SM_CHANNEL_VALIDATION", "SM_CHANNEL_CHECKPOINTS"):
+    try:
+        open(os.path.join(os.environ[name], "written"), "w").close()
+        facts[name] = "written"
+    except OSError as error:
+        facts[name] = error.strerror
+for name in ("SM_MODEL_DIR", "SM_OUTPUT_DATA_DIR"):
+    os.makedirs(os.environ[name], exist_ok=True)
+    with open(os.path.join(os.environ[name], "facts.json"), "w") as file:
+        json.dump(facts, file)
+"""
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # as above
+def test_a_container_has_the_rights_it_needs_and_no_more(tmp_path: Path, packed: Path, nothing_left: str) -> None:
+    source, root = tmp_path / "src", tmp_path / f"rights-{time.time_ns()}"
+    (source / "training").mkdir(parents=True)
+    (source / "training" / "launch.py").write_text(RIGHTS)
+    for folder in (root, tmp_path / "checkpoints"):
+        folder.mkdir()
+    channels = {"train": packed / "train", "validation": packed / "validation", "checkpoints": tmp_path / "checkpoints"}
+    job = Job("20260101-000000-abcd", root, {}, channels, 1, {}, source)
+    with closing(TrainingView(root / "job.log", True, output=io.StringIO())) as view:
+        facts = read(container.run(job, nothing_left, view).model / "facts.json")
+    assert facts.pop("CapEff") == facts.pop("CapBnd") == f"{1 << 1 | 1 << 3:016x}"  # DAC_OVERRIDE and FOWNER
+    assert facts.pop("NoNewPrivs") == "1"
+    assert facts.pop("SM_CHANNEL_CHECKPOINTS") == "written"
+    assert set(facts.values()) == {"Read-only file system"}
+    assert not list(packed.rglob("written"))
+
+
+@pytest.mark.parametrize(
+    ("volume", "shown"),
+    [
+        ("/a:/opt/ml/input/data/train", "/a:/opt/ml/input/data/train:ro"),
+        ("/a:/opt/ml/input/data/code:z", "/a:/opt/ml/input/data/code:z,ro"),  # with SELinux
+        ("/a:/opt/ml/input/data/checkpoints", "/a:/opt/ml/input/data/checkpoints"),
+        ("/a:/opt/ml/input/data/sm_drivers:z", "/a:/opt/ml/input/data/sm_drivers:z"),
+        ("/a:/opt/ml/model", "/a:/opt/ml/model"),
+    ],
+)
+def test_channels_are_read_only(volume: str, shown: str) -> None:
+    assert container.read_only(volume) == shown
+
+
 def test_stale_images_have_another_name(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = config.load((), {})
     changed = [config.load([override], {}) for override in ("images.base=other", "images.packages=[torch]")]

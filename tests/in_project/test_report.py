@@ -7,7 +7,11 @@ import io
 import json
 import re
 import shutil
+import subprocess
+import tempfile
+import threading
 from html.parser import HTMLParser
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -256,6 +260,103 @@ def test_a_run_that_no_page_can_show_is_refused_in_a_sentence(run: Path) -> None
     (run / "metrics.json").write_text('{"seconds": "<b>"}')
     with pytest.raises(UserError, match=r"do not hold what a run writes \(TypeError.*; train again"):
         page.write(run)
+
+
+class Beacon(ThreadingHTTPServer):
+    """Whatever a page asks for is noted."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+        beacon = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                beacon.asked.append(self.path)
+                self.send_response(204)
+                self.end_headers()
+
+            do_POST = do_GET  # noqa: N815
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        super().__init__(("127.0.0.1", 0), Handler)
+
+
+def attacks(port: int) -> list[str]:
+    """Markup that shows itself when a browser takes it for such: it asks, navigates, or changes the title."""
+    url = f"http://127.0.0.1:{port}"
+    return [
+        f"<script>document.title='owned';fetch('{url}/script')</script>",
+        f"<img src={url}/img onerror=\"document.title='owned'\">", f"<svg onload=\"location='{url}/svg'\">",
+        f"<iframe src={url}/frame srcdoc='<script>top.document.title=1</script>'></iframe>",
+        f"<link rel=stylesheet href={url}/css>",
+        f"<style>@import '{url}/import'; body {{ background: url({url}/bg) }}</style>", f"<base href={url}/base/>",
+        f"<form id=f action={url}/form><input name=q autofocus onfocus=f.submit()></form>",
+        f"<object data={url}/object></object><embed src={url}/embed>",
+        f"<video src={url}/video autoplay poster={url}/poster>",
+        f"</title></style></script><a href={url} ping={url}/ping>x</a>", f"\"><img src={url}/quote>",
+        f"'><img src={url}/single>", f"--v:1;background:url({url}/style)", f"{{{{ 7*7 }}}}{{% include '{url}' %}}",
+        f"<input autofocus onfocus=location='{url}/f'>",
+        f"<link rel=prefetch href={url}/prefetch><link rel=dns-prefetch href={url}>", "<plaintext>", "<!--",
+        "]]><script>",
+    ]  # fmt: skip
+
+
+def seen(document: Path) -> str:
+    """The page as Chromium has it after two seconds."""
+    program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if program is None:
+        pytest.skip("there is no Chromium")
+    words = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--virtual-time-budget=2000",
+        "--timeout=20000",
+        "--dump-dom",
+    ]
+    with tempfile.TemporaryDirectory() as profile:
+        command = [program, *words, f"--user-data-dir={profile}", document.as_uri()]
+        return subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
+
+
+def test_a_browser_takes_a_run_of_a_stranger_for_text(run: Path) -> None:
+    """In a real browser: nothing is fetched, nowhere is gone to, no script runs, whatever a field holds."""
+    with Beacon() as beacon:
+        thread = threading.Thread(target=beacon.serve_forever)
+        thread.start()
+        try:
+            refresh = f"<meta http-equiv=refresh content='0;url=http://127.0.0.1:{beacon.server_port}/refresh'>"
+            texts = [*attacks(beacon.server_port), refresh]
+            found = evaluation([f"{text}{number}" for number, text in enumerate(texts)])
+            found["images"] = "".join(texts)
+            for number, each in enumerate(found["mistakes"]):
+                text = texts[number % len(texts)]
+                each |= {"source": None, "row": text} if number % 2 else {"source": text}
+                each["jpeg"] = f'"{text}' if number % 3 else each["jpeg"]
+            found["per_class"][0]["images"] = "".join(texts)
+            facts = dict.fromkeys(("run", "git_commit", "data", "device", "mode", "image", "job"), "".join(texts))
+            keys = {"hyperparameters": dict(zip(texts, texts, strict=True)), "versions": dict.fromkeys(texts, refresh)}
+            (run / "run.json").write_text(json.dumps(facts | keys))
+            (run / "evaluation.json").write_text(json.dumps(found))
+            dumped = seen(page.write(run))
+            assert "Most confident mistakes" in dumped  # it is still this page, whole
+            assert "Hyperparameters" in dumped
+            assert "<title>owned" not in dumped
+            assert beacon.asked == []
+            # Were a value not escaped one day, the policy stops all but a refresh: that is no fetch of the page's.
+            whole = (run / page.NAME).read_text(encoding="utf-8")
+            raw = "".join(attacks(beacon.server_port))
+            (run / page.NAME).write_text(whole.replace("<h1>", f"{raw}<h1>", 1), encoding="utf-8")
+            assert "<title>owned" not in seen(run / page.NAME)
+            assert beacon.asked == []
+            (run / page.NAME).write_text(whole.replace("<h1>", f"{refresh}<h1>", 1), encoding="utf-8")
+            seen(run / page.NAME)
+            assert beacon.asked == ["/refresh"]  # the test would see it
+        finally:
+            beacon.shutdown()
+            thread.join()
 
 
 def test_calibration_by_hand() -> None:

@@ -195,12 +195,13 @@ def test_strange_names_nested_folders_and_files_that_are_no_images(photos: Path,
 
 
 def test_links_are_followed_once_and_dangling_ones_reported(photos: Path, tmp_path: Path) -> None:
-    album = tmp_path / "album"
+    """Those inside the folder; test_strangers.py has the others."""
+    album = photos / "left" / "album"
     album.mkdir()
     draw("up", 1).save(album / "1.png")
-    draw("up", 2).save(tmp_path / "loose.png")
-    (photos / "down" / "linked.png").symlink_to(tmp_path / "loose.png")
-    (photos / "down" / "gone.png").symlink_to(tmp_path / "nothing.png")
+    draw("up", 2).save(photos / "left" / "loose.png")
+    (photos / "down" / "linked.png").symlink_to(photos / "left" / "loose.png")
+    (photos / "down" / "gone.png").symlink_to("nothing.png")
     (photos / "down" / "album").symlink_to(album)
     (photos / "down" / "album again").symlink_to(album)
     (album / "loop").symlink_to(album)

@@ -125,7 +125,9 @@ VERBS: Table = {
             ["pipelines/environment.py --audit"], "known vulnerabilities of the packages in .venv (asks PyPI)"
         ),
         "update-template": (
-            "update_template", "merge what is new in the template, keeping your changes; SCOPE=full: grow to that scope"
+            "update_template",
+            "merge what is new in the template, keeping your changes, after showing it (YES=1: at once); SCOPE=full: "
+            "grow to that scope",
         ),
         "clean": (
             ["pipelines/environment.py --clean"],

@@ -20,17 +20,27 @@ from pydantic import BaseModel, ValidationError
 from pipelines import ROOT
 from pipelines.schema import PARTS, Range, Settings, Tuning
 from pipelines.terminal import UserError
+from progress import plain
 from training.config import ConfigurationError, Hyperparameters, nearest, parse, shown
 
 __all__ = ["Range", "Settings", "Tuning", "load", "number"]
 
 
+UNREADABLE = (ValueError, OverflowError, RecursionError)  # numbers, dates and brackets that Python does not take
+
+
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's numbers: for PyYAML `1e-3` would be text."""
+    """YAML 1.2's numbers: for PyYAML `1e-3` would be text; and no aliases, of which a few lines grow to gigabytes."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """As PyYAML's."""
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("it has an alias, such as *name; write the value out")
+        return super().compose_node(parent, index)
 
 
 _Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
 )
 
 
@@ -64,7 +74,7 @@ def load(
     for override in (*overrides, *given):
         path, separator, value = override.partition("=")
         if not separator:
-            raise UserError(f"--set {override!r} has no value; write --set section.key=value")
+            raise UserError(f"--set {shown(override)} has no value; write --set section.key=value")
         _override(document, known, path.strip(), value, f"--set {override}")
     try:
         document["training"] = parse(document["training"])  # the same checks as in the container
@@ -104,26 +114,36 @@ def _check_range(name: str, choice: Range | list[Any], training: dict[str, Any])
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        document = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506  (a safe loader)
+        document = _parsed(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    except (yaml.YAMLError, *UNREADABLE) as error:
+        raise UserError(f"{path} is not valid YAML: {plain(' '.join(str(error).split()))}") from error
     if not isinstance(document, dict):
         raise UserError(f"{path} must hold keys and values, not {type(document).__name__}")
     return document
 
 
+def _parsed(text: str) -> Any:
+    """What YAML says, when it is something that a message can show."""
+    found = yaml.load(text, _Loader)  # noqa: S506  (a safe loader)
+    str(found)  # fails for numbers that Python reads and does not write, such as 0xfff...
+    return found
+
+
 def _override(document: dict[str, Any], known: dict[str, list[str]], path: str, text: str, origin: str) -> None:
     section, separator, key = path.partition(".")
+    origin = plain(origin if len(origin) <= 200 else f"{origin[:160]}... ({len(origin)} characters)")
     if not separator or section not in known:
-        raise UserError(f"{origin}: unknown section {section!r}; {nearest(section, known)}")
+        raise UserError(f"{origin}: unknown section {shown(section)}; {nearest(section, known)}")
     try:
-        value = yaml.load(text, _Loader)  # noqa: S506  (a safe loader)
+        value = _parsed(text)
     except yaml.YAMLError:
         value = text
+    except UNREADABLE as error:
+        raise UserError(f"{origin} cannot be read: {str(error).partition(';')[0]}") from None
     if key not in known[section]:
-        raise UserError(f"{origin}: unknown key {key!r} in {section}; {nearest(key, known[section])}")
+        raise UserError(f"{origin}: unknown key {shown(key)} in {section}; {nearest(key, known[section])}")
     if not isinstance(document.get(section), dict):
         document[section] = {}
     document[section][key] = value

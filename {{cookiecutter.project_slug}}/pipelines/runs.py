@@ -17,7 +17,9 @@ from typing import Any
 
 from pipelines import ROOT, project, terminal
 from pipelines.terminal import UserError
+from progress import plain
 from training import board
+from training.config import shown
 
 ARTIFACTS = ROOT / "artifacts"
 WORK = ROOT / ".cache" / "local"
@@ -52,8 +54,7 @@ def find(name: str | None) -> Path:
 def tried() -> bool:
     """Whether a run on this machine was trained with the source as it is now."""
     now = project.source_hash()
-    return any(json.loads(file.read_text(encoding="utf-8")).get("source") == now
-               for file in ARTIFACTS.glob("*/run.json"))  # fmt: skip
+    return any(read(file).get("source") == now for file in ARTIFACTS.glob("*/run.json"))
 
 
 def publish(name: str, model: Path, output: Path, facts: dict[str, Any]) -> Path:
@@ -84,7 +85,7 @@ def publish(name: str, model: Path, output: Path, facts: dict[str, Any]) -> Path
     temporary.mkdir(parents=True)
     for file in (*FILES, *(path.name for path in output.glob(board.FILES))):
         shutil.copyfile(output / file, temporary / file)
-    run = json.loads((output / "run.json").read_text(encoding="utf-8"))
+    run = read(output / "run.json")
     (temporary / "run.json").write_text(json.dumps({"run": name} | run | facts, indent=2) + "\n", encoding="utf-8")
     pack(model, temporary / "model.tar.gz")
     temporary.rename(ARTIFACTS / name)
@@ -118,10 +119,35 @@ def pack(folder: Path, archive: Path) -> None:
                     tar.addfile(entry, content)
 
 
+def read(file: Path) -> dict[str, Any]:
+    """What a file of a run holds, which may be a stranger's.
+
+    Raises:
+        UserError: when that is no JSON object, or one that Python does not read.
+    """
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{file} cannot be read: {plain(error)}") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{file} cannot be read: it holds no JSON object")
+    return found
+
+
 def describe(folder: Path) -> str:
-    """What a person wants to know of a finished run: its numbers, its files, and three commands that come next."""
-    facts = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    """What a person wants to know of a finished run: its numbers, its files, and three commands that come next.
+
+    Raises:
+        UserError: when its files do not say it.
+    """
+    try:
+        return _described(folder)
+    except terminal.DAMAGED as error:
+        raise UserError(f"{folder}: its files do not hold what a run writes ({shown(error)})") from error
+
+
+def _described(folder: Path) -> str:
+    facts, metrics = read(folder / "run.json"), read(folder / "metrics.json")
     first = facts.get("seconds_to_first_step")
     rows = [
         ("run", f"{facts['run']} ({facts['mode']})"),
@@ -136,12 +162,12 @@ def describe(folder: Path) -> str:
     ]  # fmt: skip
     evaluation = folder / "evaluation.json"
     if evaluation.exists():
-        accuracy = json.loads(evaluation.read_text(encoding="utf-8"))["metrics"]["accuracy"]
+        accuracy = read(evaluation)["metrics"]["accuracy"]
         text = f"{accuracy['value']:.4f} (95 % interval {accuracy['ci_low']:.4f} to {accuracy['ci_high']:.4f})"
         rows.append(("test accuracy", text))
-    lines = [f"  {name:20} {value}" for name, value in rows]
+    lines = [f"  {name:20} {plain(value)}" for name, value in rows]
     lines.append(f"  {'files':20} {Path(os.path.relpath(folder, ROOT))}/")
-    names = " ".join(sorted(path.name for path in folder.iterdir()))
+    names = " ".join(sorted(plain(path.name) for path in folder.iterdir()))
     lines += textwrap.wrap(names, WIDTH, initial_indent=23 * " ", subsequent_indent=23 * " ", break_on_hyphens=False)
     return "\n".join([*lines, after(folder)])
 
@@ -161,10 +187,10 @@ def after(folder: Path) -> str:
 def example_image(folder: Path) -> str:
     """The raw file of one test image of a run's data set, to try a prediction on."""
     try:
-        data = ROOT / json.loads((folder / "run.json").read_text(encoding="utf-8"))["data"]
+        data = ROOT / read(folder / "run.json")["data"]
         source = Path(json.loads((STAMPS / f"{data.name}.json").read_text(encoding="utf-8"))["source"])
         rows = json.loads((data / "test" / "dataset.json").read_text(encoding="utf-8"))["rows"]
         path = source / (rows["test"] or rows["train"])[0]
         return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
-    except (OSError, ValueError, KeyError, IndexError):
+    except (OSError, UserError, *terminal.DAMAGED):
         return "path/to/an/image"

@@ -9,12 +9,18 @@ import os
 import re
 import shlex
 import shutil
+import string
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
+from progress import plain
+
+PRINTED = string.ascii_letters + string.digits + "./_"  # what printf gives back as it is
 ON, OFF = ("1", "yes", "true", "on"), ("", "0", "no", "false", "off")
+# What values of other kinds than expected lead to, as in the files of a stranger's run.
+DAMAGED = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 given: dict[str, str] = {}  # the environment of this call of make, which holds its variables; empty without make
 
 
@@ -36,6 +42,8 @@ class Finished(Exception):
 
 def run_verb(main: Callable[[], int]) -> NoReturn:
     """Run a verb and exit with its code; a `UserError` is printed as one sentence."""
+    for stream in (sys.stdout, sys.stderr):
+        _guard(stream)
     try:
         sys.exit(main())
     except UserError as error:
@@ -54,6 +62,13 @@ def run_verb(main: Callable[[], int]) -> NoReturn:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def _guard(stream: Any) -> None:
+    """Let nothing through that a terminal obeys, but for the returns and line ends of bars: a last line of defence."""
+    write = stream.write
+
+    stream.write = lambda text: write(plain(text, more="\n\r\t"))
 
 
 class Parser(argparse.ArgumentParser):
@@ -104,13 +119,22 @@ def parser(description: str, settings: bool = False) -> Parser:
     return made
 
 
+def quoted(value: str) -> str:
+    """A value as any shell takes it back, in characters that can be seen: `printf` makes those that cannot."""
+    if plain(value) == value:
+        return shlex.quote(value)
+    body = value.rstrip("\n")  # which a shell would drop
+    octal = "".join(chr(byte) if chr(byte) in PRINTED else f"\\{byte:03o}" for byte in os.fsencode(body))
+    return f"\"$(printf '{octal}')\"" + shlex.quote(value[len(body) :]) * (body != value)
+
+
 def command(verb: str, **variables: object) -> str:
     """A command to paste, in which every value is quoted: make takes it as it is, but for blanks at its beginning."""
     before: list[str] = []
     after: list[str] = []
     for name, value in variables.items():
         text = str(value)
-        (before if text[:1].isspace() else after).append(f"{name}={shlex.quote(text)}")
+        (before if text[:1].isspace() else after).append(f"{name}={quoted(text)}")
     return " ".join([*before, "make", verb, *after])
 
 

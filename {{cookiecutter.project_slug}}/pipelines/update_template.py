@@ -4,18 +4,23 @@
     make update-template SCOPE=full     # and what a larger scope has: local, cloud, full
 
 cruft bakes the template twice, as it was for this project and as it is now, and git merges the difference. Nothing is
-committed. docs/setup.md says what to do should cruft be gone.
+committed. Both bakes run the template's hooks: what has changed in it is shown first, and YES=1, or somebody who is
+asked, lets them. docs/setup.md says what to do should cruft be gone.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
+import sys
+import tempfile
 
 from pipelines import ROOT, terminal
 from pipelines.environment import certificates, find_uv
 from pipelines.terminal import UserError
+from progress import plain
 
 STATE = ROOT / ".cruft.json"  # written when the project was made: template, commit, answers
 CRUFT = "cruft>=2.16,<3"
@@ -25,6 +30,41 @@ SCOPES = ("local", "cloud", "full")
 def git(*words: str) -> str:
     """What a git command says about the project."""
     return subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True).stdout
+
+
+def address(template: str) -> str:
+    """A template's address without what lets somebody in: `.cruft.json` is committed. The user of `ssh://git@` stays.
+
+    hooks/post_gen_project.py of the template calls it, too.
+    """
+    scheme, there, rest = template.partition("://")
+    if not there or scheme.lower() == "file":
+        return template  # a folder, or git@host:path
+    host, slash, path = re.split("[?#]", rest)[0].partition("/")
+    login, at, host = host.rpartition("@")
+    user = f"{login.partition(':')[0]}@" if at and "ssh" in scheme.lower() else ""
+    return f"{scheme}://{user}{host}{slash}{path}"
+
+
+def news(template: str, since: str) -> tuple[str, list[str]]:
+    """The template's newest commit, and the lines of its log and diff since another one.
+
+    Raises:
+        UserError: when it cannot be had.
+    """
+    with tempfile.TemporaryDirectory(prefix="template-") as folder:
+
+        def asked(*words: str) -> subprocess.CompletedProcess[str]:
+            return subprocess.run(["git", "-C", folder, *words], capture_output=True, text=True, errors="replace")
+
+        done = asked("clone", "--quiet", "--bare", "--", template, folder)
+        known = re.fullmatch("[0-9a-f]{40,64}", since) and asked("cat-file", "-e", f"{since}^{{commit}}")
+        if done.returncode or not known or known.returncode:
+            reason = done.stderr.strip().splitlines() or [f"it has no commit {plain(since)}"]
+            raise UserError(f"cruft could not update from {template}: {plain(reason[-1])}; nothing was changed")
+        newest = asked("rev-parse", "HEAD").stdout.strip()
+        shown = asked("log", "--oneline", f"{since}..{newest}").stdout + asked("diff", since, newest).stdout
+        return newest, [plain(line.expandtabs()) for line in shown.split("\n")]
 
 
 def larger(scope: str, current: str) -> bool:
@@ -41,11 +81,25 @@ def larger(scope: str, current: str) -> bool:
     return scope != current
 
 
-def update(scope: str | None) -> str:
+def agree(changes: list[str]) -> None:
+    """Show what has changed in the template, and ask whether it may come.
+
+    Raises:
+        UserError: when it may not, or nobody is there to say so.
+    """
+    print("\n".join(changes), flush=True)
+    if not sys.stdin.isatty():
+        raise UserError("the template has changed, as shown above, and its hooks would run here; say YES=1 to go on")
+    if input("take this, and run the template's hooks? [y/N] ").strip().lower() not in ("y", "yes"):
+        raise UserError("nothing was changed")
+
+
+def update(scope: str | None, yes: bool = False) -> str:
     """Merge what is new in the template, and what a larger scope has.
 
     Args:
         scope: to grow to; None: the project's own.
+        yes: take whatever has changed in the template.
 
     Returns:
         What was done, for people.
@@ -57,6 +111,11 @@ def update(scope: str | None) -> str:
         raise UserError(f"{STATE.name} is missing, so the template of this project is not known; "
                         "`uvx cruft link <template>` writes it")  # fmt: skip
     before = json.loads(STATE.read_text(encoding="utf-8"))
+    template = address(before["template"])
+    if template != before["template"]:
+        STATE.write_text(json.dumps(before | {"template": template}, indent=2) + "\n", encoding="utf-8")
+        raise UserError(f"the template's address in {STATE.name} held a password or token, which is taken out now: "
+                        "make it invalid where it is from, commit the file, and do this again")  # fmt: skip
     current, more = before["context"]["cookiecutter"]["scope"], list[str]()
     if scope and not larger(scope, current):
         return f"this project's scope is {current} already; `make update-template` takes what is new in the template"
@@ -64,19 +123,26 @@ def update(scope: str | None) -> str:
         raise UserError("the project has no commit yet; `git add . && git commit` first, so that nothing can be lost")
     if git("status", "--porcelain"):
         raise UserError("there are changes that are not committed; commit or stash them, so that nothing can be lost")
+    newest, changes = news(template, before["commit"])
+    if newest != before["commit"] and not yes:
+        agree(changes)
     if scope:
         more = ["--variables-to-update", json.dumps({"scope": scope})]
         print(f"growing from {current} to {scope}; what is new in the template comes with it", flush=True)
     bundle = certificates()
+    words = ["--skip-apply-ask", "--checkout", newest, *more]
     done = subprocess.run(
-        [find_uv(ROOT / ".venv"), "tool", "run", "--from", CRUFT, "cruft", "update", "--skip-apply-ask", *more],
+        [find_uv(ROOT / ".venv"), "tool", "run", "--from", CRUFT, "cruft", "update", *words],
         cwd=ROOT, env=os.environ | ({"SSL_CERT_FILE": bundle} if bundle else {}), capture_output=True, text=True,
     )  # fmt: skip
     if done.returncode:
         said = (done.stdout + done.stderr).strip().splitlines() or ["it gave no reason"]
         reason = next((line for line in said if "fatal:" in line), said[-1]).strip(" \u2502'")
         raise UserError(f"cruft could not update from {before['template']}: {reason}; nothing was changed")
-    now = json.loads(STATE.read_text(encoding="utf-8"))["commit"][:12]
+    facts = json.loads(STATE.read_text(encoding="utf-8"))
+    if facts.get("checkout") != before.get("checkout"):  # only this time: the commit that was shown
+        STATE.write_text(json.dumps(facts | {"checkout": before.get("checkout")}, indent=2) + "\n", encoding="utf-8")
+    now = facts["commit"][:12]
     rejected = git("ls-files", "--others", "--exclude-standard", "*.rej").split()
     both = sorted({*git("diff", "--name-only", "--diff-filter=U").split(), *rejected})
     if both:
@@ -92,5 +158,7 @@ def main() -> int:
     """Command line; see the module's docstring."""
     parser = terminal.parser("Bring the template's improvements into this project.")
     parser.add_argument("--scope", variable="SCOPE", help=f"grow to it: {', '.join(SCOPES)}")
-    print(update(parser.parse_args().scope))
+    parser.add_argument("--yes", variable="YES", action="store_true", help="take what is new without being asked")
+    options = parser.parse_args()
+    print(update(options.scope, options.yes))
     return 0

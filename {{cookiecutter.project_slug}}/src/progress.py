@@ -1,4 +1,4 @@
-"""What long loops and waits show: on a terminal a bar, or the time in place; elsewhere a plain line now and then.
+"""What people see: bars and waits, on a terminal in place, elsewhere as plain lines; and text that strangers wrote.
 
 Laptop and containers share it, so it needs the standard library only; bars are tqdm's, where that is installed. There
 are no colours, so there is nothing that NO_COLOR would have to take away.
@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import re
 import shutil
 import sys
 import threading
 import time
+import unicodedata
 from collections.abc import Callable, Iterator
 from typing import Any, TextIO
 
@@ -19,7 +21,33 @@ SECONDS = 10.0  # between two lines of a loop where there is no terminal
 LONG = 30.0  # between two lines of a wait there
 SOON = 2.0  # a wait that is over by then is not worth a word on a terminal
 WIDEST = 120  # columns of a bar; on more it is hard to read
+OBEYED = ("Cc", "Cf", "Cs", "Zl", "Zp")  # kinds of characters that a terminal obeys, or nobody sees
+FILLERS = "\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0"  # letters that look like nothing
+# What may stand in a name all the same: the flag of a part of a country, and joiners between letters or pictures.
+NEIGHBOUR = r"[^\x00-\x7f\u2000-\u206f]"
+MEANT = re.compile(rf"\U0001f3f4[\U000e0030-\U000e007a]{{3,6}}\U000e007f|(?<={NEIGHBOUR})[\u200c\u200d](?={NEIGHBOUR})")
 SHAPE = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}{postfix}]"
+
+
+def plain(text: object, more: str = "") -> str:
+    """Text that a stranger wrote, on one line, as text and nothing else: what a terminal would obey becomes `\\x1b`.
+
+    Names of files and classes, what files of a run say, reasons that AWS gives, and lines of logs go through it.
+
+    Args:
+        text: anything.
+        more: control characters that may stay.
+    """
+    text = str(text)
+    if text.isascii() and text.isprintable():
+        return text
+    meant = {place for found in MEANT.finditer(text) for place in range(*found.span())}
+    return "".join(
+        character.encode("unicode_escape").decode()
+        if (unicodedata.category(character) in OBEYED or character in FILLERS)
+        and place not in meant and character not in more else character
+        for place, character in enumerate(text)
+    )  # fmt: skip
 
 
 def bar(total: int, verb: str, unit: str, output: TextIO, done: int = 0) -> Any:
@@ -73,7 +101,7 @@ def waiting(what: str, output: TextIO | None = None, alone: bool = True) -> Iter
     Yields:
         The function that says something else meanwhile: a line of text.
     """
-    place = output or sys.stdout
+    place, what = output or sys.stdout, plain(what)
     terminal, lock, began = place.isatty(), threading.Lock(), time.monotonic()
     said, shown, pause = began, 0, SOON if terminal else LONG
 

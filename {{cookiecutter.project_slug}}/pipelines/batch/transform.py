@@ -30,7 +30,7 @@ from pipelines.endpoint import expiry, rollout
 from pipelines.endpoint import model as endpoint_model
 from pipelines.local import data
 from pipelines.terminal import UserError
-from progress import progress
+from progress import plain, progress
 
 MEGABYTE = 2**20
 USUAL, MOST = 6, 100  # megabytes of a request; AWS: so many at most, and of all concurrent ones together
@@ -94,7 +94,7 @@ def _images(account: Account, source: str, local: Path | None) -> dict[str, int]
     """
     from processing.scan import SUFFIXES
 
-    files = storage.below(local) if local else storage.listed(account, source)
+    files = storage.pictures(local).items() if local else storage.listed(account, source)
     sizes = {file: size for file, size in files if file.lower().endswith(SUFFIXES) and "/." not in f"/{file}"}
     if not sizes:
         raise UserError(f"{source} holds no image; DATA names a folder, or s3://bucket/prefix, that does")
@@ -183,7 +183,7 @@ def join(account: Account, name: str) -> int:
     print(f"{len(names)} images, {bad} of them without an answer -> {os.path.relpath(output)}")
     print("  images  class")
     for label, count in sorted(labels.items()):
-        print(f"{count:8}  {label}")
+        print(f"{count:8}  {plain(label)}")
     if facts["Status"] != "Completed":
         print(f"{name} is {facts['Status']}: {failure(facts)}")
     return 1 if bad else 0

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from pipelines import project
 from pipelines.config import Settings
 from pipelines.terminal import UserError
-from progress import waiting
+from progress import plain, waiting
 
 OWN_DISK = re.compile(r"ml\.(g[4-9]|p[4-9]|p3dn|trn|[a-z]+\d+[a-z]*d)")  # machines with disks of their own
 ATTEMPTS = 5  # of a request, with growing pauses (botocore's standard mode)
@@ -183,12 +183,12 @@ def explained(doing: str) -> Iterator[None]:
         cause = error.__context__ if isinstance(error, Boto3Error) and error.__context__ else error  # of a transfer
         if isinstance(cause, ClientError):
             details = cause.response.get("Error", {})
-            message = " ".join(str(details.get("Message", cause)).split())
+            message = plain(" ".join(str(details.get("Message", cause)).split()))
             reason = "trust" if "could not assume role" in message.lower() else _reason(details.get("Code", ""))
             step = f"; {STEPS[reason]}" if reason else ""
             raise UserError(f"{doing} failed: {message.rstrip('.')} ({details.get('Code')}){step}") from error
         reason = _reason(type(cause).__name__.removesuffix("Error"))
-        text = STEPS.get(reason or "", " ".join(str(cause).split()))
+        text = STEPS.get(reason or "", plain(" ".join(str(cause).split())))
         raise UserError(f"{doing} failed: {text}") from error
 
 
@@ -286,7 +286,7 @@ def until(
 
 def failure(facts: Mapping[str, Any]) -> str:
     """Why a job or an endpoint failed, as AWS describes it."""
-    return " ".join(facts.get("FailureReason", "AWS gives no reason").split())
+    return plain(" ".join(facts.get("FailureReason", "AWS gives no reason").split()))
 
 
 def place(uri: str) -> dict[str, str]:

@@ -18,6 +18,7 @@ from pipelines.cloud.account import Account, explained, failure, missing, unless
 from pipelines.config import load
 from pipelines.local.job import Interrupted, interruptible
 from pipelines.terminal import UserError
+from progress import plain
 
 KINDS = ("Training", "Processing", "Transform")
 ENDED = ("Completed", "Failed", "Stopped")
@@ -133,7 +134,9 @@ def _print_new_lines(
             if not missing(error):
                 raise
     for _, host, message in sorted(lines, key=lambda line: line[0]):
-        say(message.rstrip("\n") if host in ("", "algo-1") else f"{host}: {message}")
+        for line in message.rstrip("\n").split("\n"):
+            text = plain(line.rstrip("\r").expandtabs())
+            say(text if host in ("", "algo-1") else f"{host}: {text}")
 
 
 def succeeded(kind: str, facts: dict[str, Any]) -> None:

@@ -76,7 +76,7 @@ def _unpacked(archive: Path) -> Path:
 
 def _facts(job: dict[str, Any], output: Path) -> dict[str, Any]:
     """What run.json says of the job, beside what the script wrote."""
-    fingerprint = json.loads((output / "run.json").read_text(encoding="utf-8"))["dataset_fingerprint"]
+    fingerprint = runs.read(output / "run.json")["dataset_fingerprint"]
     channels = {channel["ChannelName"]: channel for channel in job["InputDataConfig"]}
     uri = channels["train"]["DataSource"]["S3DataSource"]["S3Uri"].removesuffix("/").removesuffix("/train")
     here = [

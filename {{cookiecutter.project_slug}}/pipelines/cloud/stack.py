@@ -16,6 +16,7 @@ from pipelines import ROOT, project
 from pipelines.cloud.account import Account, pages, unless_missing, until
 from pipelines.config import Settings
 from pipelines.terminal import UserError
+from progress import plain
 
 TEMPLATE = ROOT / "infrastructure" / "stack.yaml"
 AUTOMATION = TEMPLATE.with_name("automation.yaml")  # what is joined to it; a project of a smaller scope has none
@@ -223,7 +224,7 @@ def first_failure(cloud: Any, stack: str) -> str:
     if not reasons:
         return "CloudFormation gives no reason"
     event = reasons[-1]
-    reason = " ".join(event.get("ResourceStatusReason", "no reason given").split()).rstrip(".")
+    reason = plain(" ".join(event.get("ResourceStatusReason", "no reason given").split())).rstrip(".")
     return f"{event['LogicalResourceId']} ({event['ResourceType']}): {reason}"
 
 
@@ -247,7 +248,7 @@ def changes(cloud: Any, change_set: str) -> list[str]:
         return None if plan["Status"] in ("CREATE_PENDING", "CREATE_IN_PROGRESS") else plan, ""
 
     plan = until("CloudFormation's plan", PAUSE, look)
-    reason = plan.get("StatusReason", "")
+    reason = plain(plan.get("StatusReason", ""))
     if plan["Status"] == "FAILED" and ("didn't contain changes" in reason or "No updates" in reason):
         return []
     if plan["Status"] != "CREATE_COMPLETE":

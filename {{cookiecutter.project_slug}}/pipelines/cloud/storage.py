@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
+import fnmatch
+import glob
 import hashlib
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from pipelines.cloud.account import Account, explained, pages, place, unless_missing
 from pipelines.local import data
 from pipelines.terminal import UserError
-from progress import progress
+from progress import plain, progress
 
 THREADS = 8
+LISTED = 20  # links that are named when they are left out
 SPLITS = ("train", "validation")  # what a training job is given of a data set
 DONE = ".complete"  # beside the folder's prefix: everything is there
 
 
-def upload(account: Account, folder: Path, prefix: str) -> str:
+def upload(account: Account, folder: Path, prefix: str, sizes: Mapping[str, int] | None = None) -> str:
     """Upload the files of a folder that the bucket does not have yet, and a marker when all are there.
 
     Args:
         account: to work in.
         folder: local files.
         prefix: in the stack's bucket, which must name the content: what is there is never replaced by other content.
+        sizes: of the files by name; None: all that `below` gives.
 
     Returns:
         The folder's URI, without a slash at its end.
@@ -38,7 +42,7 @@ def upload(account: Account, folder: Path, prefix: str) -> str:
             return uri
         listed = pages(s3, "list_objects_v2", "Contents", Bucket=bucket, Prefix=f"{prefix}/")
         there = {item["Key"]: item["Size"] for item in listed}
-        files = {f"{prefix}/{name}": size for name, size in below(folder)}
+        files = {f"{prefix}/{name}": size for name, size in (below(folder) if sizes is None else sizes.items())}
         todo = sorted(name for name, size in files.items() if there.get(name) != size)
         print(f"uploading {len(todo)} of {len(files)} files to {uri}", flush=True)
 
@@ -54,10 +58,10 @@ def upload(account: Account, folder: Path, prefix: str) -> str:
 
 
 def raw(account: Account, source: str, local: Path | None) -> str:
-    """Upload the raw images `local`, once as long as its files stay the same; without it `source` is in S3."""
+    """Upload the pictures of `local`, once as long as its files stay the same; without it `source` is in S3."""
     if local is None:
         return source.rstrip("/")
-    return upload(account, local, f"raw/{data.state(local, [])}")
+    return upload(account, local, f"raw/{data.state(local, ['pictures'])}", pictures(local))
 
 
 def dataset(account: Account, folder: Path) -> str:
@@ -75,11 +79,37 @@ def pretrained(account: Account) -> str | None:
         return upload(account, folder, f"pretrained/{_digest(next(folder.iterdir()))}") + "/"
 
 
+def pictures(folder: Path) -> dict[str, int]:
+    """Relative paths and sizes of the pictures below a folder, and of nothing else; says what is left out."""
+    from processing.scan import LEAVES, images
+
+    left_out: list[str] = []
+    found = {name: (folder / name).stat().st_size for name in images(folder, "", left_out) if (folder / name).exists()}
+    leaving = [line for line in left_out if line.endswith(LEAVES)]
+    for line in leaving[:LISTED]:
+        print(f"left out: {plain(line)}", flush=True)
+    if others := len(left_out) - min(len(leaving), LISTED):
+        print(f"left out: {others} {'more ' if leaving else ''}files that are no pictures, or links", flush=True)
+    return found
+
+
 def below(folder: Path) -> Iterator[tuple[str, int]]:
-    """Relative path and size of every file below a folder."""
+    """Relative path and size of every file below a folder but those that `private` names."""
+    never = private(folder)
     for path in folder.rglob("*"):
-        if path.is_file():
-            yield path.relative_to(folder).as_posix(), path.stat().st_size
+        name = path.relative_to(folder)
+        if path.is_file() and not any(fnmatch.fnmatchcase(part, pattern) for part in name.parts for pattern in never):
+            yield name.as_posix(), path.stat().st_size
+
+
+def private(folder: Path) -> list[str]:
+    """Patterns of the names below a folder that no upload takes: hidden ones, caches, links that lead out of it."""
+    from processing.scan import leaves
+
+    links = [path.name for path in folder.rglob("*") if path.is_symlink() and leaves(path, folder.resolve())]
+    for name in links:
+        print(f"left out: {plain(name)}, a link that leads out of {plain(folder.name)}/", flush=True)
+    return [".*", "__pycache__", *map(glob.escape, links)]
 
 
 def listed(account: Account, uri: str) -> Iterator[tuple[str, int]]:

@@ -151,7 +151,10 @@ def trainer(account: Account, request: Request, image: str, session: Any = None)
         base_job_name=f"{project.job_prefix()}-{request.run}",
         input_s3_key_prefix="jobs",
         training_image=image,
-        source_code=SourceCode(source_dir=request.source, command=f"exec python3 {LAUNCHER}"),
+        source_code=SourceCode(
+            source_dir=request.source, command=f"exec python3 {LAUNCHER}",
+            ignore_patterns=storage.private(Path(request.source)) if not request.source.startswith("s3:") else None,
+        ),
         compute=Compute(
             instance_type=compute.instance_type, instance_count=compute.instances,
             volume_size_in_gb=compute.volume_gb, enable_managed_spot_training=compute.spot, **optional,

@@ -16,6 +16,7 @@ from pipelines.cloud.account import Account, explained, place, unless_missing, u
 from pipelines.config import load
 from pipelines.endpoint import state
 from pipelines.terminal import UserError
+from progress import plain
 
 ASYNC_POLL, ASYNC_PATIENCE = 2.0, 20 * 60  # seconds; the first instance after none takes minutes to come
 MOST_BYTES = 6 * 2**20  # of a request that is answered at once
@@ -97,13 +98,14 @@ def _taken(s3: Any, uri: str) -> bytes | None:
 def sentence(text: str) -> str:
     """What the model says in a refusal, `{"error": "..."}`, also where AWS wraps it into words of its own."""
     found = re.search(r'\{"error": ("(?:[^"\\]|\\.)*")\}', text)
-    return str(json.loads(found[1])) if found else " ".join(text.split())[:300] or "no message"
+    return plain(json.loads(found[1]) if found else " ".join(text.split())[:300] or "no message")
 
 
 def show(file: Path, answer: dict[str, Any]) -> None:
     """Print an answer about one image as `make predict` does; names of other classes than the first are not in it."""
     label, probability = answer["labels"][0], max(answer["probabilities"][0])
-    print(f"{file}: {label}\n  {label}  {probability:6.1%}  {'#' * round(40 * probability)}", flush=True)
+    label = plain(label)
+    print(f"{plain(file)}: {label}\n  {label}  {probability:6.1%}  {'#' * round(40 * probability)}", flush=True)
 
 
 def main() -> int:

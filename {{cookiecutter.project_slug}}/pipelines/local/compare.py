@@ -16,6 +16,8 @@ from pipelines.report import page
 from pipelines.report.charts import number_text
 from pipelines.report.page import Record
 from pipelines.terminal import UserError
+from progress import plain
+from training.config import shown
 
 FACTS = ("git_commit", "data", "dataset_fingerprint", "pretrained_sha256", "mode", "image", "instances", "device")
 Row = tuple[str, ...]  # name, A, B, difference
@@ -56,7 +58,7 @@ def verdict(a: Record, b: Record) -> str:
     """
     first, second = (record.evaluation.get("metrics", {}).get("accuracy") for record in (a, b))
     if not first or not second:
-        missing = " and ".join(record.run["run"] for record in (a, b) if not record.evaluation)
+        missing = " and ".join(plain(record.run.get("run")) for record in (a, b) if not record.evaluation)
         return f"no test accuracy to compare: {missing} is not evaluated; `make evaluate RUN=<name>` does it"
     if a.evaluation["dataset_fingerprint"] != b.evaluation["dataset_fingerprint"]:
         return "the test accuracies are of different data sets: their difference says little about the models"
@@ -84,12 +86,16 @@ def main() -> int:
     parser.add_argument("--b", variable="RUN_B", metavar="RUN", help="name of a run (default: the newest)")
     options = parser.parse_args()
     a, b = (page.read(folder) for folder in names(options.a, options.b))
-    tables = [("Differences", differences(a, b)), ("Metrics", metrics(a, b))]
+    try:
+        tables, said = [("Differences", differences(a, b)), ("Metrics", metrics(a, b))], verdict(a, b)
+    except terminal.DAMAGED as error:
+        raise UserError(f"the files of these runs do not hold what a run writes ({shown(error)})") from error
     print(f"A {a.folder.name}\nB {b.folder.name}")
     for title, rows in tables:
         print(f"\n{title.lower()}{'' if rows else ': none'}")
+        rows = [tuple(map(plain, row)) for row in rows]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         for row in rows:
             print("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-    print(f"\n{verdict(a, b)}")
+    print(f"\n{said}")
     return 0

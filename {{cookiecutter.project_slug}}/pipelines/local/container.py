@@ -4,12 +4,57 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 from pipelines import project
 from pipelines.local import engine
 from pipelines.local.job import LAUNCHER, Interrupted, Job, JobFailed, Outputs, failure_reason
 from pipelines.local.view import TrainingView
 from pipelines.terminal import log_to
+
+DATA = "/opt/ml/input/data/"
+WRITTEN = [f"{DATA}{channel}" for channel in ("checkpoints", "sm_drivers")]  # the second by the SDK's own `chmod +x`
+# A container's root has two rights: to write into folders of the person who started it, and to do that `chmod` there.
+RIGHTS = {"cap_drop": ["ALL"], "cap_add": ["DAC_OVERRIDE", "FOWNER"], "security_opt": ["no-new-privileges:true"]}
+
+
+@contextlib.contextmanager
+def least_rights() -> Iterator[None]:
+    """Let the SDK start its containers with no more rights than they need.
+
+    Its local mode takes no such option: it writes a file for compose, and starts that. So the file is written anew
+    between the two, with `RIGHTS`, and with all channels but the checkpoints, `src/` among them, read-only.
+    """
+    import yaml
+    from sagemaker.train.local.local_container import _LocalContainer
+
+    write = _LocalContainer._generate_compose_file
+
+    def written(self: Any, environment: dict[str, str], volumes: list[str]) -> Any:
+        content = write(self, environment, volumes)
+        services = {
+            host: service | RIGHTS | {"volumes": [read_only(volume) for volume in service["volumes"]]}
+            for host, service in content["services"].items()
+        }
+        file = Path(self.container_root, "docker-compose.yaml")
+        file.write_text(yaml.safe_dump(content | {"services": services}), encoding="utf-8")
+        return content  # the SDK takes its own apart
+
+    _LocalContainer._generate_compose_file = written
+    try:
+        yield
+    finally:
+        _LocalContainer._generate_compose_file = write
+
+
+def read_only(volume: str) -> str:
+    """A volume of compose's file, read-only where the container has nothing to write there."""
+    place, *flags = volume.split(":")[1:]
+    if not place.startswith(DATA) or place in WRITTEN:
+        return volume
+    return ":".join([*volume.split(":")[:2], ",".join([*flags, "ro"])])
 
 
 def run(job: Job, image: str, view: TrainingView) -> Outputs:
@@ -42,7 +87,7 @@ def run(job: Job, image: str, view: TrainingView) -> Outputs:
     inputs = [InputData(channel_name=name, data_source=str(path)) for name, path in job.channels.items()]
     python_path = os.environ.pop("PYTHONPATH", None)  # it would break the Python of docker-compose 1.29
     try:
-        with contextlib.redirect_stdout(view):
+        with contextlib.redirect_stdout(view), least_rights():
             trainer.train(input_data_config=inputs, wait=True)
     except Interrupted:
         raise

@@ -8,7 +8,7 @@ that the model has seen. The run's report is rendered again, with what came out.
 
 from __future__ import annotations
 
-import json
+import contextlib
 import os
 import subprocess
 import sys
@@ -17,6 +17,7 @@ from pathlib import Path
 from pipelines import ROOT, SOURCE, runs, terminal
 from pipelines.report import page
 from pipelines.terminal import UserError
+from progress import plain
 
 
 def evaluate(folder: Path) -> int:
@@ -25,16 +26,17 @@ def evaluate(folder: Path) -> int:
     Raises:
         UserError: when the run's data set is gone or has changed.
     """
-    facts = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    data = ROOT / facts["data"] / "test"
-    if not (data / "dataset.json").is_file():
+    facts = {"run": folder.name, "data": "data", "dataset_fingerprint": None} | runs.read(folder / "run.json")
+    data = ROOT / str(facts["data"]) / "test"
+    run, data_set, there = plain(facts["run"]), plain(facts["data"]), False
+    with contextlib.suppress(OSError):  # a name that is too long
+        there = (data / "dataset.json").is_file()
+    if not there:
+        raise UserError(f"{data_set} is gone, which run {run} was trained on; pack it again (`make data`)")
+    if runs.read(data / "dataset.json").get("fingerprint") != facts["dataset_fingerprint"]:
         raise UserError(
-            f"{facts['data']} is gone, which run {facts['run']} was trained on; pack it again (`make data`)"
-        )
-    if json.loads((data / "dataset.json").read_text(encoding="utf-8"))["fingerprint"] != facts["dataset_fingerprint"]:
-        raise UserError(
-            f"{facts['data']} has changed since run {facts['run']} was trained on it, so its test split may hold "
-            f"images that the model has seen; pack it as before, or train again"
+            f"{data_set} has changed since run {run} was trained on it, so its test split may hold images that the "
+            "model has seen; pack it as before, or train again"
         )
     output = folder / "evaluation.json"
     script = SOURCE / "processing" / "evaluate.py"

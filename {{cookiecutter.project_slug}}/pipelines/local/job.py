@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines import SOURCE
+from progress import plain
 
 LAUNCHER = "training/launch.py"  # starts the training script and passes signals on, which SDK V3's drivers do not
 MASTER_PORT = 7777
@@ -86,5 +87,5 @@ def failure_reason(root: Path, fallback: str) -> str:
     for file in sorted(root.glob("algo-*/output/failure"), key=lambda path: path.stat().st_mtime_ns):
         lines = [line for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
         if lines and "CalledProcessError" not in lines[-1] and "CloudWatch" not in lines[0]:  # the driver's own words
-            return f"training failed: {lines[-1].strip().removeprefix('error: ')}"
-    return f"training failed: {fallback}"
+            return f"training failed: {plain(lines[-1].strip().removeprefix('error: '))}"
+    return f"training failed: {plain(fallback)}"

@@ -27,7 +27,7 @@ from pipelines import SOURCE, project, runs, terminal
 from pipelines.config import load
 from pipelines.local import engine, images
 from pipelines.terminal import UserError
-from progress import waiting
+from progress import plain, waiting
 
 PATIENCE = 120  # seconds until the model must be loaded
 
@@ -115,9 +115,9 @@ def ask_about(file: Path, port: int) -> int:
         raise UserError(f"{file} cannot be read: {error.strerror}") from error
     status, answer = ask(port, "POST", "/invocations", body)
     if status != 200:
-        raise UserError(f"{file}: the server answered {status}: {answer.decode(errors='replace')}")
+        raise UserError(f"{plain(file)}: the server answered {status}: {plain(answer.decode(errors='replace'))}")
     found = json.loads(answer)
-    print(f"{file}: {found['labels'][0]}, probability {max(found['probabilities'][0]):.3f}", flush=True)
+    print(f"{plain(file)}: {plain(found['labels'][0])}, probability {max(found['probabilities'][0]):.3f}", flush=True)
     return 0
 
 
@@ -146,7 +146,8 @@ def main() -> int:
                 f"serving run {folder.name} {f'in image {image}' if image else 'as a process'}; Ctrl-C stops it. Try:"
             )
             print(
-                f'  curl --data-binary @"{runs.example_image(folder)}" -H "Content-Type: application/x-image" {url}',
+                f"  curl --data-binary @{terminal.quoted(runs.example_image(folder))} "
+                f'-H "Content-Type: application/x-image" {url}',
                 flush=True,
             )
             if process.wait():

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
-from progress import bar, regularly, waiting
+from progress import bar, plain, regularly, waiting
 
 ESCAPES = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 CONTAINER = re.compile(r"^(?:\S*?[-_])?(algo-\d+)(?:[-_]\d+)?\s*\| ?")  # compose v1: `algo-1_1  | `, v2: `algo-1  | `
@@ -76,7 +76,7 @@ class TrainingView:
             self._log.close()
 
     def _take(self, line: str) -> None:
-        line = ESCAPES.sub("", line).rstrip("\r")
+        line = plain(ESCAPES.sub("", line).rstrip("\r").expandtabs())
         with contextlib.suppress(OSError):  # a full disk costs the log, and must not block the one who writes it
             self._log.write(line + "\n")
             self._log.flush()

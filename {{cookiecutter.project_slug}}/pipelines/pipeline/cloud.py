@@ -25,6 +25,7 @@ from pipelines.local import images as local_images
 from pipelines.registry import package
 from pipelines.terminal import UserError
 from pipelines.training_pipeline import Inputs, definition
+from progress import plain
 
 POLL = 15.0  # seconds
 ENDED = ("Succeeded", "Failed", "Stopped")
@@ -109,7 +110,7 @@ def _upsert(account: Account, document: dict[str, Any]) -> None:
 def difference(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """The lines in which two definitions differ, with a little of what is around them."""
     before, after = (json.dumps(document, indent=1, sort_keys=True).splitlines() for document in (old, new))
-    return list(difflib.unified_diff(before, after, "deployed", "new", lineterm="", n=2))
+    return [plain(line) for line in difflib.unified_diff(before, after, "deployed", "new", lineterm="", n=2)]
 
 
 def follow(account: Account, arn: str) -> None:
@@ -151,7 +152,8 @@ def _line(step: dict[str, Any]) -> str:
 
 def _reason(step: dict[str, Any]) -> str:
     said = step.get("Metadata", {}).get("Fail", {}).get("ErrorMessage") or step.get("FailureReason", "no reason given")
-    return " ".join(said.split()) if "Fail" in step.get("Metadata", {}) else f"step {step['StepName']} failed: {said}"
+    said = plain(" ".join(said.split()))
+    return said if "Fail" in step.get("Metadata", {}) else f"step {step['StepName']} failed: {said}"
 
 
 def hints(settings: Settings, arn: str) -> str:

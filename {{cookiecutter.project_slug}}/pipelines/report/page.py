@@ -19,7 +19,8 @@ from typing import Any
 from pipelines import ROOT
 from pipelines.report import charts
 from pipelines.report.charts import number_text
-from pipelines.terminal import UserError
+from pipelines.terminal import DAMAGED, UserError
+from training.config import shown
 
 NAME = "report.html"
 TABLE_CLASSES = 20  # more: a heat map instead of a table
@@ -27,7 +28,6 @@ ROWS = 200  # of the table of classes
 TINY = 48  # pixels a side of images that are shown with their pixels as squares
 EVALUATION = {"metrics", "classes", "per_class", "confusion", "images", "calibration", "mistakes"}
 CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]")  # what HTML does not allow as text
-DAMAGED = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)  # what values of other kinds lead to
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def read(folder: Path) -> Record:
     def load(name: str, parse: Callable[[str], Any]) -> Any:
         try:
             return parse((folder / name).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             gone = isinstance(error, FileNotFoundError)
             notes.append(f"{name} is missing." if gone else f"{name} cannot be read: {error}.")
             return {}
@@ -74,7 +74,7 @@ def read(folder: Path) -> Record:
         for line in content.splitlines():
             try:
                 rows.append(dictionary(line))
-            except ValueError:
+            except (ValueError, RecursionError):
                 notes.append(f"metrics.jsonl holds a damaged line: {line[:40]!r}.")
         return rows
 
@@ -91,7 +91,7 @@ def read(folder: Path) -> Record:
         with tarfile.open(folder / "model.tar.gz", "r|gz") as archive:  # in order of names: before the weights
             file = next((archive.extractfile(member) for member in archive if member.name == "model.json"), None)
             model = dictionary(file.read().decode("utf-8")) if file else {}
-    except (OSError, ValueError, EOFError, tarfile.TarError) as error:
+    except (OSError, ValueError, RecursionError, EOFError, tarfile.TarError) as error:
         notes.append(f"model.tar.gz cannot be read: {error}.")
     return Record(folder, run, metrics, epochs or [], evaluation, model, notes)
 
@@ -120,14 +120,14 @@ def write(folder: Path) -> Path:
     try:
         tested = _tested(record) if record.evaluation else None
     except DAMAGED as error:
-        record.notes.append(f"evaluation.json does not hold what an evaluation writes ({error!r}): evaluate again.")
-    try:
-        values = _values(record, tested)
-    except DAMAGED as error:
-        raise UserError(f"{folder}: its files do not hold what a run writes ({error!r}); train again") from error
+        record.notes.append(f"evaluation.json does not hold what an evaluation writes ({shown(error)}): "
+                            "evaluate again.")  # fmt: skip
     pages = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined,
                         finalize=clean, trim_blocks=True, lstrip_blocks=True)  # fmt: skip
-    page = pages.get_template("page.html").render(values)
+    try:
+        page = pages.get_template("page.html").render(_values(record, tested))
+    except DAMAGED as error:
+        raise UserError(f"{folder}: its files do not hold what a run writes ({shown(error)}); train again") from error
     temporary = folder / f".{NAME}.{os.getpid()}.tmp"
     temporary.write_text(page, encoding="utf-8")
     return temporary.replace(folder / NAME)

@@ -55,7 +55,7 @@ def log(folder: Path, uri: str) -> str:
     import mlflow
     from mlflow.entities import Metric, Param, RunTag
 
-    facts = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    facts = runs.read(folder / "run.json")
     name, own, metrics = facts["run"], project.name(), _metrics(folder)
     start = round(datetime.strptime(name[:15], "%Y%m%d-%H%M%S").timestamp() * 1000)  # local time
     length = round(facts["seconds"] * 1000)
@@ -110,9 +110,9 @@ def _metrics(folder: Path) -> list[tuple[str, int, float]]:
         values = json.loads(line)
         epoch = values.pop("epoch")
         found += [(key, epoch, float(value)) for key, value in values.items()]
-    whole: dict[str, float] = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    whole: dict[str, float] = runs.read(folder / "metrics.json")
     if (folder / "evaluation.json").exists():
-        test = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))["metrics"]
+        test = runs.read(folder / "evaluation.json")["metrics"]
         whole |= {f"test_{key}": metric["value"] for key, metric in test.items()}
     by_epoch = {key for key, _, _ in found}
     return found + [(key, found[-1][1], float(value)) for key, value in whole.items() if key not in by_epoch]

@@ -30,7 +30,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the source root, instead of this script's folder
 
 from inference.artifact import Artifact, open_artifact
-from progress import progress, waiting
+from progress import plain, progress, waiting
 
 BATCH = 64  # images a question; counted from the first image, so that they are the same wherever a run resumes
 AHEAD = 2 * BATCH  # images that are decoded, or wait for it, while a batch is asked
@@ -64,14 +64,15 @@ def run(artifact: Artifact, digest: str, folder: Path, output: Path, signals: Se
         partial.replace(output)
         partial.with_name(f"{partial.name}.json").unlink()
     bad = [repr(name) for name, label in zip(files, labels, strict=True) if label is None]
-    print(f"{len(files)} images, {len(bad)} of them bad, {todo / (time.monotonic() - started):,.0f}/s -> {output}")
+    speed = todo / (time.monotonic() - started)
+    print(f"{len(files)} images, {len(bad)} of them bad, {speed:,.0f}/s -> {plain(output)}")
     print("  images  class")
     for label, count in sorted(Counter(filter(None, labels)).items()):
-        print(f"{count:8}  {label}")
+        print(f"{count:8}  {plain(label)}")
     print(f"next:\n  head -n 3 {shlex.quote(str(output))}", flush=True)
     if bad:
         first = ", ".join(bad[:3]) + ", ..." * (len(bad) > 3)
-        print(f"error: {len(bad)} of {len(files)} images are bad, {output} says why: {first}", file=sys.stderr)
+        print(f"error: {len(bad)} of {len(files)} images are bad, {plain(output)} says why: {first}", file=sys.stderr)
     return 1 if bad else 0
 
 
@@ -186,7 +187,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         place = error.filename or f"{options.output}.partial"
         sentence = f"{place}: {error.strerror}; mend that and give the same command to go on"
-    print(f"error: {sentence}", file=sys.stderr)
+    print(f"error: {plain(sentence)}", file=sys.stderr)
     return 2
 
 

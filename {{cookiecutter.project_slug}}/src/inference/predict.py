@@ -18,6 +18,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the source root, instead of this script's folder
 
 from inference.artifact import ArtifactError, open_artifact
+from progress import plain
 
 SHOWN = 5
 
@@ -40,21 +41,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     text, _ = artifact.handlers.output_fn(prediction, "application/json")
                 except (OSError, artifact.handlers.RequestError) as error:
                     reason = error.strerror if isinstance(error, OSError) else error
-                    print(f"error: {path}: {reason}", file=sys.stderr)
+                    print(f"error: {plain(path)}: {plain(reason)}", file=sys.stderr)
                     failed += 1
                     continue
                 if options.json:
                     print(text)
                 else:
-                    _show(path, json.loads(text), artifact.facts["classes"])
+                    _show(path, json.loads(text), [plain(name) for name in artifact.facts["classes"]])
     except ArtifactError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {plain(error)}", file=sys.stderr)
         return 2
     return 1 if failed else 0
 
 
 def _show(path: Path, answer: dict[str, list[list[float]]], classes: list[str]) -> None:
-    print(f"{path}: {answer['labels'][0]}")
+    print(f"{plain(path)}: {plain(answer['labels'][0])}")
     ranked = sorted(zip(answer["probabilities"][0], classes, strict=True), reverse=True)
     width = max(len(name) for _, name in ranked[:SHOWN])
     for probability, name in ranked[:SHOWN]:

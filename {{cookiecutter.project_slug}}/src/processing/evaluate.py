@@ -29,7 +29,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the source root, instead of this script's folder
 
 from inference.artifact import Artifact, ArtifactError, open_artifact
-from progress import progress
+from progress import plain, progress
 
 BATCH = 64
 BINS = 15  # of the reliability diagram, as in the paper
@@ -208,18 +208,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if options.describe:
                 describe(artifact, options.output)
     except (ArtifactError, EvaluationError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {plain(error)}", file=sys.stderr)
         return 2
     accuracy = result["metrics"]["accuracy"]
     print(
         f"accuracy {accuracy['value']:.4f} (95 % interval {accuracy['ci_low']:.4f} to {accuracy['ci_high']:.4f}) "
         f"on {result['images']} images"
     )
-    width = max(len(name) for name in ["class", *result["classes"]])
+    names = [plain(name) for name in result["classes"]]
+    width = max(map(len, ["class", *names]))
     print(f"{'class':{width}}  images  precision  recall     f1")
-    for row in result["per_class"]:
+    for name, row in zip(names, result["per_class"], strict=True):
         scores = f"{row['precision']:9.3f}  {row['recall']:6.3f}  {row['f1']:5.3f}"
-        print(f"{row['class']:{width}}  {row['images']:6}  {scores}")
+        print(f"{name:{width}}  {row['images']:6}  {scores}")
     return 0
 
 

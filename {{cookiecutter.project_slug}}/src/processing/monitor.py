@@ -38,6 +38,7 @@ if __name__ == "__main__":
 import imaging
 import payload
 from inference.artifact import ArtifactError, unpack
+from progress import plain
 
 SHARE = 0.05  # of the baseline: bins with less are taken together
 CHANCE = 1e-4  # of a false alarm by one distribution in one comparison, at most
@@ -210,7 +211,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ArtifactError(f"{options.data} is no folder; name one that holds captured requests (*.jsonl)")
         sample = collect(options.data, facts, start, end)
     except (ArtifactError, OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {plain(error)}", file=sys.stderr)
         return 2
     measures, images = compare(baseline, sample, options.limit), sum(sample.labels.values())
     drifted = any(found["drift"] for found in measures.values())
@@ -232,7 +233,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, found in measures.items():
         print(f"{name:12} PSI {found['psi']:7.3f}  limit {found['limit']:.3f}{'  DRIFT' if found['drift'] else ''}")
     for reason, count in sample.skipped.items():
-        print(f"skipped {count} of {sample.requests} requests: {reason}")
+        print(f"skipped {count} of {sample.requests} requests: {plain(reason)}")
     print(
         f"{report['verdict']}: {images} images against {baseline['images']} of the baseline (minimum {options.minimum})"
     )

@@ -31,7 +31,7 @@ if __name__ == "__main__":
 
 import imaging
 from processing.scan import SPLITS, Item, PackingError, assign, automatic_size, scan
-from progress import progress, waiting
+from progress import plain, progress, waiting
 
 SCHEMA_VERSION = 1
 SHARD_BYTES = 128 * 2**20
@@ -163,9 +163,10 @@ def _check_rows(
 def _report(output: Path, unreadable: list[str], left_out: list[str]) -> Path:
     """Write down what is not in the data set, or remove an older report when all of it is."""
     path = output.with_name(f"{output.name}.report.txt")
-    lines = [f"unreadable: {line}" for line in sorted(unreadable)] + [f"left out: {line}" for line in left_out]
+    lines = [f"unreadable: {plain(line)}" for line in sorted(unreadable)]
+    lines += [f"left out: {plain(line)}" for line in left_out]
     if lines:
-        path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", errors="backslashreplace")
+        path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     else:
         path.unlink(missing_ok=True)
     return path
@@ -262,13 +263,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         limits = Limits(options.unreadable, options.megapixels)
         info = pack(options.input, options.output, size, options.seed, limits)
     except (PackingError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {plain(error)}", file=sys.stderr)
         return 2
     counts = ", ".join(f"{count} {name}" for name, count in info["counts"].items())
-    print(f"packed {len(info['classes'])} classes at {info['size']} pixels: {counts} -> {options.output}")
+    print(f"packed {len(info['classes'])} classes at {info['size']} pixels: {counts} -> {plain(options.output)}")
     report = options.output.with_name(f"{options.output.name}.report.txt")
     if report.exists():
-        print(f"left out {len(report.read_text(encoding='utf-8').splitlines())} files; {report} names them")
+        print(f"left out {len(report.read_text(encoding='utf-8').splitlines())} files; {plain(report)} names them")
     return 0
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import imaging
+from progress import plain
 from training.config import SMALL_IMAGE, TORCHVISION_SIZE
 
 SPLITS = ("train", "validation", "test")
@@ -19,6 +20,9 @@ READY_MADE = {"train": "train", "training": "train", "val": "validation", "valid
               "validation": "validation", "test": "test"}  # fmt: skip
 HEADER_WITHIN = 64 * 2**20  # bytes of a file
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+
+
+LEAVES = "a link that leads out of the folder"
 
 
 class PackingError(ValueError):
@@ -35,7 +39,7 @@ class Item:
 
 
 def scan(folder: Path) -> tuple[list[Item], list[str]]:
-    """Find every image below `folder`, in a fixed order. Hidden files do not count; links are followed.
+    """Find every image below `folder`, in a fixed order. Hidden files do not count; links inside it are followed.
 
     Returns:
         The images, and a line for every other file: its path and why it was left out.
@@ -47,7 +51,8 @@ def scan(folder: Path) -> tuple[list[Item], list[str]]:
         raise PackingError(
             f"{folder} is no folder; DATA must name one that holds a sub-folder of images for each class"
         )
-    top, _, _ = _entries(folder)
+    home = folder.resolve()
+    top, *_ = _entries(folder, home)
     ready_made = {name: READY_MADE[name.lower()] for name in top if name.lower() in READY_MADE}
     if "train" not in ready_made.values() or len(ready_made) != len(top):
         ready_made = {}
@@ -55,7 +60,8 @@ def scan(folder: Path) -> tuple[list[Item], list[str]]:
     left_out: list[str] = []
     empty: list[str] = []
     for base, split in ready_made.items() or [("", None)]:
-        labels, files, others = _entries(folder / base)
+        labels, files, others, leaving = _entries(folder / base, home)
+        left_out += [f"{_join(base, name)}: {LEAVES}" for name in leaving]
         left_out += [f"{_join(base, name)}: lies outside of the class folders" for name in files + others]
         for name in labels:
             found = list(images(folder, _join(base, name), left_out))
@@ -73,14 +79,17 @@ def scan(folder: Path) -> tuple[list[Item], list[str]]:
     return items, left_out
 
 
-def _entries(folder: Path) -> tuple[list[str], list[str], list[str]]:
-    """Names of a folder's folders, files (dangling links too) and other things, sorted, without hidden ones."""
-    listed: tuple[list[str], list[str], list[str]] = ([], [], [])
+def _entries(folder: Path, home: Path) -> tuple[list[str], list[str], list[str], list[str]]:
+    """Names of a folder's folders, files (dangling links too), other things, and links that lead out of `home`.
+
+    They are sorted, without hidden ones.
+    """
+    listed: tuple[list[str], list[str], list[str], list[str]] = ([], [], [], [])
     try:
         with os.scandir(folder) as entries:
             for entry in entries:
                 if not entry.name.startswith("."):
-                    listed[_kind(entry)].append(entry.name)
+                    listed[_kind(entry, home)].append(entry.name)
     except OSError as error:
         raise PackingError(f"{folder} cannot be listed: {error.strerror}") from error
     for names in listed:
@@ -88,8 +97,10 @@ def _entries(folder: Path) -> tuple[list[str], list[str], list[str]]:
     return listed
 
 
-def _kind(entry: os.DirEntry[str]) -> int:
+def _kind(entry: os.DirEntry[str], home: Path) -> int:
     try:
+        if entry.is_symlink() and leaves(Path(entry.path), home):
+            return 3
         if entry.is_dir():
             return 0
         return 1 if entry.is_file() or not Path(entry.path).exists() else 2
@@ -97,16 +108,25 @@ def _kind(entry: os.DirEntry[str]) -> int:
         return 1
 
 
+def leaves(link: Path, home: Path) -> bool:
+    """Whether a link leads out of a folder, whose own path holds none: what it leads to was not meant to be shared."""
+    try:
+        return not link.resolve().is_relative_to(home)
+    except (OSError, RuntimeError):  # a link to itself
+        return False
+
+
 def images(root: Path, start: str, left_out: list[str]) -> Iterator[str]:
     """Paths of the images below a class folder. A folder that links lead to twice, or into itself, counts once."""
-    waiting, seen = [start], set()
+    waiting, seen, home = [start], set(), root.resolve()
     while waiting:
         place = waiting.pop()
         facts = (root / place).stat()
         if (facts.st_dev, facts.st_ino) in seen:
             continue
         seen.add((facts.st_dev, facts.st_ino))
-        folders, files, others = _entries(root / place)
+        folders, files, others, leaving = _entries(root / place, home)
+        left_out += [f"{_join(place, name)}: {LEAVES}" for name in leaving]
         waiting += [_join(place, name) for name in reversed(folders)]
         left_out += [f"{_join(place, name)}: not a regular file" for name in others]
         for name in files:
@@ -130,6 +150,9 @@ def _label(name: str) -> str:
         name.encode("utf-8")
     except UnicodeEncodeError as error:
         raise PackingError(f"class folder {name!r} has a name that is not valid UTF-8; rename it") from error
+    if plain(name) != name:
+        raise PackingError(f"class folder {name!r} has characters in its name that nobody sees or that change how text "
+                           "runs; rename it")  # fmt: skip
     return unicodedata.normalize("NFC", name)
 
 

@@ -42,6 +42,7 @@ import torch  # noqa: E402
 
 from inference.export import write_artifact, write_json  # noqa: E402
 from model import ModelError, build_model  # noqa: E402
+from progress import plain  # noqa: E402
 from training import config, data, distributed  # noqa: E402
 from training.board import Board  # noqa: E402
 from training.checkpoint import CheckpointError  # noqa: E402
@@ -201,7 +202,8 @@ def main(arguments: list[str]) -> int:
         reason, code = f"{EXPLANATION}{error}", 2
     except Exception:
         reason, code = traceback.format_exc(), 1
-    print(reason, file=sys.stderr, flush=True)
+    # A name in it may look like the line of an epoch, which SageMaker reads numbers from: `val_accuracy=0.99`.
+    print(plain(reason.replace("=", "= "), more="\n"), file=sys.stderr, flush=True)
     with contextlib.suppress(OSError):  # the disk may be what failed
         if os.environ.get("SM_OUTPUT_FAILURE"):
             _explain(Path(os.environ["SM_OUTPUT_FAILURE"]), reason)
