@@ -35,12 +35,10 @@ def main() -> int:
     output = options.output or os.path.relpath(run / "batch" / f"{folder.name or 'images'}.jsonl")
     archive = run / "model.tar.gz"
     image = sandbox.image(archive, options.trust, mode=options.mode)
-    if image:
-        words = ["--artifact", str(archive), "--", str(folder)]
-        code = sandbox.run(image, "inference/batch.py", words, [archive, folder], Path(output))
-        print(f"-> {output}" if Path(output).is_file() else f"{output} was not written", flush=True)
-        return code
-    words = [sys.executable, str(SOURCE / "inference" / "batch.py"), "--artifact", str(archive)]
-    words += ["--output", output, "--", str(folder)]
-    # It takes this process's place: signals reach it, its exit code counts.
-    os.execve(sys.executable, words, sandbox.environment())  # noqa: S606
+    words = ["--artifact", str(archive), "--", str(folder)]
+    if image is None:  # it takes this process's place: signals reach it, its exit code counts
+        script = [str(SOURCE / "inference" / "batch.py"), "--output", output]
+        os.execve(sys.executable, [sys.executable, *script, *words], sandbox.environment())  # noqa: S606
+    code = sandbox.run(image, "inference/batch.py", words, [archive, folder], Path(output))
+    print(f"-> {output}" if Path(output).is_file() else f"{output} was not written", flush=True)
+    return code

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
 from pathlib import Path
 
+from pipelines import runs
 from pipelines.cloud.account import Account, explained, pages, place, unless_missing
 from pipelines.local import data
 from pipelines.terminal import UserError
 from progress import progress
 
 THREADS = 8
+PART = 8 * 2**20  # bytes of the parts in which boto3 uploads what is not smaller
 SPLITS = ("train", "validation")  # what a training job is given of a data set
 DONE = ".complete"  # beside the folder's prefix: everything is there
 
@@ -72,7 +76,7 @@ def pretrained(account: Account) -> str | None:
         folder = data.weights(account.settings, Path(temporary, "pretrained"))
         if folder is None:
             return None
-        return upload(account, folder, f"pretrained/{_digest(next(folder.iterdir()))}") + "/"
+        return upload(account, folder, f"pretrained/{runs.digest(next(folder.iterdir()))}") + "/"
 
 
 def below(folder: Path) -> Iterator[tuple[str, int]]:
@@ -96,13 +100,29 @@ def get(account: Account, uri: str) -> bytes:
         return bytes(account.client("s3").get_object(**place(uri))["Body"].read())
 
 
-def download(account: Account, uri: str, file: Path) -> None:
-    """Fetch an object into a file, which appears when it is whole."""
+def identity(account: Account, uri: str) -> dict[str, str]:
+    """What tells an object from any that is put in its place: its ETag and, in a bucket with versions, its version."""
+    with explained(f"looking up {uri}"):
+        found = account.client("s3").head_object(**place(uri))
+    known = {"artifact_etag": found["ETag"].strip('"'), "artifact_version": found.get("VersionId", "null")}
+    return {key: value for key, value in known.items() if value != "null"}
+
+
+def written(account: Account, uri: str) -> datetime:
+    """When an object was written."""
+    with explained(f"looking up {uri}"):
+        last: datetime = account.client("s3").head_object(**place(uri))["LastModified"]
+        return last
+
+
+def download(account: Account, uri: str, file: Path, version: str | None = None) -> None:
+    """Fetch an object, or a version of it, into a file, which appears when it is whole."""
     s3, where = account.client("s3"), place(uri)
+    more = {"VersionId": version} if version else {}
     with explained(f"downloading {uri}"):
-        size = s3.head_object(**where)["ContentLength"]
+        size = s3.head_object(**where, **more)["ContentLength"]
         with progress(size, f"downloading {file.name}", "B") as tick:
-            s3.download_file(**where, Filename=str(file), Callback=tick)
+            s3.download_file(**where, Filename=str(file), Callback=tick, **({"ExtraArgs": more} if more else {}))
 
 
 def put(account: Account, uri: str, content: bytes) -> None:
@@ -113,18 +133,22 @@ def put(account: Account, uri: str, content: bytes) -> None:
 
 def artifact(account: Account, archive: Path) -> str:
     """Upload an artifact, once a content; returns its URI."""
-    uri, s3 = f"s3://{account.stack().bucket}/models/{_digest(archive)}/model.tar.gz", account.client("s3")
+    uri, s3 = f"s3://{account.stack().bucket}/models/{runs.digest(archive)}/model.tar.gz", account.client("s3")
     with explained(f"uploading {archive} to {uri}"):
-        there = unless_missing(s3.head_object, **place(uri)) or {}
-        if there.get("ContentLength") != archive.stat().st_size:
+        there = unless_missing(s3.head_object, **place(uri), ChecksumMode="ENABLED") or {}
+        if there.get("ChecksumSHA256") != _checksum(archive):  # S3 made it of what came; a name proves nothing
+            more = account.encryption() | {"ChecksumAlgorithm": "SHA256"}
             with progress(archive.stat().st_size, f"uploading {archive.name}", "B") as tick:
-                s3.upload_file(str(archive), **place(uri), ExtraArgs=account.encryption(), Callback=tick)
+                s3.upload_file(str(archive), **place(uri), ExtraArgs=more, Callback=tick)
     return uri
 
 
-def _digest(file: Path) -> str:
+def _checksum(file: Path) -> str:
+    """The SHA-256 that S3 keeps of a file that boto3 uploads: of the checksums of its parts, where it has several."""
     with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
+        parts = [hashlib.sha256(part).digest() for part in iter(lambda: content.read(PART), b"")]
+    whole = parts[0] if file.stat().st_size < PART else hashlib.sha256(b"".join(parts)).digest()
+    return base64.b64encode(whole).decode() + (f"-{len(parts)}" if file.stat().st_size >= PART else "")
 
 
 def checked(account: Account, source: str) -> str:

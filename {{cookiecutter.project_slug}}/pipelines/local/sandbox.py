@@ -33,7 +33,7 @@ KEPT = re.compile(
     "PYTHON[A-Z]*|(CUDA|CUDNN|INFERENCE|KMP|LC|MKL|NCCL|NVIDIA|OMP|OPENBLAS|PYTORCH|TORCH|TORCHINDUCTOR)_[A-Z0-9_]*"
 )
 SECRET = re.compile("TOKEN|SECRET|PASSWORD|CREDENTIAL|_KEY")
-PLACE = "/scratch"  # in the container, the one folder that it can write to
+PLACE = "/opt/scratch"  # in the container, the one folder that it can write to
 # In the container: carries a connection from the program's own input and output to the server, which has no network.
 RELAY = """
 import socket, sys, threading
@@ -110,14 +110,15 @@ def run(
     runs.WORK.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="sandbox-", dir=runs.WORK) as folder:
         inside = Path(folder, "output")
-        for made in (inside, Path(folder, "tmp")):
+        for made in (inside, Path(folder, "temporary")):
             made.mkdir()
         if output:
             command[2] = f"{PLACE}/output/{output.name}"
             _copy(output.parent, inside, output.name)
         there = dict.fromkeys(path.absolute() for path in (SOURCE, *reads) if path.exists())
         docker = [*container("sandbox"), "--network", "none", "--workdir", str(Path.cwd())]
-        docker += [f"--env=HOME={PLACE}/tmp", f"--env=TMPDIR={PLACE}/tmp", "--mount", _mount(Path(folder), PLACE)]
+        docker += [f"--env={name}={PLACE}/temporary" for name in ("HOME", "TMPDIR")]
+        docker += ["--mount", _mount(Path(folder), PLACE)]
         docker += [word for path in there for word in ("--mount", f"{_mount(path, str(path))},readonly")]
         docker += [word for name in environment() if name.startswith("INFERENCE_") for word in ("--env", name)]
         code = _follow([*docker, image, "python3", *command])
@@ -187,7 +188,7 @@ def door(port: int, command: Sequence[str]) -> Iterator[None]:
     class Door(socketserver.ThreadingTCPServer):
         allow_reuse_address = daemon_threads = True
 
-        def finish_request(self, request: Any, client_address: Any) -> None:
+        def finish_request(self, request: Any, _: Any) -> None:
             subprocess.run(relay, stdin=request, stdout=request, stderr=subprocess.DEVNULL)
 
     with Door(("127.0.0.1", port), socketserver.BaseRequestHandler) as server:

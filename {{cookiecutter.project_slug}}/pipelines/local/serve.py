@@ -24,7 +24,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from inference.artifact import ArtifactError, unpack, verify
-from pipelines import SOURCE, project, runs, terminal
+from pipelines import SOURCE, runs, terminal
 from pipelines.config import load
 from pipelines.local import engine, images, sandbox
 from pipelines.terminal import UserError

@@ -178,7 +178,7 @@ def _members(path: Path, file: BinaryIO) -> Iterator[tuple[PurePosixPath, int, I
 
 def _too_large(path: Path, most: int) -> ArtifactError:
     return ArtifactError(
-        f"{path} would become more than {most:,} bytes, or more than {ENTRIES:,} files, which no artifact of its size does"
+        f"{path} would become more than {most:,} bytes or {ENTRIES:,} files, which no artifact of its size does"
     )
 
 
@@ -197,7 +197,7 @@ def _checked(
     """
     name, folder = PurePosixPath(text), kind == FOLDER
     parts, shown = name.parts, repr(text[:200])
-    plain = folder and size == 0 or kind in PLAIN and size >= 0 and parts
+    plain = size == 0 if folder else kind in PLAIN and size >= 0 and parts
     inside = not name.is_absolute() and ".." not in parts and len(parts) <= DEEPEST
     if not (plain and inside and text.isprintable() and "\\" not in text):
         raise ArtifactError(f"{path} holds {shown}, which is not a plain file inside the archive")
