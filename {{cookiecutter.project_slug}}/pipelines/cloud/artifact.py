@@ -110,13 +110,12 @@ def checked(archive: Path, folder: Path) -> list[dict[str, Any]]:
     """The golden samples of an artifact whose files match their checksums."""
     try:
         unpack(archive, folder)
-        try:
-            verify(folder)
-        except ArtifactError as error:
-            raise ArtifactError(f"{archive} is no artifact of this project, or damaged: {error}") from error
+        if not (folder / "model.json").is_file():
+            raise ValueError("it holds no model.json")
+        verify(folder, of=f" in {archive}")
         samples: list[dict[str, Any]] = json.loads((folder / "golden.json").read_text(encoding="utf-8"))["samples"]
     except ArtifactError as error:
         raise UserError(str(error)) from error
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise UserError(f"{archive} is no artifact of this project: {error}") from error
     return samples

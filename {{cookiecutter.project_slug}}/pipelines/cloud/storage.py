@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import json
 import tempfile
@@ -18,7 +17,6 @@ from pipelines.terminal import UserError
 from progress import progress
 
 THREADS = 8
-PART = 8 * 2**20  # bytes of the parts in which boto3 uploads what is not smaller
 SPLITS = ("train", "validation")  # what a training job is given of a data set
 DONE = ".complete"  # beside the folder's prefix: everything is there
 
@@ -103,9 +101,9 @@ def get(account: Account, uri: str) -> bytes:
 def identity(account: Account, uri: str) -> dict[str, str]:
     """What tells an object from any that is put in its place: its ETag and, in a bucket with versions, its version."""
     with explained(f"looking up {uri}"):
-        found = account.client("s3").head_object(**place(uri))
-    known = {"artifact_etag": found["ETag"].strip('"'), "artifact_version": found.get("VersionId", "null")}
-    return {key: value for key, value in known.items() if value != "null"}
+        found = unless_missing(account.client("s3").head_object, **place(uri)) or {}
+    known = {"artifact_etag": found.get("ETag", "").strip('"'), "artifact_version": found.get("VersionId", "null")}
+    return {key: value for key, value in known.items() if value not in ("", "null")}
 
 
 def written(account: Account, uri: str) -> datetime:
@@ -132,23 +130,26 @@ def put(account: Account, uri: str, content: bytes) -> None:
 
 
 def artifact(account: Account, archive: Path) -> str:
-    """Upload an artifact, once a content; returns its URI."""
-    uri, s3 = f"s3://{account.stack().bucket}/models/{runs.digest(archive)}/model.tar.gz", account.client("s3")
+    """Upload an artifact, once a content; returns its URI.
+
+    What lies there already is read: that it has the right name and size proves nothing.
+    """
+    digest, s3 = runs.digest(archive), account.client("s3")
+    uri = f"s3://{account.stack().bucket}/models/{digest}/model.tar.gz"
     with explained(f"uploading {archive} to {uri}"):
-        there = unless_missing(s3.head_object, **place(uri), ChecksumMode="ENABLED") or {}
-        if there.get("ChecksumSHA256") != _checksum(archive):  # S3 made it of what came; a name proves nothing
-            more = account.encryption() | {"ChecksumAlgorithm": "SHA256"}
+        there = unless_missing(s3.head_object, **place(uri)) or {}
+        if there.get("ContentLength") != archive.stat().st_size or _digest(account, uri) != digest:
             with progress(archive.stat().st_size, f"uploading {archive.name}", "B") as tick:
-                s3.upload_file(str(archive), **place(uri), ExtraArgs=more, Callback=tick)
+                s3.upload_file(str(archive), **place(uri), ExtraArgs=account.encryption(), Callback=tick)
     return uri
 
 
-def _checksum(file: Path) -> str:
-    """The SHA-256 that S3 keeps of a file that boto3 uploads: of the checksums of its parts, where it has several."""
-    with file.open("rb") as content:
-        parts = [hashlib.sha256(part).digest() for part in iter(lambda: content.read(PART), b"")]
-    whole = parts[0] if file.stat().st_size < PART else hashlib.sha256(b"".join(parts)).digest()
-    return base64.b64encode(whole).decode() + (f"-{len(parts)}" if file.stat().st_size >= PART else "")
+def _digest(account: Account, uri: str) -> str:
+    """The SHA-256 of an object."""
+    digest = hashlib.sha256()
+    for piece in account.client("s3").get_object(**place(uri))["Body"].iter_chunks(2**20):
+        digest.update(piece)
+    return digest.hexdigest()
 
 
 def checked(account: Account, source: str) -> str:

@@ -98,10 +98,11 @@ def peek(path: Path, name: str) -> bytes:
     return b""
 
 
-def verify(folder: Path) -> dict[str, Any]:
+def verify(folder: Path, of: str = "") -> dict[str, Any]:
     """Compare every file of an unpacked artifact with its checksum in `model.json`, whose content is given.
 
-    No name in it is opened that is no file of the folder, and nothing of the artifact runs.
+    No name in it is opened that is no file of the folder, and nothing of the artifact runs. A message says `of` which
+    artifact a file is.
 
     Raises:
         ArtifactError: when a file is missing, changed, no plain file, or not named.
@@ -111,19 +112,19 @@ def verify(folder: Path) -> dict[str, Any]:
     files = {name: facts.st_size for name, facts in kinds.items() if not stat.S_ISDIR(facts.st_mode)}
     for name in files:
         if not stat.S_ISREG(kinds[name].st_mode):
-            raise ArtifactError(f"{name} is no plain file")
+            raise ArtifactError(f"{name}{of} is no plain file")
     try:
         if files["model.json"] > FACTS:
             raise ValueError("it is too large")
         facts: dict[str, Any] = json.loads(found["model.json"].read_text(encoding="utf-8"))
         expected = {str(name): str(digest) for name, digest in facts["files"].items()}
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise ArtifactError("model.json is missing or broken") from error
+        raise ArtifactError(f"model.json{of} is missing or broken") from error
     for name, digest in expected.items():
         if name not in files or _sha256(found[name]) != digest:
-            raise ArtifactError(f"{repr(name)[1:-1][:200]} is missing or does not match its checksum")
+            raise ArtifactError(f"{repr(name)[1:-1][:200]}{of} is missing or does not match its checksum")
     if more := sorted(files.keys() - expected.keys() - {"model.json"}):
-        raise ArtifactError(f"{more[0]} is not among the files that model.json names")
+        raise ArtifactError(f"{more[0]}{of} is not among the files that model.json names")
     return facts
 
 
