@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import hashlib
 import io
@@ -58,12 +59,12 @@ def raw(*blocks: bytes) -> bytes:
     return gzip.compress(b"".join(blocks) + bytes(1024))
 
 
-def header(name: str, kind: bytes = b"0", size: int = 0, **more: bytes) -> bytes:
+def header(name: str, kind: bytes = b"0", size: int = 0, field: bytes = b"") -> bytes:
     """A header as no library would write it."""
     block = bytearray(512)
     block[: len(name)] = name.encode()
     block[100:108], block[108:116], block[116:124] = b"0000644\0", b"0000000\0", b"0000000\0"
-    block[124:136] = more.get("size", b"%011o\0" % abs(size))
+    block[124:136] = field or b"%011o\0" % size
     block[136:148], block[156:157], block[257:265] = b"00000000000\0", kind, b"ustar\x0000"
     block[148:156] = b"        "
     block[148:156] = b"%06o\0 " % sum(block)
@@ -95,10 +96,10 @@ TWICE = {f"{first} and {second}": packed(entry(first), entry(second)) for first,
     ("a", "a"), ("a", "A"), ("code/Inference.py", "code/inference.py"), ("a", "a/b"), ("a/b", "a"), ("A/b", "a/c"),
     ("stra\u00dfe", "STRASSE"), ("\u00e9", "e\u0301"), ("./a", "a"), ("a//b", "a/b"))}  # fmt: skip
 HEADERS = {
-    "a sparse file": raw(header("hole", b"S", size=2**40 % 2**33)),
+    "a sparse file": raw(header("hole", b"S")),
     "a sparse file of POSIX": raw(extended(record("GNU.sparse.major", "1") + record("GNU.sparse.minor", "0")),
                                   header("hole", size=512), b"9" * 512),
-    "a size below zero": raw(header("a", size=-1, size_=b"", **{"size": b"\xff" * 12})),
+    "a size below zero": raw(header("a", field=b"\xff" * 12)),
     "a size below zero in a record": raw(extended(record("size", "-512")), header("a")),
     "a size that is no number": raw(extended(record("size", "1e9")), header("a")),
     "an empty record": raw(extended(b"0 a=b\n"), header("a")),
@@ -123,7 +124,7 @@ SIZES = {
     "a name of gzip's without end": lambda: b"\x1f\x8b\x08\x08" + bytes(6) + b"n" * 2**26,
     "9 GB": lambda: raw(header("a", size=2**33 - 1)),
     "an archive cut in two": lambda: packed(entry("a", os.urandom(99_999)))[:50_000],
-    "a changed byte": lambda: packed(entry("a", b"y" * 9_999))[:-9] + b"\0" + packed(entry("a", b"y" * 9_999))[-8:],
+    "a changed byte": lambda: packed(entry("a", b"y" * 9_999))[:-8] + bytes(4) + packed(entry("a", b"y" * 9_999))[-4:],
     "text": lambda: b"text",
     "nothing": lambda: b"",
 }
@@ -267,12 +268,17 @@ def _look():
     found["wrote"] = [name for name in ("evil", "pipelines/__init__.py", ".cache/trusted", "src/evil.py", "artifacts/evil")
                       if tried(lambda: (project / name).open("a").write("# evil\\n"))]
     found["read"] = [name for name in ("configs/infrastructure.yaml", ".cache/trusted") if (project / name).exists()]
-    found["asked"] = [place for place in (("1.1.1.1", 53), ("@HOST@", @PORT@), ("169.254.169.254", 80))
-                      if tried(lambda: socket.create_connection(place, timeout=1))]
+    found["asked"] = tried(lambda: socket.create_connection(("@HOST@", @PORT@), timeout=1))
+    found["networks"] = [name for _, name in socket.if_nameindex() if name != "lo"]
     found["root"] = _os.getuid() == 0 and tried(lambda: _os.mknod("/dev/x", 0o20600, 5))
     found["system"] = tried(lambda: open("/usr/evil", "w"))
     print("FOUND " + _json.dumps(found) + "\\x1b]52;c;ZXZpbA==\\x07", flush=True)
-_look()
+if _os.path.isdir("/opt/scratch") or _os.path.isdir("/opt/ml/model"):  # in a container, never on this machine
+    _look()
+"""
+SAY = """
+import json as _json, os as _os
+print("FOUND " + _json.dumps({"secrets": [name for name, value in _os.environ.items() if "s3cret" in value]}), flush=True)
 """
 
 
@@ -299,7 +305,8 @@ def listener() -> Iterator[tuple[str, int, list[Any]]]:
             except OSError:
                 host = "127.0.0.1"
         yield host, server.getsockname()[1], calls
-        server.shutdown(socket.SHUT_RDWR)
+        with contextlib.suppress(OSError):
+            server.shutdown(socket.SHUT_RDWR)
 
 
 @pytest.fixture
@@ -347,15 +354,17 @@ def test_without_a_container_one_sentence_names_trust(
 
 @pytest.mark.parametrize("verb_name", VERBS)
 def test_trust_holds_for_one_call_and_hands_no_secret_on(
-    stranger: Path, packed: Path, verb: Verb, verb_name: str
+    stranger: Path, artifact: Path, packed: Path, verb: Verb, verb_name: str, tmp_path: Path
 ) -> None:
     data_for(stranger, packed)
+    (tmp_path / "second").mkdir()
+    shutil.copy(changed(artifact, tmp_path / "second", SAY), stranger / "artifacts" / RUN / "model.tar.gz")
     noted = (stranger / ".cache" / "trusted").read_text()
     done = verb(*words(verb_name), "--trust", "--mode", "process", **VARIABLES)
     assert done.returncode == 0, done.stderr
     line = next(line for line in (done.stdout + done.stderr).splitlines() if line.startswith("FOUND"))
     assert '"secrets": []' in line
-    assert (stranger / ".cache" / "trusted").read_text().replace("# evil\n", "") == noted
+    assert (stranger / ".cache" / "trusted").read_text() == noted
     assert "TRUST=1" in verb(*words(verb_name), "--mode", "process").stderr
 
 
@@ -371,7 +380,7 @@ def test_a_stranger_s_code_runs_where_it_can_do_nothing(
     assert done.returncode == 0, done.stderr + done.stdout
     text = next(line for line in (done.stdout + done.stderr).splitlines() if line.startswith("FOUND"))
     found = json.loads(text.removeprefix("FOUND ").partition("\\x1b")[0])
-    assert found == {"secrets": [], "wrote": [], "read": [], "asked": [], "root": False, "system": False}
+    assert found == {"secrets": [], "wrote": [], "read": [], "asked": False, "networks": [], "root": False, "system": False}
     assert "\x1b" not in done.stdout + done.stderr
     assert not listener[2]
     assert (stranger / "pipelines" / "__init__.py").read_text() == kept
