@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gzip
 import hashlib
 import io
@@ -30,6 +31,7 @@ from pipelines import runs
 from pipelines.local import sandbox
 from pipelines.local import serve as serve_local
 from pipelines.report import page
+from pipelines.terminal import UserError
 from tests.helpers import Verb, containers_and_networks, free_port, verb_environment
 from tests.test_inference import archive, artifact, photo
 from tests.test_serve_local import RUN, note, served
@@ -129,7 +131,7 @@ SIZES = {
     "nothing": lambda: b"",
 }
 HOSTILE: dict[str, Callable[[], bytes]] = {
-    **{name: lambda body=body: body for name, body in (LINKS | DEVICES | NAMES | TWICE | HEADERS).items()}, **SIZES,
+    **{name: functools.partial(bytes, body) for name, body in (LINKS | DEVICES | NAMES | TWICE | HEADERS).items()}, **SIZES,
 }  # fmt: skip
 
 
@@ -484,8 +486,8 @@ def test_a_copied_run_is_a_stranger_s_in_another_project(served: Path, verb: Ver
     note(other, other / "artifacts" / RUN / "model.tar.gz")
     assert subprocess.run(command, cwd=other, env=environment, capture_output=True).returncode == 0
     served.rename(served.parent / "renamed")
-    done = subprocess.run(command, cwd=served.parent / "renamed", env=environment, capture_output=True)
-    assert done.returncode == 0
+    again = subprocess.run(command, cwd=served.parent / "renamed", env=environment, capture_output=True)
+    assert again.returncode == 0
 
 
 def test_clean_forgets_no_trust(served: Path, verb: Verb) -> None:
@@ -501,5 +503,5 @@ def test_an_answer_that_is_none_is_one_sentence(tmp_path: Path, monkeypatch: pyt
     (tmp_path / "photo.png").write_bytes(photo())
     for body in (b"", b"[]", b'{"labels": []}', b"null", b'{"labels": ["a"], "probabilities": [3]}', b"\xff"):
         monkeypatch.setattr(serve_local, "ask", lambda *_, body=body: (200, body))
-        with pytest.raises(serve_local.UserError, match="is no classification"):
+        with pytest.raises(UserError, match="is no classification"):
             serve_local.ask_about(tmp_path / "photo.png", 1)

@@ -120,7 +120,6 @@ def run(
         docker += [f"--env={name}={PLACE}/temporary" for name in ("HOME", "TMPDIR")]
         docker += ["--mount", _mount(Path(folder), PLACE)]
         docker += [word for path in there for word in ("--mount", f"{_mount(path, str(path))},readonly")]
-        docker += [word for name in environment() if name.startswith("INFERENCE_") for word in ("--env", name)]
         code = _follow([*docker, image, "python3", *command])
         if output:
             output.parent.mkdir(parents=True, exist_ok=True)
@@ -133,6 +132,7 @@ def container(what: str) -> list[str]:
     words = ["docker", "run", "--rm", "--init", "--name", f"{project.name()}-{what}-{os.getpid()}", "--read-only"]
     words += ["--cap-drop", "ALL", "--security-opt", "no-new-privileges", "--pids-limit", "1024"]
     words += [f"--env={name}=" for name in images.PROXIES]  # which docker would hand on, with their passwords
+    words += [f"--env={name}" for name in sorted(environment()) if name.startswith("INFERENCE_")]
     return [*words, "--user", f"{os.getuid()}:{os.getgid()}"]
 
 

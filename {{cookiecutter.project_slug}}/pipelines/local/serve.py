@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -48,7 +47,6 @@ def command(image: str | None, model: Path, port: int, alone: bool = False) -> l
     words = [*sandbox.container("serve"), "--volume", f"{model}:/opt/ml/model:ro"]
     words += ["--network", "none"] if alone else ["--publish", f"127.0.0.1:{port}:8080"]
     words += ["--gpus", "all"] if engine.container_gpus() and not alone else []
-    words += [word for name in sorted(os.environ) if name.startswith("INFERENCE_") for word in ("--env", name)]
     return [*words, image, "serve"]
 
 
