@@ -97,10 +97,10 @@ def _recorded(account: Account, package: packages.Package) -> str | None:
         UserError: when the object is another one than at its registration.
     """
     now = storage.identity(account, package.uri)
-    for key, value in now.items():
-        if package.metadata.get(key, value) != value:
+    for key in storage.IDENTITY:
+        if package.metadata.get(key, now.get(key)) != now.get(key):
             raise UserError(f"{package.uri} was written again after {package} was registered: {key} was "
-                            f"{package.metadata[key]} and is {value}; {RESTORE}")  # fmt: skip
+                            f"{package.metadata[key]} and is {now.get(key, 'none')}; {RESTORE}")  # fmt: skip
     if "artifact" not in package.metadata:
         print(f"{package} does not say which artifact it was registered with, so what lies at {package.uri} is taken")
     return now.get("artifact_version")

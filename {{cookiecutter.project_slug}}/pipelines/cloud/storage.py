@@ -18,6 +18,7 @@ from progress import progress
 
 THREADS = 8
 SPLITS = ("train", "validation")  # what a training job is given of a data set
+IDENTITY = ("artifact_etag", "artifact_version")  # what a package says of the object that it was registered with
 DONE = ".complete"  # beside the folder's prefix: everything is there
 
 
@@ -102,8 +103,8 @@ def identity(account: Account, uri: str) -> dict[str, str]:
     """What tells an object from any that is put in its place: its ETag and, in a bucket with versions, its version."""
     with explained(f"looking up {uri}"):
         found = unless_missing(account.client("s3").head_object, **place(uri)) or {}
-    known = {"artifact_etag": found.get("ETag", "").strip('"'), "artifact_version": found.get("VersionId", "null")}
-    return {key: value for key, value in known.items() if value not in ("", "null")}
+    known = found.get("ETag", "").strip('"'), found.get("VersionId", "null")
+    return {key: value for key, value in zip(IDENTITY, known, strict=True) if value not in ("", "null")}
 
 
 def written(account: Account, uri: str) -> datetime:
