@@ -25,6 +25,7 @@ Call = tuple[str, dict[str, Any]]
 GOLDEN = Path(__file__).with_name("golden")
 VOLATILE = [  # in this order: a checksum may hold fourteen digits in a row
     (re.compile(r"\b[0-9a-f]{64}\b"), "<sha256>"),
+    (re.compile(r"\b[0-9a-f]{32}\b"), "<etag>"),
     (re.compile(r"\b[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}\b"), "<uuid>"),
     (re.compile(r"\d{8}-\d{6}-[0-9a-f]{4}"), "<run>"),
     (re.compile(r"\d{14}"), "<time>"),

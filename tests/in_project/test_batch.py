@@ -24,6 +24,7 @@ from inference import batch, inference
 from inference.export import checksums
 from pipelines import SOURCE, runs
 from tests.helpers import CLASSES, Verb, draw, verb_environment
+from tests.test_serve_local import note
 from tests.test_inference import archive, artifact, classifier
 
 __all__ = ["archive", "artifact", "classifier"]  # fixtures
@@ -32,7 +33,7 @@ SLOW = """
 import os, time
 _predict = predict_fn
 def predict_fn(batch, classifier, context=None):
-    time.sleep(float(os.environ.get("SLOW", 0)))
+    time.sleep(float(os.environ.get("INFERENCE_SLOW", 0)))
     if any((image == 7).all() for image in batch):
         raise RuntimeError("out of luck")
     return _predict(batch, classifier, context)
@@ -248,7 +249,7 @@ def test_images_and_folders_that_vanish(
 def test_a_kill_loses_nothing(slow: Path, photos: Path, whole: bytes, tmp_path: Path) -> None:
     output = tmp_path / "out.jsonl"
     for _ in range(2):
-        process = start(slow, photos, output, SLOW="0.5")
+        process = start(slow, photos, output, INFERENCE_SLOW="0.5")
         size = partial(output).stat().st_size if partial(output).exists() else 0
         while not partial(output).exists() or partial(output).stat().st_size == size:
             assert process.poll() is None, process.communicate()
@@ -333,11 +334,12 @@ def test_the_verb_finishes_its_batch_when_it_is_told_to_stop(
     name = "20261121-000000-abcd"
     (project / "artifacts" / name).mkdir(parents=True)
     shutil.copy(slow, project / "artifacts" / name)
+    note(project, slow)
     (project / "artifacts" / "latest").symlink_to(name)
     output = project / "artifacts" / name / "batch" / "my photos.jsonl"
     process = subprocess.Popen(
         [sys.executable, "-m", "pipelines", "batch-local", "--data", str(photos)], cwd=project, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=verb_environment() | {"SLOW": "1"}, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=verb_environment() | {"INFERENCE_SLOW": "1"}, start_new_session=True,
     )  # fmt: skip
     wait_for_lines(partial(output), process)
     os.killpg(process.pid, number)  # as a terminal does

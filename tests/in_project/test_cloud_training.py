@@ -475,6 +475,32 @@ def test_pull_makes_a_run_as_if_it_had_been_trained_here(
     assert not account.named("GetObject")
 
 
+@pytest.mark.parametrize("strange", ["", "role", "place", "bucket", "swapped", "no role"])
+def test_only_what_a_job_of_this_project_made_is_trusted(
+    account: Recorder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], strange: str
+) -> None:
+    monkeypatch.setattr(runs, "TRUSTED", tmp_path / ".cache" / "trusted")
+    job, s3 = left_behind(account, tmp_path), boto3.client("s3")
+    facts = account.answers["DescribeTrainingJob"]
+    if strange == "role":
+        facts["RoleArn"] = "arn:aws:iam::123456789012:role/the-role-of-others"
+    elif strange == "no role":
+        del facts["RoleArn"]
+    elif strange == "swapped":
+        facts["TrainingEndTime"] = datetime.now(UTC) - timedelta(hours=1)
+    elif strange:
+        bucket, key = (STACK.bucket, "elsewhere") if strange == "place" else ("another", f"jobs/{job}/output")
+        if strange == "bucket":
+            s3.create_bucket(Bucket=bucket)
+            facts["OutputDataConfig"]["S3OutputPath"] = f"s3://{bucket}/jobs"
+        for name in pull.ARCHIVES:
+            s3.upload_file(str(tmp_path / name), bucket, f"{key}/{name}")
+        facts["ModelArtifacts"]["S3ModelArtifacts"] = f"s3://{bucket}/{key}/model.tar.gz"
+    folder = pull.pull(Account(settings()), job)
+    assert runs.trusted(folder / "model.tar.gz") == (not strange)
+    assert ("is not trusted, so its code runs in a container only: " in capsys.readouterr().out) == bool(strange)
+
+
 def test_pull_takes_the_sdk_s_local_layout_of_the_output_too(account: Recorder, tmp_path: Path) -> None:
     job = finished(account)
     files = {"data/metrics.json": b"{}"}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import gzip
 import http.client
 import io
 import json
@@ -20,6 +21,10 @@ import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+import shutil
+import tarfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +33,14 @@ import pytest
 from PIL import Image
 
 import payload
+from inference.artifact import ArtifactError, unpack, verify
+from pipelines import runs
 from tests.hosting import Reply, Running, ask, npy, serving
 from tests.test_inference import artifact, photo
 
 __all__ = ["artifact"]  # a fixture
 ROUNDS, CLIENTS, EACH = 12, 2, 250
+ARCHIVES = 600
 GROWTH = 8_000  # kB, of the second half; with every body kept it would be more
 TYPES = ("application/json", "application/x-npy", "application/x-image", "image/png", "image/jpeg", "image/webp",
          "image/tiff", "Application/JSON; charset=latin-1", "text/csv", "", "application/json, text/html")  # fmt: skip
@@ -282,3 +290,59 @@ def test_what_is_no_http(server: Running) -> None:
     assert {200, 400} <= first_lines <= {200, 400, 404, 405, 413, 415}
     assert server.ping() == 200
     assert not [line for line in server.lines() if line["level"] != "info"]
+
+
+def test_random_archives(artifact: Path, tmp_path: Path) -> None:
+    """Archives whose bytes, or those inside, were changed: unpacked and right, or refused in a sentence, and soon."""
+    random = np.random.default_rng(15)
+    runs.pack(artifact, tmp_path / "whole.tar.gz")
+    whole = (tmp_path / "whole.tar.gz").read_bytes()
+    small = [path for path in sorted(artifact.rglob("*")) if path.suffix in (".json", ".py")]
+    path, kinds = tmp_path / "model.tar.gz", [b"0", b"5", b"1", b"2", b"3", b"6", b"S", b"x", b"g", b"L", b"K", b"\0"]
+    outcomes = []
+    for number in range(ARCHIVES):
+        buffer = io.BytesIO()
+        with tarfile.open(fileobj=buffer, mode="w", format=int(random.integers(3))) as tar:
+            for file in random.permutation(len(small))[: random.integers(1, 6)]:
+                tar.add(small[file], f"{'.' * int(random.integers(3))}/{small[file].relative_to(artifact)}")
+        plain = bytearray(buffer.getvalue())
+        for _ in range(random.integers(0, 6)):  # headers lie at multiples of 512
+            start = 512 * int(random.integers(len(plain) // 512))
+            field = start + int(random.choice([0, 100, 124, 156, 257, 345]))
+            plain[field : field + 1] = kinds[int(random.integers(len(kinds)))]
+            if random.integers(2):
+                plain[start + 124 : start + 136] = random.choice([b"77777777777\0", b"\x80" + b"\xff" * 11, b"1" * 12])
+            head = plain[start : start + 148] + b" " * 8 + plain[start + 156 : start + 512]
+            plain[start + 148 : start + 156] = b"%06o\0 " % sum(head)
+        body = bytearray(gzip.compress(bytes(plain), 1) if number % 3 else whole)
+        for _ in range(random.integers(0, 3)):
+            body[int(random.integers(len(body)))] = int(random.integers(256))
+        path.write_bytes(body[: len(body) if random.integers(4) else int(random.integers(len(body)))])
+        folder, began = tmp_path / "outer" / "inside", time.monotonic()
+        try:
+            unpack(path, folder)
+            verify(folder)
+            outcomes.append("good")
+        except ArtifactError as error:
+            assert str(error).isprintable()
+            outcomes.append("refused")
+        assert time.monotonic() - began < 2
+        assert {found.name for found in tmp_path.iterdir()} <= {"whole.tar.gz", "model.tar.gz", "outer"}
+        assert all(found.is_dir() or found.is_file() for found in folder.rglob("*"))
+        shutil.rmtree(tmp_path / "outer", ignore_errors=True)
+    assert set(outcomes) == {"good", "refused"}
+
+
+def test_random_facts(artifact: Path, tmp_path: Path) -> None:
+    """A model.json of any JSON, or with any names: refused in a sentence."""
+    random = np.random.default_rng(16)
+    facts = json.loads((artifact / "model.json").read_text())
+    shutil.copytree(artifact, tmp_path / "model")
+    for _ in range(ARCHIVES):
+        changed = tree(random, 5)
+        if random.integers(2):
+            names = [str(tree(random, 1)) for _ in range(random.integers(1, 4))]
+            changed = facts | {"files": {**facts["files"], **dict.fromkeys(names, tree(random, 2))}}
+        (tmp_path / "model" / "model.json").write_text(json.dumps(changed))
+        with pytest.raises(ArtifactError):
+            verify(tmp_path / "model")

@@ -6,6 +6,7 @@ import io
 import json
 import shutil
 import sys
+import tarfile
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,10 @@ import pytest
 from botocore.exceptions import ClientError
 from moto.sagemaker.models import SageMakerModelBackend
 
+from inference.export import checksums
 from pipelines import runs
 from pipelines.cloud import artifact as source
-from pipelines.cloud import destroy, packages, pull, status
+from pipelines.cloud import destroy, packages, pull, status, storage
 from pipelines.cloud.account import Account
 from pipelines.cloud.packages import Package
 from pipelines.registry import approve, register
@@ -293,3 +295,86 @@ def test_the_local_registry_has_the_same_fields(calls: Recorder, tmp_path: Path)
     calls.clear()
     run(artifact=folder / "model.tar.gz")
     assert calls.named("CreateEndpoint"), "a locally registered model can be deployed"
+
+
+SWAPS = ["other content", "other code, the same model.json", "the same size", "gone", "an archive that leads out", "text"]
+
+
+@pytest.mark.parametrize("swap", SWAPS)
+@pytest.mark.parametrize("versions", [True, False])
+def test_what_was_approved_is_what_is_deployed(
+    calls: Recorder, tmp_path: Path, archive: Path, swap: str, versions: bool
+) -> None:
+    s3 = boto3.client("s3")
+    if versions:
+        s3.put_bucket_versioning(Bucket=STACK.bucket, VersioningConfiguration={"Status": "Enabled"})
+    package = put(run=SECOND)
+    account = Account(settings())
+    account.client("sagemaker").update_model_package(ModelPackageArn=package.arn, ModelApprovalStatus="Approved")
+    where = dict(zip(("Bucket", "Key"), package.uri.removeprefix("s3://").split("/", 1), strict=True))
+    assert ("artifact_version" in package.metadata) == versions
+    chosen = Namespace(run=None, job=None, artifact=None, package="1")
+    (tmp_path / "good").mkdir()
+    assert source.find(account, chosen, tmp_path / "good").package == package.arn
+    folder, other = tmp_path / "swapped", tmp_path / "swapped.tar.gz"
+    source.checked(archive, folder)
+    with (folder / "code" / "inference.py").open("a") as code:
+        code.write("# swapped\n")
+    if swap == "other content":
+        facts = json.loads((folder / "model.json").read_text())
+        (folder / "model.json").write_text(json.dumps(facts | {"files": checksums(folder)}))
+    runs.pack(folder, other)
+    body = other.read_bytes()
+    if swap == "the same size":
+        body = archive.read_bytes()[:-1] + bytes([archive.read_bytes()[-1] ^ 1])
+    elif swap == "an archive that leads out":
+        with tarfile.open(other, "w:gz") as tar:
+            tar.add(archive, "../evil")
+        body = other.read_bytes()
+    elif swap == "text":
+        body = b"text"
+    calls.clear()
+    s3.delete_object(**where) if swap == "gone" else s3.put_object(**where, Body=body)
+    with pytest.raises(UserError) as error:
+        run(package="1")
+    assert "\n" not in str(error.value)
+    assert "was written again after" in str(error.value)
+    assert not calls.named("CreateModel", "CreateEndpoint")
+
+
+@pytest.mark.parametrize("made", ["other content", "other code, the same model.json"])
+def test_its_content_is_compared_where_the_package_names_no_object(
+    calls: Recorder, tmp_path: Path, archive: Path, monkeypatch: pytest.MonkeyPatch, made: str
+) -> None:
+    """As the SageMaker Pipeline registers: an execution knows what the artifact holds, not how S3 calls it."""
+    monkeypatch.setattr(storage, "identity", lambda *_: {})
+    package = put(run=SECOND)
+    account = Account(settings())
+    account.client("sagemaker").update_model_package(ModelPackageArn=package.arn, ModelApprovalStatus="Approved")
+    folder = tmp_path / "swapped"
+    source.checked(archive, folder)
+    with (folder / "code" / "inference.py").open("a") as code:
+        code.write("# swapped\n")
+    if made == "other content":
+        facts = json.loads((folder / "model.json").read_text())
+        (folder / "model.json").write_text(json.dumps(facts | {"files": checksums(folder)}))
+    runs.pack(folder, tmp_path / "swapped.tar.gz")
+    bucket, key = package.uri.removeprefix("s3://").split("/", 1)
+    boto3.client("s3").upload_file(str(tmp_path / "swapped.tar.gz"), bucket, key)
+    message = "holds another artifact than the one" if made == "other content" else "does not match its checksum"
+    calls.clear()
+    with pytest.raises(UserError, match=message):
+        run(package="1")
+    assert not calls.named("CreateModel", "CreateEndpoint")
+
+
+def test_what_lies_under_an_artifact_s_name_is_not_taken_for_it(calls: Recorder, archive: Path) -> None:
+    account, s3 = Account(settings()), boto3.client("s3")
+    uri = storage.artifact(account, archive)
+    where = dict(zip(("Bucket", "Key"), uri.removeprefix("s3://").split("/", 1), strict=True))
+    calls.clear()
+    assert storage.artifact(account, archive) == uri
+    assert not calls.named("PutObject")
+    s3.put_object(**where, Body=bytes(archive.stat().st_size))  # the same size
+    storage.artifact(account, archive)
+    assert s3.get_object(**where)["Body"].read() == archive.read_bytes()

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from pipelines import project
+from pipelines import project, runs
 from pipelines.local import serve as serve_local
 from tests.helpers import Verb, containers_and_networks, free_port, verb_environment
 from tests.test_inference import archive, artifact, photo
@@ -24,12 +24,21 @@ __all__ = ["archive", "artifact"]  # fixtures
 RUN = "20260101-000000-abcd"
 
 
+def note(project: Path, archive: Path) -> None:
+    """Trust an artifact in a copy of the project, as a run there would have."""
+    file = project / ".cache" / "trusted"
+    file.parent.mkdir(exist_ok=True)
+    with file.open("a") as lines:
+        lines.write(f"{runs.digest(archive)} by a test\n")
+
+
 @pytest.fixture
 def served(project: Path, archive: Path) -> Path:
     """A copy of the project with one finished run."""
     folder = project / "artifacts" / RUN
     folder.mkdir(parents=True)
     shutil.copy(archive, folder / "model.tar.gz")
+    note(project, archive)
     (project / "artifacts" / "latest").symlink_to(RUN)
     (project / "photo.png").write_bytes(photo("left"))
     return project
@@ -73,6 +82,7 @@ def test_wrong_artifacts_and_settings_are_named(served: Path, verb: Verb) -> Non
     assert (done.returncode, "Traceback" in done.stderr) == (1, False)
     assert "INFERENCE_QUEUE is 'none'" in done.stderr
     (served / "artifacts" / RUN / "model.tar.gz").write_bytes(b"no archive")
+    note(served, served / "artifacts" / RUN / "model.tar.gz")
     assert "cannot be unpacked" in process_mode(verb).stderr
     done = process_mode(verb, "--run", "20260101-000000-ffff")
     assert "no finished run" in done.stderr

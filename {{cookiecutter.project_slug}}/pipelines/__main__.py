@@ -36,17 +36,26 @@ VERBS: Table = {
             "local.train",
             "train on this machine, in a container where Docker runs (DATA= RUN= LOCAL_MODE= INSTANCE_COUNT=)",
         ),
-        "evaluate": ("local.evaluate", "metrics of a run on the test split (RUN=)"),
-        "report": ("local.report", "a run as one HTML page; evaluates it first where that was not done (RUN=)"),
+        "evaluate": ("local.evaluate", "metrics of a run on the test split (RUN= LOCAL_MODE= TRUST=)"),
+        "report": (
+            "local.report",
+            "a run as one HTML page; evaluates it first where that was not done (RUN= LOCAL_MODE= TRUST=)",
+        ),
         "compare": (
             "local.compare", "two runs side by side: what differs, metrics, and whether that is chance (RUN_A= RUN_B=)"
         ),
-        "predict": ("local.predict", "classify IMAGE=<file> with a run's artifact, through its handlers (RUN=)"),
+        "predict": (
+            "local.predict",
+            "classify IMAGE=<file> with a run's artifact, through its handlers (RUN= LOCAL_MODE= TRUST=)",
+        ),
         "serve-local": (
             "local.serve",
-            "a run behind HTTP on 127.0.0.1:8080, in a container; IMAGE=<file> asks once and stops (RUN= LOCAL_MODE=)",
+            "a run behind HTTP on 127.0.0.1:8080, in a container; IMAGE=<file> asks once and stops (RUN= LOCAL_MODE= "
+            "TRUST=)",
         ),
-        "batch-local": ("batch.local", "classify every image of DATA=<folder> into a JSON-lines file (RUN=)"),
+        "batch-local": (
+            "batch.local", "classify every image of DATA=<folder> into a JSON-lines file (RUN= LOCAL_MODE= TRUST=)"
+        ),
         "tune-local": (
             "tuning.local",
             "search the hyperparameters on this machine; goes on where it was stopped (DATA= RUN= LOCAL_MODE=)",

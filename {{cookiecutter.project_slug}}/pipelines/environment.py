@@ -19,7 +19,7 @@ from pathlib import Path
 
 GROUPS = ("container", "serving", "laptop", "dev")
 MINIMUM = (3, 11)
-CACHES = (".cache", ".mypy_cache", ".pytest_cache", ".ruff_cache")
+CACHES = (".mypy_cache", ".pytest_cache", ".ruff_cache")
 AUDITOR = "pip-audit>=2.9,<3"  # in an environment of its own, that uv makes and keeps
 
 
@@ -72,8 +72,11 @@ def audit(uv: str, environment: Path, settings: "dict[str, str]", options: "list
 def main(arguments: "list[str]") -> int:
     """Create or update the environment of the project in the current folder; see the module's docstring."""
     if "--clean" in arguments:
-        for folder in CACHES:
-            shutil.rmtree(folder, ignore_errors=True)
+        for path in [*map(Path, CACHES), *Path(".cache").glob("*")]:
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            elif path.name != "trusted":  # which runs were made here; see runs.py
+                path.unlink(missing_ok=True)
         return 0
     environment = Path(".venv").absolute()
     uv = find_uv(environment)

@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from inference.artifact import ArtifactError, verify
 from pipelines import ROOT, project, terminal
 from pipelines.terminal import UserError
 from progress import plain
@@ -25,6 +26,7 @@ ARTIFACTS = ROOT / "artifacts"
 WORK = ROOT / ".cache" / "local"
 CHECKPOINTS = ROOT / ".cache" / "checkpoints"
 STAMPS = ROOT / ".cache" / "data"  # what was packed from where, by data set
+TRUSTED = ROOT / ".cache" / "trusted"  # a line an artifact whose code may run as the user: its SHA-256, and its run
 LATEST = "latest"
 NAME = re.compile(r"\d{8}-\d{6}-[0-9a-f]{4}")
 WIDTH = 79  # columns of what is shown
@@ -57,7 +59,7 @@ def tried() -> bool:
     return any(read(file).get("source") == now for file in ARTIFACTS.glob("*/run.json"))
 
 
-def publish(name: str, model: Path, output: Path, facts: dict[str, Any]) -> Path:
+def publish(name: str, model: Path, output: Path, facts: dict[str, Any], trust: bool = True) -> Path:
     """Check what training wrote and move it into `artifacts/<name>` as a whole.
 
     Args:
@@ -65,6 +67,7 @@ def publish(name: str, model: Path, output: Path, facts: dict[str, Any]) -> Path
         model: the folder that was SM_MODEL_DIR.
         output: the folder that was SM_OUTPUT_DATA_DIR.
         facts: added to run.json.
+        trust: whether its code may run as the user: it was made here, or is what a job of this project left.
 
     Returns:
         The run's folder.
@@ -78,8 +81,10 @@ def publish(name: str, model: Path, output: Path, facts: dict[str, Any]) -> Path
             f"training ended, but {', '.join(missing) or 'model.json'} is missing, so nothing was published; "
             f"what it left is in {output.parent}"
         )
-    if bad := damaged(model):
-        raise UserError(f"{model / bad} does not match its checksum, so nothing was published; train again")
+    try:
+        verify(model)
+    except ArtifactError as error:
+        raise UserError(f"{model}: {error}, so nothing was published; train again") from error
     temporary = ARTIFACTS / f".{name}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -93,15 +98,35 @@ def publish(name: str, model: Path, output: Path, facts: dict[str, Any]) -> Path
     link.unlink(missing_ok=True)
     link.symlink_to(name)
     link.replace(ARTIFACTS / LATEST)
+    if trust:
+        _trust(ARTIFACTS / name)
     return ARTIFACTS / name
 
 
-def damaged(model: Path) -> str | None:
-    """The first file of an unpacked artifact that does not match its checksum in model.json."""
-    digests = json.loads((model / "model.json").read_text(encoding="utf-8"))["files"].items()
-    return next(
-        (name for name, digest in digests if hashlib.sha256((model / name).read_bytes()).hexdigest() != digest), None
-    )
+def digest(file: Path) -> str:
+    """The SHA-256 of a file."""
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def trusted(archive: Path) -> bool:
+    """Whether an artifact was made by a run here, or fetched from a job of this project: whatever it is called now."""
+    if TRUSTED.is_symlink() or not TRUSTED.is_file() or not archive.is_file():
+        return False
+    lines = TRUSTED.read_text(encoding="utf-8", errors="replace").splitlines()
+    return digest(archive) in {line.partition(" ")[0] for line in lines}
+
+
+def _trust(folder: Path) -> None:
+    """Note that the artifact of a run is trusted; when that cannot be done, the run is good all the same."""
+    try:
+        if TRUSTED.is_symlink() or (TRUSTED.exists() and not TRUSTED.is_file()):
+            raise OSError("it is no file")
+        TRUSTED.parent.mkdir(parents=True, exist_ok=True)
+        with TRUSTED.open("a", encoding="utf-8") as file:
+            file.write(f"{digest(folder / 'model.tar.gz')} {folder.name}\n")
+    except OSError as error:
+        print(f"{folder.name} is not noted as trusted, so its code runs in a container only: {TRUSTED}: {error}")
 
 
 def pack(folder: Path, archive: Path) -> None:

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from pipelines import SOURCE, runs, terminal
+from pipelines.local import sandbox
 from pipelines.terminal import UserError
 from training.config import shown
 
@@ -22,6 +23,7 @@ def main() -> int:
     parser.add_argument("--run", variable="RUN", help="name of a run (default: the newest)")
     parser.add_argument("--data", variable="DATA", help="folder of images, with folders in it or not")
     parser.add_argument("--output", help="file that is written (default: artifacts/<run>/batch/<folder>.jsonl)")
+    sandbox.add_options(parser)
     options = parser.parse_args()
     if not options.data:
         raise UserError("DATA is missing; name a folder of images, such as make batch-local DATA=folder/of/images", 2)
@@ -31,6 +33,12 @@ def main() -> int:
     except (OSError, RuntimeError) as error:  # a loop of links, no home folder
         raise UserError(f"DATA is {shown(options.data)}, which is no folder: {error}", 2) from error
     output = options.output or os.path.relpath(run / "batch" / f"{folder.name or 'images'}.jsonl")
-    words = [sys.executable, str(SOURCE / "inference" / "batch.py"), "--artifact", str(run / "model.tar.gz")]
-    words += ["--output", output, "--", str(folder)]
-    os.execv(sys.executable, words)  # noqa: S606  it takes this process's place: signals reach it, its exit code counts
+    archive = run / "model.tar.gz"
+    image = sandbox.image(archive, options.trust, mode=options.mode)
+    words = ["--artifact", str(archive), "--", str(folder)]
+    if image is None:  # it takes this process's place: signals reach it, its exit code counts
+        script = [str(SOURCE / "inference" / "batch.py"), "--output", output]
+        os.execve(sys.executable, [sys.executable, *script, *words], sandbox.environment())  # noqa: S606
+    code = sandbox.run(image, "inference/batch.py", words, [archive, folder], Path(output))
+    print(f"-> {output}" if Path(output).is_file() else f"{output} was not written", flush=True)
+    return code

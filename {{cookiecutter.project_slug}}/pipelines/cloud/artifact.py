@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from inference.artifact import ArtifactError, unpack
+from inference.artifact import ArtifactError, unpack, verify
 from pipelines import runs, terminal
 from pipelines.cloud import packages, storage
 from pipelines.cloud.account import Account, explained
 from pipelines.terminal import UserError
+
+RESTORE = "put the approved one back, or register and approve what is there now"
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ def find(account: Account, options: Namespace, folder: Path) -> Source:
         UserError: when there is none, it is damaged, its job failed, or its package is not approved.
     """
     only_one(options)
-    uri = arn = None
+    uri = arn = package = version = None
     if options.job:
         with explained(f"looking up the training job {options.job}"):
             facts = account.client("sagemaker").describe_training_job(TrainingJobName=options.job)
@@ -78,19 +80,42 @@ def find(account: Account, options: Namespace, folder: Path) -> Source:
         label = f"run {archive.parent.name}"
     if uri:
         archive = folder / "model.tar.gz"
-        storage.download(account, uri, archive)
-    return Source(label, archive, checked(archive, folder / "unpacked"), uri, arn)
+        if package:
+            version = _recorded(account, package)
+        storage.download(account, uri, archive, version)
+    samples = checked(archive, folder / "unpacked")
+    approved = package.metadata.get("artifact") if package else None
+    if approved and runs.digest(folder / "unpacked" / "model.json") != approved:
+        raise UserError(f"{uri} holds another artifact than the one that {package} was registered with; {RESTORE}")
+    return Source(label, archive, samples, uri, arn)
+
+
+def _recorded(account: Account, package: packages.Package) -> str | None:
+    """The version of a package's artifact that is to be read; nothing where the bucket has no versions.
+
+    Raises:
+        UserError: when the object is another one than at its registration.
+    """
+    now = storage.identity(account, package.uri)
+    for key in storage.IDENTITY:
+        if package.metadata.get(key, now.get(key)) != now.get(key):
+            raise UserError(f"{package.uri} was written again after {package} was registered: {key} was "
+                            f"{package.metadata[key]} and is {now.get(key, 'none')}; {RESTORE}")  # fmt: skip
+    if "artifact" not in package.metadata:
+        print(f"{package} does not say which artifact it was registered with, so what lies at {package.uri} is taken")
+    return now.get("artifact_version")
 
 
 def checked(archive: Path, folder: Path) -> list[dict[str, Any]]:
     """The golden samples of an artifact whose files match their checksums."""
     try:
         unpack(archive, folder)
-        if bad := runs.damaged(folder):
-            raise ArtifactError(f"{bad} in {archive} does not match its checksum")
+        if not (folder / "model.json").is_file():
+            raise ValueError("it holds no model.json")
+        verify(folder, of=f" in {archive}")
         samples: list[dict[str, Any]] = json.loads((folder / "golden.json").read_text(encoding="utf-8"))["samples"]
     except ArtifactError as error:
         raise UserError(str(error)) from error
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise UserError(f"{archive} is no artifact of this project: {error}") from error
     return samples

@@ -11,11 +11,11 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import tarfile
-import zlib
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from inference.artifact import unpack
 from pipelines import ROOT, runs, terminal
 from pipelines.cloud import jobs, storage
 from pipelines.cloud.account import Account
@@ -25,6 +25,7 @@ from pipelines.terminal import UserError
 
 WORK = ROOT / ".cache" / "pull"
 ARCHIVES = ("model.tar.gz", "output.tar.gz")
+LATE = timedelta(minutes=5)  # that clocks may differ: a job writes its artifact before it ends
 
 
 def pull(account: Account, job: str | None) -> Path:
@@ -47,15 +48,32 @@ def pull(account: Account, job: str | None) -> Path:
     for archive in ARCHIVES:
         if not (work / archive).exists():
             storage.download(account, f"{place}/{archive}", work / archive)
+    strange = _strange(account, facts)
     try:
         model, output = (_unpacked(work / archive) for archive in ARCHIVES)
-        folder = runs.publish(run, model, output, _facts(facts, output))
-    except (UserError, tarfile.TarError, EOFError, zlib.error, FileNotFoundError, ValueError, KeyError) as error:
+        folder = runs.publish(run, model, output, _facts(facts, output), trust=not strange)
+    except (UserError, FileNotFoundError, ValueError, LookupError, TypeError, RecursionError) as error:
         shutil.rmtree(work)
         reason = error if isinstance(error, UserError) else f"an archive is damaged ({error}); pull again"
         raise UserError(f"{name} was not published: {reason}") from error
     shutil.rmtree(work)
+    if strange:
+        print(f"{run} is not trusted, so its code runs in a container only: {strange}")
     return folder
+
+
+def _strange(account: Account, facts: dict[str, Any]) -> str:
+    """Why an artifact is not for certain what a job of this project made; empty when it is."""
+    stack, name, uri = account.stack(), facts["Name"], facts["ModelArtifacts"]["S3ModelArtifacts"]
+    if facts.get("RoleArn") != stack.role:
+        return f"{name} ran with the role {facts.get('RoleArn')}, which is not this project's"
+    own = f"{facts['OutputDataConfig']['S3OutputPath'].rstrip('/')}/{name}/output/model.tar.gz"
+    if uri != own or not uri.startswith(f"s3://{stack.bucket}/"):
+        return f"{uri} is not where a job of this project leaves its artifact"
+    written = storage.written(account, uri)
+    if written > facts["TrainingEndTime"] + LATE:
+        return f"{uri} was written on {written:%Y-%m-%d at %H:%M} UTC, after {name} had ended"
+    return ""
 
 
 def run_name(facts: dict[str, Any]) -> str:
@@ -69,8 +87,7 @@ def _unpacked(archive: Path) -> Path:
     """The archive's content; of the output, the folder inside that holds the run's files."""
     folder = archive.with_name(archive.name.partition(".")[0])
     shutil.rmtree(folder, ignore_errors=True)
-    with tarfile.open(archive) as tar:
-        tar.extractall(folder, filter="data")
+    unpack(archive, folder)
     return next((path.parent for path in folder.rglob("metrics.json")), folder)
 
 

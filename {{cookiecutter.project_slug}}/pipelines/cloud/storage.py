@@ -9,8 +9,10 @@ import json
 import tempfile
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
 from pathlib import Path
 
+from pipelines import runs
 from pipelines.cloud.account import Account, explained, pages, place, unless_missing
 from pipelines.local import data
 from pipelines.terminal import UserError
@@ -19,6 +21,7 @@ from progress import plain, progress
 THREADS = 8
 LISTED = 20  # links that are named when they are left out
 SPLITS = ("train", "validation")  # what a training job is given of a data set
+IDENTITY = ("artifact_etag", "artifact_version")  # what a package says of the object that it was registered with
 DONE = ".complete"  # beside the folder's prefix: everything is there
 
 
@@ -76,7 +79,7 @@ def pretrained(account: Account) -> str | None:
         folder = data.weights(account.settings, Path(temporary, "pretrained"))
         if folder is None:
             return None
-        return upload(account, folder, f"pretrained/{_digest(next(folder.iterdir()))}") + "/"
+        return upload(account, folder, f"pretrained/{runs.digest(next(folder.iterdir()))}") + "/"
 
 
 def pictures(folder: Path) -> dict[str, int]:
@@ -126,13 +129,29 @@ def get(account: Account, uri: str) -> bytes:
         return bytes(account.client("s3").get_object(**place(uri))["Body"].read())
 
 
-def download(account: Account, uri: str, file: Path) -> None:
-    """Fetch an object into a file, which appears when it is whole."""
+def identity(account: Account, uri: str) -> dict[str, str]:
+    """What tells an object from any that is put in its place: its ETag and, in a bucket with versions, its version."""
+    with explained(f"looking up {uri}"):
+        found = unless_missing(account.client("s3").head_object, **place(uri)) or {}
+    known = found.get("ETag", "").strip('"'), found.get("VersionId", "null")
+    return {key: value for key, value in zip(IDENTITY, known, strict=True) if value not in ("", "null")}
+
+
+def written(account: Account, uri: str) -> datetime:
+    """When an object was written."""
+    with explained(f"looking up {uri}"):
+        last: datetime = account.client("s3").head_object(**place(uri))["LastModified"]
+        return last
+
+
+def download(account: Account, uri: str, file: Path, version: str | None = None) -> None:
+    """Fetch an object, or a version of it, into a file, which appears when it is whole."""
     s3, where = account.client("s3"), place(uri)
+    more = {"VersionId": version} if version else {}
     with explained(f"downloading {uri}"):
-        size = s3.head_object(**where)["ContentLength"]
+        size = s3.head_object(**where, **more)["ContentLength"]
         with progress(size, f"downloading {file.name}", "B") as tick:
-            s3.download_file(**where, Filename=str(file), Callback=tick)
+            s3.download_file(**where, Filename=str(file), Callback=tick, **({"ExtraArgs": more} if more else {}))
 
 
 def put(account: Account, uri: str, content: bytes) -> None:
@@ -142,19 +161,26 @@ def put(account: Account, uri: str, content: bytes) -> None:
 
 
 def artifact(account: Account, archive: Path) -> str:
-    """Upload an artifact, once a content; returns its URI."""
-    uri, s3 = f"s3://{account.stack().bucket}/models/{_digest(archive)}/model.tar.gz", account.client("s3")
+    """Upload an artifact, once a content; returns its URI.
+
+    What lies there already is read: that it has the right name and size proves nothing.
+    """
+    digest, s3 = runs.digest(archive), account.client("s3")
+    uri = f"s3://{account.stack().bucket}/models/{digest}/model.tar.gz"
     with explained(f"uploading {archive} to {uri}"):
         there = unless_missing(s3.head_object, **place(uri)) or {}
-        if there.get("ContentLength") != archive.stat().st_size:
+        if there.get("ContentLength") != archive.stat().st_size or _digest(account, uri) != digest:
             with progress(archive.stat().st_size, f"uploading {archive.name}", "B") as tick:
                 s3.upload_file(str(archive), **place(uri), ExtraArgs=account.encryption(), Callback=tick)
     return uri
 
 
-def _digest(file: Path) -> str:
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
+def _digest(account: Account, uri: str) -> str:
+    """The SHA-256 of an object."""
+    digest = hashlib.sha256()
+    for piece in account.client("s3").get_object(**place(uri))["Body"].iter_chunks(2**20):
+        digest.update(piece)
+    return digest.hexdigest()
 
 
 def checked(account: Account, source: str) -> str:

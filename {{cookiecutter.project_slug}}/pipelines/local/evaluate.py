@@ -10,21 +10,21 @@ from __future__ import annotations
 
 import contextlib
 import os
-import subprocess
-import sys
+from argparse import Namespace
 from pathlib import Path
 
-from pipelines import ROOT, SOURCE, runs, terminal
+from pipelines import ROOT, runs, terminal
+from pipelines.local import sandbox
 from pipelines.report import page
 from pipelines.terminal import UserError
 from progress import plain
 
 
-def evaluate(folder: Path) -> int:
+def evaluate(folder: Path, options: Namespace) -> int:
     """Write `evaluation.json` into a run's folder; gives the exit code of the script that does it.
 
     Raises:
-        UserError: when the run's data set is gone or has changed.
+        UserError: when the run's data set is gone or has changed, or its artifact may not run.
     """
     facts = {"run": folder.name, "data": "data", "dataset_fingerprint": None} | runs.read(folder / "run.json")
     data = ROOT / str(facts["data"]) / "test"
@@ -38,10 +38,10 @@ def evaluate(folder: Path) -> int:
             f"{data_set} has changed since run {run} was trained on it, so its test split may hold images that the "
             "model has seen; pack it as before, or train again"
         )
-    output = folder / "evaluation.json"
-    script = SOURCE / "processing" / "evaluate.py"
-    command = [sys.executable, str(script), "--artifact", str(folder / "model.tar.gz"), "--data", str(data)]
-    code = subprocess.run([*command, "--output", str(output)]).returncode
+    output, archive = folder / "evaluation.json", folder / "model.tar.gz"
+    image = sandbox.image(archive, options.trust, mode=options.mode)
+    words = ["--artifact", str(archive), "--data", str(data)]
+    code = sandbox.run(image, "processing/evaluate.py", words, [archive, data], output)
     if code == 0:
         print(f"-> {Path(os.path.relpath(output, ROOT))}")
     return code
@@ -51,8 +51,10 @@ def main() -> int:
     """Command line; see the module's docstring."""
     parser = terminal.parser("Evaluate a finished run on the test split of its data set.")
     parser.add_argument("--run", variable="RUN", help="name of a run (default: the newest)")
-    folder = runs.find(parser.parse_args().run)
-    code = evaluate(folder)
+    sandbox.add_options(parser)
+    options = parser.parse_args()
+    folder = runs.find(options.run)
+    code = evaluate(folder, options)
     if code == 0:
         print(page.attach(folder))
         print(runs.after(folder))

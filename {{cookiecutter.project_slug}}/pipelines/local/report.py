@@ -12,7 +12,7 @@ import os
 from pathlib import Path
 
 from pipelines import ROOT, runs, terminal
-from pipelines.local import evaluate
+from pipelines.local import evaluate, sandbox
 from pipelines.report import page
 from pipelines.terminal import UserError
 
@@ -21,11 +21,13 @@ def main() -> int:
     """Command line; see the module's docstring."""
     parser = terminal.parser("Render the HTML report of a finished run.")
     parser.add_argument("--run", variable="RUN", help="name of a run (default: the newest)")
-    folder = runs.find(parser.parse_args().run)
+    sandbox.add_options(parser)
+    options = parser.parse_args()
+    folder = runs.find(options.run)
     page.read(folder)  # what cannot be reported is not evaluated either
     if not (folder / "evaluation.json").exists():
         try:
-            if evaluate.evaluate(folder):
+            if evaluate.evaluate(folder, options):
                 print("the report has no part on the test split: evaluation failed, see above")
         except UserError as error:
             print(f"the report has no part on the test split: {error}")

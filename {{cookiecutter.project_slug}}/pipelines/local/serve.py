@@ -12,49 +12,49 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
-import os
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from inference.artifact import ArtifactError, unpack
-from pipelines import SOURCE, project, runs, terminal
+from inference.artifact import ArtifactError, unpack, verify
+from pipelines import SOURCE, runs, terminal
 from pipelines.config import load
-from pipelines.local import engine, images
+from pipelines.local import engine, images, sandbox
 from pipelines.terminal import UserError
 from progress import plain, waiting
 
 PATIENCE = 120  # seconds until the model must be loaded
 
 
-def command(image: str | None, model: Path, port: int) -> list[str]:
+def command(image: str | None, model: Path, port: int, alone: bool = False) -> list[str]:
     """The command line of the server, in a container or as a process.
 
     Args:
         image: to run it in; None for a process.
         model: folder of the unpacked artifact.
         port: on 127.0.0.1.
+        alone: without a network, because the artifact is not trusted.
     """
     if image is None:
         script = SOURCE / "inference" / "serve.py"
         return [sys.executable, str(script), "--model-dir", str(model), "--host", "127.0.0.1", "--port", str(port)]
-    words = ["docker", "run", "--rm", "--init", "--name", f"{project.name()}-serve-{os.getpid()}"]
-    words += ["--publish", f"127.0.0.1:{port}:8080", "--volume", f"{model}:/opt/ml/model:ro"]
-    words += ["--read-only", "--cap-drop", "ALL", "--security-opt", "no-new-privileges"]
-    words += ["--user", f"{os.getuid()}:{os.getgid()}"]
-    words += ["--gpus", "all"] if engine.container_gpus() else []
-    words += [word for name in sorted(os.environ) if name.startswith("INFERENCE_") for word in ("--env", name)]
+    words = [*sandbox.container("serve"), "--volume", f"{model}:/opt/ml/model:ro"]
+    words += ["--network", "none"] if alone else ["--publish", f"127.0.0.1:{port}:8080"]
+    words += ["--gpus", "all"] if engine.container_gpus() and not alone else []
     return [*words, image, "serve"]
 
 
 @contextlib.contextmanager
-def server(archive: Path, image: str | None, port: int) -> Iterator[subprocess.Popen[bytes]]:
+def server(archive: Path, image: str | None, port: int, alone: bool = False) -> Iterator[subprocess.Popen[bytes]]:
     """The running server, ready to answer; it is stopped at the end, after it answered what was inside.
+
+    Where it is to be `alone`, its container has no network, and this process hands its connections on.
 
     Raises:
         UserError: when the port is taken, the artifact cannot be unpacked, or the server does not get ready.
@@ -66,14 +66,22 @@ def server(archive: Path, image: str | None, port: int) -> Iterator[subprocess.P
         except (OSError, OverflowError) as error:
             raise UserError(f'port {port} cannot be had ({error}); choose another one: ARGS="--port 8081"') from error
     runs.WORK.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="serve-", dir=runs.WORK) as folder:
+    with tempfile.TemporaryDirectory(prefix="serve-", dir=runs.WORK) as folder, contextlib.ExitStack() as stack:
         try:
             unpack(archive, Path(folder))
+            verify(Path(folder))
         except ArtifactError as error:
-            raise UserError(str(error)) from error
+            raise UserError(f"{archive}: {error}") from error
         Path(folder).chmod(0o755)
-        process = subprocess.Popen(command(image, Path(folder), port), start_new_session=True)
+        words, piped = command(image, Path(folder), port, alone), subprocess.PIPE if alone else None
+        process = subprocess.Popen(
+            words, start_new_session=True, env=None if image else sandbox.environment(),
+            stdout=piped, stderr=subprocess.STDOUT if alone else None,
+        )  # fmt: skip
         try:
+            if alone:
+                threading.Thread(target=sandbox.show, args=(process.stdout, sys.stdout), daemon=True).start()
+                stack.enter_context(sandbox.door(port, words))
             with waiting(f"the server, which loads the model ({PATIENCE} s at most)", alone=False):
                 _wait(process, port)
             yield process
@@ -116,8 +124,12 @@ def ask_about(file: Path, port: int) -> int:
     status, answer = ask(port, "POST", "/invocations", body)
     if status != 200:
         raise UserError(f"{plain(file)}: the server answered {status}: {plain(answer.decode(errors='replace'))}")
-    found = json.loads(answer)
-    print(f"{plain(file)}: {plain(found['labels'][0])}, probability {max(found['probabilities'][0]):.3f}", flush=True)
+    try:
+        found = json.loads(answer)
+        said = f"{plain(found['labels'][0])}, probability {max(found['probabilities'][0]):.3f}"
+    except (ValueError, LookupError, TypeError) as error:  # handlers may be anybody's
+        raise UserError(f"{plain(file)}: the server's answer is no classification: {answer[:200]!r}") from error
+    print(f"{plain(file)}: {said}", flush=True)
     return 0
 
 
@@ -131,14 +143,17 @@ def main() -> int:
     parser.add_argument(
         "--mode", variable="LOCAL_MODE", choices=["auto", "container", "process"], help="default: compute.local_mode"
     )
+    sandbox.add_options(parser, mode=False)
     parser.add_argument("--port", type=int, default=8080, help="default: 8080")
     options = parser.parse_args()
     settings = load(options.set, options={"compute.local_mode": options.mode})
     folder = runs.find(options.run)
-    image = images.choose(settings, "serving")
+    archive = folder / "model.tar.gz"
+    guarded = sandbox.image(archive, options.trust, settings)
+    image = guarded or images.choose(settings, "serving")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        with server(folder / "model.tar.gz", image, options.port) as process:
+        with server(archive, image, options.port, alone=bool(guarded)) as process:
             if options.image:
                 return ask_about(options.image, options.port)
             url = f"http://127.0.0.1:{options.port}/invocations"

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -27,7 +26,7 @@ from pipelines.cloud import images as cloud_images
 from pipelines.cloud import packages
 from pipelines.cloud.account import Account
 from pipelines.config import Settings, load
-from pipelines.local import container, data, engine, process
+from pipelines.local import container, data, engine, process, sandbox
 from pipelines.local import images as local_images
 from pipelines.local.job import Interrupted, Job, JobFailed, Outputs, interruptible, threads
 from pipelines.local.view import TrainingView
@@ -153,9 +152,8 @@ class Execution:
                     f"{folder}{word.removeprefix(inside)}" if f"{word}/".startswith(f"{inside}/") else word
                     for word in words
                 ]
-            return subprocess.run(
-                [sys.executable, *words[1:]], env=os.environ | given, start_new_session=True
-            ).returncode
+            environment = sandbox.environment() | given
+            return subprocess.run([sys.executable, *words[1:]], env=environment, start_new_session=True).returncode
         label = f"{self.name}-{step.lower()}"
         command = ["docker", "run", "--rm", "--init", "--name", label, "--entrypoint", words[0]]
         command += ["--gpus", "all"] if engine.container_gpus() else []

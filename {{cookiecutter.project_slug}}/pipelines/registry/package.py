@@ -39,7 +39,9 @@ class Evidence:
     files: dict[str, str]
 
 
-def description(evidence: Evidence, image: str, uri: str, place: str) -> dict[str, Any]:
+def description(
+    evidence: Evidence, image: str, uri: str, place: str, stored: dict[str, str] | None = None
+) -> dict[str, Any]:
     """The request that registers an artifact.
 
     Args:
@@ -47,6 +49,7 @@ def description(evidence: Evidence, image: str, uri: str, place: str) -> dict[st
         image: that serves it.
         uri: of the artifact.
         place: where the evidence's files lie.
+        stored: what tells the object at `uri` from any that is put in its place.
     """
     from payload import IMAGE_TYPES, JSON_TYPE, NPY_TYPE
 
@@ -61,7 +64,7 @@ def description(evidence: Evidence, image: str, uri: str, place: str) -> dict[st
         "artifact": evidence.identity, "accuracy": f"{accuracy['value']:.6f}",
         "accuracy_low": f"{accuracy['ci_low']:.6f}", "accuracy_high": f"{accuracy['ci_high']:.6f}",
         "test_images": evidence.evaluation["images"], "report": files.get("report.html", {}).get("S3Uri"),
-    }  # fmt: skip
+    } | (stored or {})  # fmt: skip
     quality = {"Statistics": files["evaluation.json"]}
     made = {"CommitId": model["git_commit"], "GeneratedBy": evidence.facts.get("job") or evidence.run}
     return {

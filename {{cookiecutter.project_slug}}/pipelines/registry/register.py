@@ -82,7 +82,8 @@ def register(account: Account, options: Namespace) -> Package:
         uri = found.facts.get("model_uri") or storage.artifact(account, archive)
         digest = hashlib.sha256(json.dumps(found.files, sort_keys=True).encode()).hexdigest()
         attached = storage.upload(account, Path(temporary), f"registry/{digest}")
-        return package.register(account, package.description(found, image, uri, attached))
+        stored = storage.identity(account, uri)
+        return package.register(account, package.description(found, image, uri, attached, stored))
 
 
 def main() -> int:

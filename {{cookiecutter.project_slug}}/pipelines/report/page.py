@@ -10,12 +10,12 @@ from __future__ import annotations
 import json
 import os
 import re
-import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from inference.artifact import peek
 from pipelines import ROOT
 from pipelines.report import charts
 from pipelines.report.charts import number_text
@@ -88,10 +88,8 @@ def read(folder: Path) -> Record:
         evaluation = {}
     model: dict[str, Any] = {}
     try:
-        with tarfile.open(folder / "model.tar.gz", "r|gz") as archive:  # in order of names: before the weights
-            file = next((archive.extractfile(member) for member in archive if member.name == "model.json"), None)
-            model = dictionary(file.read().decode("utf-8")) if file else {}
-    except (OSError, ValueError, RecursionError, EOFError, tarfile.TarError) as error:
+        model = dictionary(peek(folder / "model.tar.gz", "model.json").decode("utf-8") or "{}")
+    except (OSError, ValueError, RecursionError) as error:
         notes.append(f"model.tar.gz cannot be read: {error}.")
     return Record(folder, run, metrics, epochs or [], evaluation, model, notes)
 
