@@ -138,8 +138,7 @@ class Template:
             return [item for item in found if item is not None]
         if not isinstance(node, dict):
             return node
-        if len(node) == 1 and (name := next(iter(node))) in ("Ref", "Condition") or str(next(iter(node), "")).startswith("Fn::"):
-            name = next(iter(node))
+        if len(node) == 1 and (name := str(next(iter(node)))).startswith(("Ref", "Fn::")):
             return self.function(name, node[name])
         resolved = {key: self.resolve(item) for key, item in node.items()}
         return {key: item for key, item in resolved.items() if item is not None}

@@ -136,7 +136,9 @@ def problems(template: dict[str, Any]) -> list[str]:
                 found.append(f"{path}: {action} on every resource")
         if "NotAction" in statement or "NotResource" in statement or "NotPrincipal" in statement:
             found.append(f"{path}: everything but")
-        conditions = {key for test in statement.get("Condition", {}).values() for key in test}
+        condition = statement.get("Condition", {})
+        either = condition["Fn::If"][1:] if "Fn::If" in condition else [condition]
+        conditions = {key for option in either for test in option.values() for key in test}
         if "cloudwatch:PutMetricData" in listed(statement["Action"]) and "cloudwatch:namespace" not in conditions:
             found.append(f"{path}: metrics without a namespace")
         if "iam:PassRole" in listed(statement["Action"]) and "iam:PassedToService" not in conditions:

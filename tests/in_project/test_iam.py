@@ -15,6 +15,7 @@ from tests.iam import Context, Template, UnknownError, allowed, holds, listed
 
 ACCOUNT, REGION = "123456789012", "us-east-1"
 KEY = f"arn:aws:kms:{REGION}:{ACCOUNT}:key/1"
+PERSON, PEOPLE = "person", ("VerbsPolicy", "AroundPolicy")
 OWN, NEIGHBOUR, LATER = "fraud", "fraud-cards", "prod-antifraud"
 ROLES = ("ExecutionRole", "ServingRole", "PipelineRole", "SchedulerRole", "TriggerRole", "DeployRole", "GitHubRole",
          "GitHubDeployRole")  # fmt: skip
@@ -38,7 +39,7 @@ def template(project: str, short: str = "", **more: str) -> Template:
               "AWS::Region": REGION, "AWS::AccountId": ACCOUNT, "AWS::URLSuffix": "amazonaws.com",
               "AWS::StackName": project}  # fmt: skip
     arns = {role: arn("iam", f"role/{project}-{role}-1A2B", "") for role in ROLES}
-    arns |= {policy: arn("iam", f"policy/{project}-{policy}-1A2B", "") for policy in ("VerbsPolicy", "KeyPolicy")}
+    arns |= {policy: arn("iam", f"policy/{project}-{policy}-1A2B", "") for policy in (*PEOPLE, "KeyPolicy")}
     arns |= {"Bucket": f"arn:aws:s3:::{bucket(project)}", "ImageRepository": arn("ecr", f"repository/{project}"),
              "GitHubProvider": arn("iam", "oidc-provider/token.actions.githubusercontent.com", ""),
              "Topic": arn("sns", f"{project}-topic")}  # fmt: skip
@@ -88,7 +89,7 @@ OF_SAGEMAKER = {"application-autoscaling:service-namespace": "sagemaker"}
 TARGET_ALARM = "alarm:TargetTracking-endpoint/{}/variant/AllTraffic-AlarmHigh-1"
 STRANGERS = [  # principal, action, resource, context: of another project, or more than the principal needs
     # whose name begins with this one's: AWS knows the tag
-    *[("VerbsPolicy", f"sagemaker:{action}", sm(f"{kind}/{NEIGHBOUR}{rest}"), tagged(NEIGHBOUR))
+    *[(PERSON, f"sagemaker:{action}", sm(f"{kind}/{NEIGHBOUR}{rest}"), tagged(NEIGHBOUR))
       for action, kind, rest in [
           ("DeleteEndpoint", "endpoint", ""), ("UpdateEndpoint", "endpoint", ""), ("InvokeEndpoint", "endpoint", ""),
           ("InvokeEndpointAsync", "endpoint", "-eu"), ("DescribeEndpoint", "endpoint", ""),
@@ -96,50 +97,50 @@ STRANGERS = [  # principal, action, resource, context: of another project, or mo
           ("DeleteModel", "model", "-1"), ("StopTrainingJob", "training-job", "-1"),
           ("UpdateTrainingJob", "training-job", "-1"), ("DescribeTrainingJob", "training-job", "-1"),
           ("StopProcessingJob", "processing-job", "-1"), ("DescribeProcessingJob", "processing-job", "-1")]],
-    *[("VerbsPolicy", f"sagemaker:{action}", sm(rest), tagged(NEIGHBOUR)) for action, rest in [
+    *[(PERSON, f"sagemaker:{action}", sm(rest), tagged(NEIGHBOUR)) for action, rest in [
         ("UpdatePipeline", f"pipeline/{NEIGHBOUR}"), ("StartPipelineExecution", f"pipeline/{NEIGHBOUR}"),
         ("StopPipelineExecution", f"pipeline/{NEIGHBOUR}/execution/1"), ("CreatePipeline", f"pipeline/{NEIGHBOUR}"),
         ("UpdateModelPackage", f"model-package/{NEIGHBOUR}/1"), ("CreateModelPackage", f"model-package/{NEIGHBOUR}/1"),
         ("DescribeModelPackage", f"model-package/{NEIGHBOUR}/1"), ("ListTags", f"endpoint/{LATER}"),
         ("CreateModelPackageGroup", f"model-package-group/{NEIGHBOUR}")]],
-    *[("VerbsPolicy", f"sagemaker:{action}", sm(f"endpoint/{name}"), tagged(name))
+    *[(PERSON, f"sagemaker:{action}", sm(f"endpoint/{name}"), tagged(name))
       for action in ("DeleteEndpoint", "InvokeEndpoint", "DescribeEndpoint") for name in (LATER, "fraudster")],
-    ("VerbsPolicy", "sagemaker:CreateEndpoint", sm(f"endpoint/{NEIGHBOUR}-2"), new(NEIGHBOUR)),
-    ("VerbsPolicy", "sagemaker:CreateEndpoint", sm(f"endpoint/{OWN}-2"), {}),
-    ("VerbsPolicy", "sagemaker:CreateTrainingJob", sm(f"training-job/{OWN}-2"), IN_VPC),
-    ("VerbsPolicy", "sagemaker:CreateTrainingJob", sm(f"training-job/{LATER}-2"), new(OWN) | IN_VPC),
+    (PERSON, "sagemaker:CreateEndpoint", sm(f"endpoint/{NEIGHBOUR}-2"), new(NEIGHBOUR)),
+    (PERSON, "sagemaker:CreateEndpoint", sm(f"endpoint/{OWN}-2"), {}),
+    (PERSON, "sagemaker:CreateTrainingJob", sm(f"training-job/{OWN}-2"), IN_VPC),
+    (PERSON, "sagemaker:CreateTrainingJob", sm(f"training-job/{LATER}-2"), new(OWN) | IN_VPC),
     # a tag would make it the project's
-    ("VerbsPolicy", "sagemaker:AddTags", sm(f"endpoint/{NEIGHBOUR}"), new(OWN) | tagged(NEIGHBOUR)),
+    (PERSON, "sagemaker:AddTags", sm(f"endpoint/{NEIGHBOUR}"), new(OWN) | tagged(NEIGHBOUR)),
     ("PipelineRole", "sagemaker:AddTags", sm(f"training-job/{NEIGHBOUR}-1"), new(OWN) | tagged(NEIGHBOUR)),
     # alarms, dashboards, schedules, logs, scaling, tracking
-    *[("VerbsPolicy", f"cloudwatch:{action}", arn("cloudwatch", alarm), {})
+    *[(PERSON, f"cloudwatch:{action}", arn("cloudwatch", alarm), {})
       for action in ("DeleteAlarms", "PutMetricAlarm", "TagResource")
       for alarm in (f"alarm:{LATER}-drift", "alarm:my-fraud-alarm", "alarm:fraudster-drift", "alarm:antifraud",
                     TARGET_ALARM.format(LATER), TARGET_ALARM.format("fraudster"))],
-    ("VerbsPolicy", "cloudwatch:DeleteAlarms", arn("cloudwatch", f"alarm:{NEIGHBOUR}-drift"), tagged(NEIGHBOUR)),
-    ("VerbsPolicy", "cloudwatch:PutMetricAlarm", arn("cloudwatch", f"alarm:{NEIGHBOUR}-drift"),
+    (PERSON, "cloudwatch:DeleteAlarms", arn("cloudwatch", f"alarm:{NEIGHBOUR}-drift"), tagged(NEIGHBOUR)),
+    (PERSON, "cloudwatch:PutMetricAlarm", arn("cloudwatch", f"alarm:{NEIGHBOUR}-drift"),
      new(OWN) | tagged(NEIGHBOUR)),
-    ("VerbsPolicy", "scheduler:DeleteSchedule", arn("scheduler", "schedule/default/fraudster-end"), {}),
-    ("VerbsPolicy", "scheduler:UpdateSchedule", arn("scheduler", f"schedule/default/{LATER}-end"), {}),
-    ("VerbsPolicy", "scheduler:CreateSchedule", arn("scheduler", f"schedule/other/{OWN}-end"), {}),
-    *[("VerbsPolicy", "logs:GetLogEvents", log(f"/aws/sagemaker/{place}"), {}) for place in
+    (PERSON, "scheduler:DeleteSchedule", arn("scheduler", "schedule/default/fraudster-end"), {}),
+    (PERSON, "scheduler:UpdateSchedule", arn("scheduler", f"schedule/default/{LATER}-end"), {}),
+    (PERSON, "scheduler:CreateSchedule", arn("scheduler", f"schedule/other/{OWN}-end"), {}),
+    *[(PERSON, "logs:GetLogEvents", log(f"/aws/sagemaker/{place}"), {}) for place in
       (f"TrainingJobs:log-stream:{LATER}-1/algo-1", "ProcessingJobs:log-stream:fraudster-1/algo-1",
        f"Endpoints/{NEIGHBOUR}:log-stream:AllTraffic/i-1", "NotebookInstances:log-stream:fraud-1/jupyter.log")],
-    ("VerbsPolicy", "logs:DescribeLogStreams", log("/aws/lambda/fraud"), {}),
-    *[("VerbsPolicy", f"application-autoscaling:{action}", SCALABLE, OF_SAGEMAKER | tagged(NEIGHBOUR))
+    (PERSON, "logs:DescribeLogStreams", log("/aws/lambda/fraud"), {}),
+    *[(PERSON, f"application-autoscaling:{action}", SCALABLE, OF_SAGEMAKER | tagged(NEIGHBOUR))
       for action in ("DeregisterScalableTarget", "PutScalingPolicy", "RegisterScalableTarget")],
-    ("VerbsPolicy", "application-autoscaling:DeregisterScalableTarget", SCALABLE,
+    (PERSON, "application-autoscaling:DeregisterScalableTarget", SCALABLE,
      {"application-autoscaling:service-namespace": "ecs"}),
-    ("VerbsPolicy", "application-autoscaling:TagResource", SCALABLE, new(OWN) | tagged(NEIGHBOUR)),
+    (PERSON, "application-autoscaling:TagResource", SCALABLE, new(OWN) | tagged(NEIGHBOUR)),
     # bucket, images, roles
-    *[("VerbsPolicy", f"s3:{action}", s3(other, "models/a/model.tar.gz"), {})
+    *[(PERSON, f"s3:{action}", s3(other, "models/a/model.tar.gz"), {})
       for action in ("GetObject", "PutObject", "DeleteObject") for other in (NEIGHBOUR, LATER)],
-    ("VerbsPolicy", "s3:DeleteObjectVersion", s3(OWN, "models/a/model.tar.gz"), {}),
-    ("VerbsPolicy", "s3:PutBucketVersioning", s3(OWN), {}),
-    ("VerbsPolicy", "ecr:PutImage", arn("ecr", f"repository/{NEIGHBOUR}"), {}),
-    *[("VerbsPolicy", "iam:PassRole", role(NEIGHBOUR, name), passed()) for name in ("ExecutionRole", "ServingRole")],
-    ("VerbsPolicy", "iam:PassRole", role(OWN, "ExecutionRole"), passed("ec2")),
-    ("VerbsPolicy", "iam:PassRole", role(OWN, "SchedulerRole"), passed()),
+    (PERSON, "s3:DeleteObjectVersion", s3(OWN, "models/a/model.tar.gz"), {}),
+    (PERSON, "s3:PutBucketVersioning", s3(OWN), {}),
+    (PERSON, "ecr:PutImage", arn("ecr", f"repository/{NEIGHBOUR}"), {}),
+    *[(PERSON, "iam:PassRole", role(NEIGHBOUR, name), passed()) for name in ("ExecutionRole", "ServingRole")],
+    (PERSON, "iam:PassRole", role(OWN, "ExecutionRole"), passed("ec2")),
+    (PERSON, "iam:PassRole", role(OWN, "SchedulerRole"), passed()),
     # jobs
     *[("ExecutionRole", f"s3:{action}", s3(OWN, key), {}) for action in ("PutObject", "DeleteObject")
       for key in ("models/a/model.tar.gz", "registry/a/evaluation.json", "source/a/train.py", "raw/a/1.png")],
@@ -174,25 +175,25 @@ STRANGERS = [  # principal, action, resource, context: of another project, or mo
     ("SchedulerRole", "sagemaker:DeleteModel", sm(f"model/{OWN}-1"), tagged(OWN)),
 ]  # fmt: skip
 OURS = [
-    *[("VerbsPolicy", f"sagemaker:{action}", sm(f"{kind}/{OWN}-1"), {}) for action, kind in [
+    *[(PERSON, f"sagemaker:{action}", sm(f"{kind}/{OWN}-1"), {}) for action, kind in [
         ("DescribeEndpoint", "endpoint"), ("DescribeTrainingJob", "training-job"), ("DeleteModel", "model"),
         ("DeleteEndpointConfig", "endpoint-config")]],  # of what is not there AWS knows no tag
-    *[("VerbsPolicy", f"sagemaker:{action}", sm(f"{kind}/{OWN}"), tagged(OWN)) for action, kind in [
+    *[(PERSON, f"sagemaker:{action}", sm(f"{kind}/{OWN}"), tagged(OWN)) for action, kind in [
         ("DeleteEndpoint", "endpoint"), ("InvokeEndpoint", "endpoint"), ("UpdateEndpoint", "endpoint")]],
-    ("VerbsPolicy", "sagemaker:ListTags", sm(f"endpoint/{NEIGHBOUR}"), tagged(NEIGHBOUR)),  # to tell it apart
-    ("VerbsPolicy", "sagemaker:CreateEndpoint", sm(f"endpoint/{OWN}"), new(OWN)),
-    ("VerbsPolicy", "sagemaker:AddTags", sm(f"endpoint/{OWN}"), new(OWN, "CreateEndpoint")),
-    *[("VerbsPolicy", f"cloudwatch:{action}", arn("cloudwatch", f"alarm:{OWN}-drift"), new(OWN))
+    (PERSON, "sagemaker:ListTags", sm(f"endpoint/{NEIGHBOUR}"), tagged(NEIGHBOUR)),  # to tell it apart
+    (PERSON, "sagemaker:CreateEndpoint", sm(f"endpoint/{OWN}"), new(OWN)),
+    (PERSON, "sagemaker:AddTags", sm(f"endpoint/{OWN}"), new(OWN, "CreateEndpoint")),
+    *[(PERSON, f"cloudwatch:{action}", arn("cloudwatch", f"alarm:{OWN}-drift"), new(OWN))
       for action in ("PutMetricAlarm", "TagResource")],
-    ("VerbsPolicy", "cloudwatch:PutMetricAlarm", arn("cloudwatch", TARGET_ALARM.format(OWN)), {}),
-    ("VerbsPolicy", "cloudwatch:DeleteAlarms", arn("cloudwatch", TARGET_ALARM.format(f"{OWN}-eu")), {}),
-    ("VerbsPolicy", "logs:GetLogEvents", log(f"/aws/sagemaker/TrainingJobs:log-stream:{OWN}-1/algo-1"), {}),
-    ("VerbsPolicy", "logs:DescribeLogStreams", log("/aws/sagemaker/TransformJobs:log-stream:"), {}),
-    ("VerbsPolicy", "application-autoscaling:PutScalingPolicy", SCALABLE, OF_SAGEMAKER | tagged(OWN)),
-    ("VerbsPolicy", "application-autoscaling:PutScalingPolicy", SCALABLE, OF_SAGEMAKER),  # made before they had tags
-    ("VerbsPolicy", "s3:PutObject", s3(OWN, "models/a/model.tar.gz"), {}),
+    (PERSON, "cloudwatch:PutMetricAlarm", arn("cloudwatch", TARGET_ALARM.format(OWN)), {}),
+    (PERSON, "cloudwatch:DeleteAlarms", arn("cloudwatch", TARGET_ALARM.format(f"{OWN}-eu")), {}),
+    (PERSON, "logs:GetLogEvents", log(f"/aws/sagemaker/TrainingJobs:log-stream:{OWN}-1/algo-1"), {}),
+    (PERSON, "logs:DescribeLogStreams", log("/aws/sagemaker/TransformJobs:log-stream:"), {}),
+    (PERSON, "application-autoscaling:PutScalingPolicy", SCALABLE, OF_SAGEMAKER | tagged(OWN)),
+    (PERSON, "application-autoscaling:PutScalingPolicy", SCALABLE, OF_SAGEMAKER),  # made before they had tags
+    (PERSON, "s3:PutObject", s3(OWN, "models/a/model.tar.gz"), {}),
     *[(name, "s3:GetObjectVersion", s3(OWN, "models/a/model.tar.gz"), {})
-      for name in ("VerbsPolicy", "ExecutionRole", "ServingRole")],
+      for name in (PERSON, "ExecutionRole", "ServingRole")],
     *[("ExecutionRole", "s3:PutObject", s3(OWN, key), {}) for key in
       ("jobs/a/output/model.tar.gz", "checkpoints/a/1", "data/a/train/labels.npy", "pipeline/1/packed/a")],
     *[("ServingRole", "s3:PutObject", s3(OWN, key), {}) for key in
@@ -230,12 +231,12 @@ OF_FULL: list[tuple[bool, Row]] = [
     (False, ("SchedulerRole", "sagemaker:CreateProcessingJob", sm(f"processing-job/{OWN}-1"), new(OWN))),
     (False, ("SchedulerRole", "sagemaker:AddTags", sm(f"processing-job/{OWN}-1"), new(OWN))),
     (False, ("SchedulerRole", "iam:PassRole", role(OWN, "PipelineRole"), passed())),
-    *[(False, ("VerbsPolicy", f"sagemaker-mlflow:{action}", sm("mlflow-tracking-server/theirs"), tagged(NEIGHBOUR)))
+    *[(False, (PERSON, f"sagemaker-mlflow:{action}", sm("mlflow-tracking-server/theirs"), tagged(NEIGHBOUR)))
       for action in ("CreateRun", "LogBatch", "SearchRuns")],
-    (False, ("VerbsPolicy", "sagemaker-mlflow:CreateRun", sm("mlflow-tracking-server/fraud"), {})),
-    *[(False, ("VerbsPolicy", "cloudwatch:DeleteDashboards", arn("cloudwatch", f"dashboard/{name}-monitor", ""), {}))
+    (False, (PERSON, "sagemaker-mlflow:CreateRun", sm("mlflow-tracking-server/fraud"), {})),
+    *[(False, (PERSON, "cloudwatch:DeleteDashboards", arn("cloudwatch", f"dashboard/{name}-monitor", ""), {}))
       for name in (LATER, "fraudster")],
-    *[(False, ("VerbsPolicy", f"sagemaker:{action}", sm(f"{kind}/{NEIGHBOUR}-1"), tagged(NEIGHBOUR)))
+    *[(False, (PERSON, f"sagemaker:{action}", sm(f"{kind}/{NEIGHBOUR}-1"), tagged(NEIGHBOUR)))
       for action, kind in [("StopTransformJob", "transform-job"), ("UpdateEndpointWeightsAndCapacities", "endpoint"),
                            ("StopHyperParameterTuningJob", "hyper-parameter-tuning-job")]],
     (False, ("TriggerRole", "sagemaker:StartPipelineExecution", sm(f"pipeline/{NEIGHBOUR}"), {})),
@@ -268,7 +269,13 @@ OF_FULL: list[tuple[bool, Row]] = [
 
 @functools.cache
 def policies(name: str, project: str, values: tuple[tuple[str, str], ...] = ()) -> list[dict[str, Any]]:
-    return template(project, **dict(values)).policies(name)
+    return of_principal(template(project, **dict(values)), name)
+
+
+def of_principal(made: Template, name: str) -> list[dict[str, Any]]:
+    """A role's policies; of a person both that the stack has for people."""
+    names = PEOPLE if name == PERSON else (name,)
+    return [policy for part in names for policy in made.policies(part)]
 
 
 def may(row: Row, **more: str) -> bool:
@@ -288,12 +295,12 @@ def test_everybody_may_do_what_he_needs() -> None:
 def test_the_roles_of_the_largest_scope() -> None:
     tracking = any(item.get("Sid") == "Tracking" for item in verbs())
     assert [(right, row) for right, row in OF_FULL if may(row) != right] == []
-    of_own = ("VerbsPolicy", "sagemaker-mlflow:CreateRun", sm("mlflow-tracking-server/any"), tagged(OWN))
+    of_own = (PERSON, "sagemaker-mlflow:CreateRun", sm("mlflow-tracking-server/any"), tagged(OWN))
     assert may(of_own) == tracking
 
 
 def verbs() -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = stack.joined()["Resources"]["VerbsPolicy"]["Properties"]["PolicyDocument"]["Statement"]
+    found: list[dict[str, Any]] = stack.joined()["Resources"]["AroundPolicy"]["Properties"]["PolicyDocument"]["Statement"]
     return found
 
 
@@ -308,9 +315,9 @@ NETWORKS = [
 
 @pytest.mark.parametrize(("network", "right"), NETWORKS)
 def test_jobs_in_a_vpc_use_its_subnets_only(network: dict[str, list[str]], right: bool) -> None:
-    principals = ["VerbsPolicy", "PipelineRole"] + ["SchedulerRole"] * stack.AUTOMATION.exists()
+    principals = [PERSON, "PipelineRole"] + ["SchedulerRole"] * stack.AUTOMATION.exists()
     for name in principals:
-        kinds = {"VerbsPolicy": ["TrainingJob", "ProcessingJob", "Model"], "SchedulerRole": ["ProcessingJob"]}
+        kinds = {PERSON: ["TrainingJob", "ProcessingJob", "Model"], "SchedulerRole": ["ProcessingJob"]}
         for kind in kinds.get(name, ["TrainingJob", "ProcessingJob"]):
             resource = sm(f"{re.sub('(?<=.)(?=[A-Z])', '-', kind).lower()}/{OWN}-1")
             asked = (name, f"sagemaker:Create{kind}", resource, new(OWN) | network)
@@ -368,8 +375,8 @@ def test_long_names_have_their_short_one() -> None:
     made = template("a" * 19 + "-and-more-of-it")
     resource = sm(f"training-job/{'a' * 19}-20261121")
     own = made.values["Project"]
-    assert allowed(made.policies("VerbsPolicy"), "sagemaker:CreateTrainingJob", resource, new(own))
-    assert not allowed(made.policies("VerbsPolicy"), "sagemaker:CreateTrainingJob", resource, new("a" * 19))
+    assert allowed(of_principal(made, PERSON), "sagemaker:CreateTrainingJob", resource, new(own))
+    assert not allowed(of_principal(made, PERSON), "sagemaker:CreateTrainingJob", resource, new("a" * 19))
 
 
 @pytest.mark.parametrize(
@@ -538,7 +545,7 @@ VERBS = sorted(file.name for file in GOLDEN.glob("*.json") if not file.name.star
 
 
 def refused_of(made: Template, name: str, asks: list[tuple[str, str, dict[str, Any]]]) -> list[Any]:
-    policies = made.policies(name)
+    policies = of_principal(made, name)
     return [ask for ask in asks if not allowed(policies, *ask)]
 
 
@@ -548,7 +555,7 @@ def test_every_request_of_the_verbs_is_allowed_to_who_makes_it(file: str) -> Non
     calls = asked_of(file)
     made = as_made(bool(found(calls, "VpcConfig")))
     for operation, asked in calls:
-        assert refused_of(made, "VerbsPolicy", needs(operation, dict(asked))) == [], operation
+        assert refused_of(made, PERSON, needs(operation, dict(asked))) == [], operation
     if file.startswith(("deploy", "approve")):
         for operation, asked in calls:
             for name in ("GitHubDeployRole", "DeployRole"):
@@ -589,3 +596,16 @@ def test_what_schedules_do_is_allowed_to_their_role() -> None:
                 assert refused_of(made, "SchedulerRole", asks) == [], word
                 done += 1
     assert done > 5
+
+
+def test_policies_fit() -> None:
+    """A managed policy has at most 6,144 characters without blanks, all of a role's own together 10,240."""
+    longest = {"AWS::Region": "ap-southeast-1", "AWS::Partition": "aws-us-gov", "AWS::URLSuffix": "amazonaws.com.cn"}
+    subnets = ",".join(f"subnet-0123456789abcdef{number}" for number in range(4))
+    network = {"UseVpc": "true", "Subnets": subnets, "SecurityGroups": "sg-0123456789abcdef0"}
+    made = template("p" * 30, **(EVERY | network | longest))
+    sizes = {name: len(re.sub(r"\s", "", json.dumps(made.policies(name)[0]))) for name in (*PEOPLE, "KeyPolicy")}
+    assert max(sizes.values()) < 6144, sizes
+    for name in ROLES:
+        own = made.document["Resources"].get(name, {"Properties": {}})["Properties"].get("Policies", [])
+        assert sum(len(re.sub(r"\s", "", json.dumps(made.resolve(policy)))) for policy in own) < 10_240

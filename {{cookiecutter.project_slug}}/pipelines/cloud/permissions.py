@@ -38,7 +38,7 @@ def refused(account: Account, principal: str, needs: Iterator[Need]) -> list[str
 
 
 def needs(account: Account, number: str, owner: str) -> Iterator[Need]:
-    """What the template gives an owner: `ExecutionRole` to jobs, `VerbsPolicy` to people.
+    """What the template gives an owner: `ExecutionRole` to jobs, `VerbsPolicy` and `AroundPolicy` to people.
 
     Statements that depend on a setting are left out.
     """
