@@ -150,7 +150,7 @@ def own(account: Account, caller: dict[str, str]) -> Iterator[Line]:
     missing = permissions.refused(account, principal, itertools.chain.from_iterable(both))
     if missing:
         yield Line("fail", f"these credentials may not {', '.join(missing)}",
-                   "attach the policies VerbsPolicy and AroundPolicy of the stack (`make bootstrap` prints their names)")  # fmt: skip
+                   "attach the stack's policies VerbsPolicy and AroundPolicy (see `make bootstrap`)")  # fmt: skip
     else:
         yield Line("ok", "these credentials may do what the verbs do")
 

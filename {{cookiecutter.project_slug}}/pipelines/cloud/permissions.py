@@ -72,7 +72,8 @@ def needs(account: Account, number: str, owner: str) -> Iterator[Need]:
             continue
         actions, resources = _list(statement["Action"]), _list(statement["Resource"])
         condition = statement.get("Condition", {})
-        condition = condition["Fn::If"][1 if account.settings.aws.subnets else 2] if "Fn::If" in condition else condition
+        if "Fn::If" in condition:
+            condition = condition["Fn::If"][1 if account.settings.aws.subnets else 2]
         wanted = {key: concrete(_list(value)[0]) for test in condition.values() for key, value in test.items()}
         context = [
             {"ContextKeyName": key, "ContextKeyType": f"string{'List' * key.startswith('sagemaker:Vpc')}",

@@ -34,7 +34,10 @@ def create(account: Account, name: str, image: str, uri: str, package: str | Non
         container = shapes.ContainerDefinition(image=image, model_data_url=uri, environment=variables)
         model["primary_container"] = container
     resources.Model.create(
-        model_name=name, execution_role_arn=account.stack().serving_role, tags=tags(account), region=account.region,
+        model_name=name,
+        execution_role_arn=account.stack().serving_role,
+        tags=tags(account),
+        region=account.region,
         **model,
     )
 
