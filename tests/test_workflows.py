@@ -102,11 +102,14 @@ def test_rights_are_the_least(full: Project) -> None:
     }  # fmt: skip
     assert {name: job["permissions"] for name, job in ci["jobs"].items()} == {"test": READS}
     assert "secrets." not in "".join(texts(full).values()), "there are no keys"
-    for job in (deliver["jobs"]["pipeline"], deliver["jobs"]["deploy"]):
+    for name, variable in (("pipeline", "AWS_ROLE_ARN"), ("deploy", "AWS_DEPLOY_ROLE_ARN")):
+        job = deliver["jobs"][name]
         uses = [step.get("uses", step.get("run", "")).partition("@")[0] for step in job["steps"]]
         assert uses.index("make setup") < uses.index("aws-actions/configure-aws-credentials"), "packages get no role"
         role = job["steps"][uses.index("aws-actions/configure-aws-credentials")]["with"]
-        assert role["role-to-assume"] == "${{ vars.AWS_ROLE_ARN }}"
+        assert role["role-to-assume"] == f"${{{{ vars.{variable} }}}}", (
+            "only the approved job gets the role that deploys"
+        )
         assert (
             0 < int(job["timeout-minutes"]) * 60 <= int(role["role-duration-seconds"]) <= 21600
         )  # of the stack's role
@@ -119,7 +122,7 @@ def test_nothing_is_delivered_unasked(full: Project) -> None:
     assert set(deliver["on"]) == {"push", "workflow_dispatch"}
     assert deliver["on"]["push"]["branches"] == ["main"]
     for name in ("test", "deploy"):
-        assert SWITCH in jobs[name]["if"]
+        assert (SWITCH if name == "test" else SWITCH.replace("AWS_ROLE", "AWS_DEPLOY_ROLE")) in jobs[name]["if"]
         assert BRANCH in jobs[name]["if"]
     assert jobs["pipeline"]["needs"] == "test"
     assert "if" not in jobs["pipeline"], "it would run although the tests were skipped or failed"

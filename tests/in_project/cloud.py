@@ -36,7 +36,7 @@ STACK = Stack(
     bucket="the-bucket", role="arn:aws:iam::123456789012:role/the-role",
     repository="123456789012.dkr.ecr.us-east-1.amazonaws.com/the-repository",
     topic="arn:aws:sns:us-east-1:123456789012:topic", scheduler_role="arn:aws:iam::123456789012:role/scheduler",
-    pipeline_role="arn:aws:iam::123456789012:role/pipeline",
+    pipeline_role="arn:aws:iam::123456789012:role/pipeline", serving_role="arn:aws:iam::123456789012:role/serving",
 )  # fmt: skip
 KEY = "arn:aws:kms:us-east-1:123456789012:key/1234abcd-12ab-34cd-56ef-1234567890ab"
 NETWORK = ["aws.subnets=[subnet-0a, subnet-0b]", "aws.security_groups=[sg-0a]"]
@@ -45,7 +45,8 @@ NETWORK = ["aws.subnets=[subnet-0a, subnet-0b]", "aws.security_groups=[sg-0a]"]
 def described(stack: Stack, parameters: Sequence[dict[str, str]] = ()) -> dict[str, Any]:
     """What CloudFormation says of a stack."""
     names = {"Bucket": stack.bucket, "ExecutionRole": stack.role, "Repository": stack.repository, "Topic": stack.topic,
-             "SchedulerRole": stack.scheduler_role, "PipelineRole": stack.pipeline_role}  # fmt: skip
+             "SchedulerRole": stack.scheduler_role, "PipelineRole": stack.pipeline_role,
+             "ServingRole": stack.serving_role}  # fmt: skip
     outputs = [{"OutputKey": key, "OutputValue": value} for key, value in names.items()]
     return {"Stacks": [{"StackStatus": "UPDATE_COMPLETE", "Parameters": [*parameters], "Outputs": outputs}]}
 

@@ -136,7 +136,9 @@ def problems(template: dict[str, Any]) -> list[str]:
                 found.append(f"{path}: {action} on every resource")
         if "NotAction" in statement or "NotResource" in statement or "NotPrincipal" in statement:
             found.append(f"{path}: everything but")
-        conditions = {key for test in statement.get("Condition", {}).values() for key in test}
+        condition = statement.get("Condition", {})
+        either = condition["Fn::If"][1:] if "Fn::If" in condition else [condition]
+        conditions = {key for option in either for test in option.values() for key in test}
         if "cloudwatch:PutMetricData" in listed(statement["Action"]) and "cloudwatch:namespace" not in conditions:
             found.append(f"{path}: metrics without a namespace")
         if "iam:PassRole" in listed(statement["Action"]) and "iam:PassedToService" not in conditions:
@@ -153,7 +155,7 @@ def problems(template: dict[str, Any]) -> list[str]:
 def test_policies_allow_no_more_than_needed() -> None:
     assert problems(stack.joined()) == []
     text = "".join(file.read_text(encoding="utf-8") for file in (stack.TEMPLATE, stack.AUTOMATION))
-    assert len(list(statements(stack.joined()))) == 49 + ("Sid: Tracking" in text)
+    assert len(list(statements(stack.joined()))) == 85 + ("Sid: Tracking" in text)
     assert "FullAccess" not in text
     assert not re.search(r"arn:aws[:-]|amazonaws\.com/|\d{12}", text), "a partition or an account is written out"
 
@@ -245,7 +247,7 @@ def test_growing_updates_the_stack(aws: Recorder, monkeypatch: pytest.MonkeyPatc
     first, second = aws.named("CreateChangeSet")
     assert (first["ChangeSetType"], second["ChangeSetType"]) == ("CREATE", "UPDATE")
     added = json.loads(second["TemplateBody"])["Resources"].keys() - json.loads(first["TemplateBody"])["Resources"]
-    assert added == {"GitHubProvider", "GitHubRole", "TriggerRole", "Schedule", "Uploaded", "Watcher", "Approved",
+    assert added == {"GitHubProvider", "GitHubRole", "GitHubDeployRole", "TriggerRole", "Schedule", "Uploaded", "Watcher", "Approved",
                      "DeployRole", "Deployed"}  # fmt: skip
 
 
@@ -256,13 +258,18 @@ def test_data_and_images_are_private_encrypted_and_outlive_the_stack() -> None:
     bucket = resources["Bucket"]["Properties"]
     assert set(bucket["PublicAccessBlockConfiguration"].values()) == {True}
     assert len(bucket["PublicAccessBlockConfiguration"]) == 4
-    expiring = {rule.get("Prefix"): rule.get("ExpirationInDays") for rule in bucket["LifecycleConfiguration"]["Rules"]}
+    rules = {rule["Id"]: rule for rule in bucket["LifecycleConfiguration"]["Rules"]}
+    expiring = {rule.get("Prefix"): rule.get("ExpirationInDays") for rule in rules.values()}
     assert expiring == {"checkpoints/": 30, "capture/": 30, None: None}  # nothing else ever expires
+    assert bucket["VersioningConfiguration"] == {"Status": "Enabled"}
+    old = {name: rule.get("NoncurrentVersionExpiration", {}).get("NoncurrentDays") for name, rule in rules.items()}
+    assert old == {"checkpoints": 1, "capture": 1, "old-versions": 30, "interrupted-uploads": None}
+    assert rules["old-versions"]["ExpiredObjectDeleteMarker"] is True
     deny = resources["BucketPolicy"]["Properties"]["PolicyDocument"]["Statement"][0]
     assert (deny["Effect"], deny["Condition"]) == ("Deny", {"Bool": {"aws:SecureTransport": "false"}})
     assert len(deny["Resource"]) == 2
-    rules = json.loads(resources["ImageRepository"]["Properties"]["LifecyclePolicy"]["LifecyclePolicyText"])["rules"]
-    assert rules[0]["selection"]["countType"] == "imageCountMoreThan"
+    images = json.loads(resources["ImageRepository"]["Properties"]["LifecyclePolicy"]["LifecyclePolicyText"])["rules"]
+    assert images[0]["selection"]["countType"] == "imageCountMoreThan"
     assert resources["ImageRepository"]["Properties"]["ImageTagMutability"] == "IMMUTABLE"
 
 
@@ -277,8 +284,8 @@ def golden_files(scope: str) -> list[Path]:
 
 def allowed() -> set[str]:
     """The actions of the policy for who runs the verbs, without their services."""
-    policy = stack.joined()["Resources"]["VerbsPolicy"]
-    return {action.split(":")[1] for _, statement in statements(policy) for action in listed(statement["Action"])
+    both = [stack.joined()["Resources"][name] for name in ("VerbsPolicy", "AroundPolicy")]
+    return {action.split(":")[1] for _, statement in statements(both) for action in listed(statement["Action"])
             if not action.startswith("sagemaker-mlflow:")}  # fmt: skip
 
 
@@ -304,7 +311,7 @@ def test_the_verbs_policy_allows_nothing_that_no_verb_does(scope: str) -> None:
     source = "".join(file.read_text(encoding="utf-8") for file in files)
     golden = "".join(file.read_text(encoding="utf-8") for file in golden_files(scope))
     implied = {  # by tags, roles, uploads, `docker push`
-        "AddTags", "TagResource", "PassRole", "CreateServiceLinkedRole", "AbortMultipartUpload", "GetBucketLocation",
+        "AddTags", "TagResource", "PassRole", "GetObjectVersion", "CreateServiceLinkedRole", "AbortMultipartUpload", "GetBucketLocation",
         "ListBucket", "InvokeEndpointAsync", "UpdatePipeline", "BatchCheckLayerAvailability", "BatchGetImage",
         "CompleteLayerUpload", "GetDownloadUrlForLayer", "InitiateLayerUpload", "PutImage", "UploadLayerPart",
     }  # fmt: skip
@@ -404,7 +411,7 @@ def test_make_again_update_and_destroy(aws: Recorder, capsys: pytest.CaptureFixt
 def test_destroy_with_all(aws: Recorder, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     make()
     s3 = boto3.client("s3")
-    s3.put_bucket_versioning(Bucket=BUCKET, VersioningConfiguration={"Status": "Enabled"})  # as somebody may have done
+    assert s3.get_bucket_versioning(Bucket=BUCKET)["Status"] == "Enabled"
     for number in range(1101):
         s3.put_object(Bucket=BUCKET, Key=f"artifacts/{number}", Body=b"")
     s3.put_object(Bucket=BUCKET, Key="artifacts/0", Body=b"again")
@@ -471,7 +478,8 @@ def test_everything_that_can_be_asked_for(aws: Recorder, capsys: pytest.CaptureF
     sent = aws.named("CreateChangeSet")[0]["Parameters"]
     values = {item["ParameterKey"]: item["ParameterValue"] for item in sent}
     assert values == {
-        "Project": NAME, "ShortProject": NAME, "UseVpc": "true", "RemoteDebug": "true",
+        "Project": NAME, "ShortProject": NAME, "UseVpc": "true", "Subnets": "subnet-1", "SecurityGroups": "sg-1",
+        "RemoteDebug": "true",
         "Email": "me@example.com", "MonthlyUsd": "100",
         "KmsKey": key["Arn"], "GitHubRepository": "octo/cats", "GitHubBranch": "release",
         "GitHubSubjects": "octo/cats,octo@*/cats@*", "CreateGitHubProvider": "true",
@@ -482,20 +490,65 @@ def test_everything_that_can_be_asked_for(aws: Recorder, capsys: pytest.CaptureF
     shown = capsys.readouterr().out
     assert "workflows of octo/cats, branch release, may run the verbs" in shown
     assert "AWS sends a mail to me@example.com" in shown
-    role = next(role for role in boto3.client("iam").list_roles()["Roles"] if "GitHub" in role["RoleName"])
+    roles = {role["RoleName"]: role for role in boto3.client("iam").list_roles()["Roles"]}
+    role = next(role for name, role in roles.items() if "GitHubRole" in name)
+    deploys = next(role for name, role in roles.items() if "GitHubDeployRole" in name)
     token = "token.actions.githubusercontent.com"
     names = ("repo:octo/cats", "repo:octo@*/cats@*")  # before and since GitHub's tokens have numbers in them
-    assert role["AssumeRolePolicyDocument"]["Statement"][0]["Condition"] == {
-        "StringEquals": {f"{token}:aud": "sts.amazonaws.com"},
-        "StringEqualsIfExists": {f"{token}:ref": "refs/heads/release"},
-        "StringLike": {f"{token}:sub": [f"{name}:{where}" for where in ("ref:refs/heads/release",
-                                        "environment:production") for name in names]},
-    }  # fmt: skip
+    for made, where in ((role, "ref:refs/heads/release"), (deploys, "environment:production")):
+        assert made["AssumeRolePolicyDocument"]["Statement"][0]["Condition"] == {
+            "StringEquals": {f"{token}:aud": "sts.amazonaws.com"},
+            "StringEqualsIfExists": {f"{token}:ref": "refs/heads/release"},
+            "StringLike": {f"{token}:sub": [f"{name}:{where}" for name in names]},
+        }
     execution = Account(config.load()).stack().role.split("/")[1]
     text = boto3.client("iam").get_role_policy(RoleName=execution, PolicyName="job")["PolicyDocument"]
     policy = yaml.safe_load(text)  # moto gives a dictionary's text, not JSON
     granted = {action for statement in policy["Statement"] for action in listed(statement["Action"])}
     assert {"ec2:CreateNetworkInterface", "ssmmessages:OpenDataChannel"} <= granted
+
+
+def neighbour(project: str, short: str = "", status: str = "CREATE_COMPLETE") -> dict[str, Any]:
+    given = {"Project": project, "ShortProject": short or project[:19].rstrip("-")}
+    parameters = [{"ParameterKey": key, "ParameterValue": value} for key, value in given.items()]
+    return {"StackName": project, "StackId": f"arn:{project}", "StackStatus": status, "Parameters": parameters}
+
+
+NEAR = ["image-classifier-cards", "image", "image-classifiers", "i", "image-classifier-eu-west-and-more"]
+FAR = ["prod-image-classifier", "imagine", "image-recogniser", "classifier"]
+
+
+def test_names_that_begin_each_other_are_refused(
+    aws: Recorder, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also when another page of the account's stacks has it; a stack that is there is still updated, with a warning."""
+    other: dict[str, Any] = {"StackName": "network", "StackStatus": "CREATE_COMPLETE", "Parameters": [
+        {"ParameterKey": "Project", "ParameterValue": "image"}]}  # fmt: skip
+    there: list[dict[str, Any]] = []
+
+    def describe(asked: dict[str, Any]) -> dict[str, Any]:
+        if "StackName" in asked:
+            raise refused("ValidationError", f"Stack with id {NAME} does not exist", "DescribeStacks")
+        return {"Stacks": there} if "NextToken" in asked else {"Stacks": [other], "NextToken": "more"}
+
+    aws.answers["DescribeStacks"] = describe
+    for name in NEAR:
+        there[:] = [neighbour(name)]
+        with pytest.raises(UserError, match=rf"the name {NAME} begins like that of the project {name}, .*choose a name"):
+            make()
+    assert not aws.named("CreateChangeSet")
+    cloud = Account(config.load()).client("cloudformation")
+    there[:] = [neighbour(name) for name in FAR] + [neighbour("image", status="DELETE_COMPLETE"), neighbour(NAME)]
+    assert stack.neighbours(cloud, NAME, NAME) == []
+    # of two long names the first 19 characters are those of their jobs
+    there[:] = [neighbour("image-classifier-of-dogs")]
+    assert stack.neighbours(cloud, "image-classifier-of-cats", "image-classifier-of") == ["image-classifier-of-dogs"]
+    aws.answers.clear()
+    make()
+    monkeypatch.setattr(stack, "neighbours", lambda *_: ["image"])
+    make("compute.remote_debug=true")
+    assert "WARNING: its name begins like that of image: docs/aws.md" in capsys.readouterr().out
+    assert len(aws.named("ExecuteChangeSet")) == 2
 
 
 def test_an_account_has_one_provider_for_github(aws: Recorder) -> None:
@@ -608,7 +661,9 @@ def answer_statuses(aws: Recorder, *statuses: str) -> None:
     """`DescribeStacks` says these, one after the other; the last one for ever."""
     said = itertools.chain(statuses, itertools.repeat(statuses[-1]))
 
-    def answer(_: dict[str, Any]) -> dict[str, Any]:
+    def answer(asked: dict[str, Any]) -> dict[str, Any]:
+        if "StackName" not in asked:  # whether another project's name is near
+            return {"Stacks": []}
         status = next(said)
         if not status:
             raise refused("ValidationError", "Stack with id x does not exist", "DescribeStacks")

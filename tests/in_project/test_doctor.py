@@ -28,7 +28,8 @@ STACK = Stack(
     repository=f"{ACCOUNT}.dkr.ecr.us-east-1.amazonaws.com/{NAME}",
     topic="t",
     scheduler_role=f"arn:aws:iam::{ACCOUNT}:role/{NAME}-scheduler",
-    pipeline_role="",
+    pipeline_role=f"arn:aws:iam::{ACCOUNT}:role/{NAME}-pipeline",
+    serving_role=f"arn:aws:iam::{ACCOUNT}:role/{NAME}-serving",
 )
 
 

@@ -209,7 +209,8 @@ def trusted(github: str, subject: str, branch: str | None = "main") -> bool:
     """Whether the role's trust policy lets a token in, by IAM's rules; no branch: the partition has no `ref`."""
     repository, subjects, own = stack._parsed(github)
     values = {"GitHubRepository": repository, "GitHubSubjects": subjects, "GitHubBranch": own}
-    policy = stack.joined()["Resources"]["GitHubRole"]["Properties"]["AssumeRolePolicyDocument"]["Statement"][0]
+    role = "GitHubDeployRole" if ":environment:" in subject else "GitHubRole"  # test_iam.py: never both
+    policy = stack.joined()["Resources"][role]["Properties"]["AssumeRolePolicyDocument"]["Statement"][0]
     tests = resolved(policy["Condition"], values)
     assert set(tests) == {"StringEquals", "StringEqualsIfExists", "StringLike"}
     named = [re.escape(like).replace(r"\*", ".*") for like in tests["StringLike"][f"{stack.GITHUB}:sub"]]
@@ -253,10 +254,6 @@ def test_a_number_alone_is_refused() -> None:
         config.load(["aws.github=octo@1/cats"])
 
 
-def resolved_list(value: Any) -> list[Any]:
-    return list(value["Fn::If"][2]) if isinstance(value, dict) else list(value)
-
-
 def test_roles_of_workflows_and_deployment_allow_the_calls_of_their_verbs() -> None:
     """The verbs that they run, the requests that these make, and the policies that the roles have."""
     resources = stack.joined()["Resources"]
@@ -267,11 +264,12 @@ def test_roles_of_workflows_and_deployment_allow_the_calls_of_their_verbs() -> N
     assert verbs == {*CALLS} if workflows else {"deploy"}
     policy = {
         action.split(":")[1]
-        for _, statement in statements(resources["VerbsPolicy"])
+        for _, statement in statements([resources["VerbsPolicy"], resources["AroundPolicy"]])
         for action in listed(statement["Action"])
     }
-    for role in ("GitHubRole", "DeployRole"):
-        assert {"Ref": "VerbsPolicy"} in resolved_list(resources[role]["Properties"]["ManagedPolicyArns"])
+    for role in ("GitHubRole", "GitHubDeployRole", "DeployRole"):
+        attached = resources[role]["Properties"]["ManagedPolicyArns"]
+        assert attached[:2] == [{"Ref": "AroundPolicy"}, {"Ref": "VerbsPolicy"}]
     for verb in verbs:
         files = sorted(GOLDEN.glob(CALLS[verb]))
         assert files, f"no golden file has the requests of {verb}"

@@ -28,7 +28,7 @@ from pipelines.registry import package
 MODEL, TEST = (f"/opt/ml/processing/input/{part}" for part in ("model", "test"))
 MARKER = re.compile(r'"<<(metrics\.[\w.]+)>>"|<<([\w.]+)>>')
 NAMES = {"Training": "TrainingJobName", "Processing": "ProcessingJobName"}
-LOCAL = Stack("local", "arn:aws:iam::000000000000:role/local", project.name(), "", "", "")  # needs no account
+LOCAL = Stack("local", "arn:aws:iam::000000000000:role/local", project.name(), "", "", "", "")  # needs no account
 
 
 @dataclass(frozen=True)

@@ -63,6 +63,7 @@ class Stack:
     topic: str
     scheduler_role: str
     pipeline_role: str
+    serving_role: str
     parameters: dict[str, str] = field(default_factory=dict)
     status: str = ""
 
@@ -73,7 +74,7 @@ class Stack:
 
 
 # Stands for one that is not there yet, where only a price is asked for.
-NO_STACK = Stack("<bucket>", "", "<repository>", "", "", "")
+NO_STACK = Stack("<bucket>", "", "<repository>", "", "", "", "")
 
 
 class Account:
@@ -125,7 +126,8 @@ class Account:
         outputs = {output["OutputKey"]: output["OutputValue"] for output in facts.get("Outputs", [])}
         given = {item["ParameterKey"]: item["ParameterValue"] for item in facts.get("Parameters", [])}
         names = {"bucket": "Bucket", "role": "ExecutionRole", "repository": "Repository", "topic": "Topic",
-                 "scheduler_role": "SchedulerRole", "pipeline_role": "PipelineRole"}  # fmt: skip
+                 "scheduler_role": "SchedulerRole", "pipeline_role": "PipelineRole",
+                 "serving_role": "ServingRole"}  # fmt: skip
         absent = [key for key in names.values() if key not in outputs]
         if absent:
             raise UserError(

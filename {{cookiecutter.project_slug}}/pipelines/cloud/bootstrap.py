@@ -31,6 +31,12 @@ def bootstrap(account: Account, yes: bool) -> None:
         caller = account.client("sts").get_caller_identity()
         number = caller["Account"]
         found = stack.usable(cloud, name)
+        near = stack.neighbours(cloud, name, project.tuning_prefix())
+        if near and not found:
+            raise UserError(f"the name {name} begins like that of the project {near[0]}, which is in this account and "
+                            "region: their roles could not tell what is whose; choose a name in pyproject.toml of "
+                            f"which neither begins with the other (the first {len(project.tuning_prefix())} characters "
+                            "are the name of tuning jobs)")  # fmt: skip
         current = {item["ParameterKey"]: item["ParameterValue"] for item in (found or {}).get("Parameters", [])}
         values = stack.parameters(account, caller["Arn"], current)
         made = cloud.create_change_set(
@@ -46,7 +52,8 @@ def bootstrap(account: Account, yes: bool) -> None:
             if changes:
                 bucket = stack.bucket_name(settings, number)
                 head = f"stack {name} in {account.region}, account {number}, bucket {bucket}"
-                confirm("\n".join([f"{head}:", *changes, *_notes(settings, values), COST]), yes)
+                told = [f"WARNING: its name begins like that of {other}: docs/aws.md, names" for other in near]
+                confirm("\n".join([f"{head}:", *changes, *told, *_notes(settings, values), COST]), yes)
                 cloud.execute_change_set(ChangeSetName=change_set)
         except (UserError, ClientError, KeyboardInterrupt):  # refused: nothing has begun
             stack.discard(cloud, change_set, None if found else made_id)

@@ -7,6 +7,7 @@ Without credentials it checks this machine only.
 
 from __future__ import annotations
 
+import itertools
 import json
 import platform
 import shutil
@@ -145,11 +146,11 @@ def own(account: Account, caller: dict[str, str]) -> Iterator[Line]:
         return
     if ":assumed-role/" in principal:  # the simulator wants the role, whose path is not in the session's name
         principal = account.client("iam").get_role(RoleName=principal.split("/")[1])["Role"]["Arn"]
-    wanted = permissions.needs(account, caller["Account"], "VerbsPolicy")
-    missing = permissions.refused(account, principal, wanted)
+    both = (permissions.needs(account, caller["Account"], policy) for policy in ("VerbsPolicy", "AroundPolicy"))
+    missing = permissions.refused(account, principal, itertools.chain.from_iterable(both))
     if missing:
         yield Line("fail", f"these credentials may not {', '.join(missing)}",
-                   "attach the managed policy VerbsPolicy of the stack (`make bootstrap` prints its name)")  # fmt: skip
+                   "attach the stack's policies VerbsPolicy and AroundPolicy (see `make bootstrap`)")  # fmt: skip
     else:
         yield Line("ok", "these credentials may do what the verbs do")
 

@@ -86,6 +86,7 @@ def _ours(sagemaker: Any, found: Iterable[dict[str, Any]], word: str) -> list[di
     from botocore.exceptions import ClientError
 
     own, listed = project.name(), list(found)
+    allowed = tuple(f"{part}-" for part in (own, project.tuning_prefix()))
 
     def tagged(summary: dict[str, Any]) -> bool:
         try:
@@ -94,7 +95,7 @@ def _ours(sagemaker: Any, found: Iterable[dict[str, Any]], word: str) -> list[di
             )
         except ClientError as error:
             denied = error.response["Error"]["Code"] in REASONS["denied"]
-            if missing(error) or (denied and not summary[f"{word}Name"].startswith(own)):
+            if missing(error) or (denied and not f"{summary[f'{word}Name']}-".startswith(allowed)):
                 return False  # gone since; or another's, whose tags are not for these credentials
             raise
 

@@ -12,7 +12,7 @@ from pipelines.cloud.account import Account, pages
 from pipelines.cloud.stack import joined
 
 KINDS = re.compile(
-    r"TrainingJob|ProcessingJob|TransformJob|HyperParameterTuningJob|EndpointConfig|Endpoint|Model(?:PackageGroup|Package)?"
+    r"TrainingJob|ProcessingJob|TransformJob|HyperParameterTuningJob|EndpointConfig|Endpoint|Model(?:PackageGroup|Package)?|Pipeline"
 )
 
 
@@ -38,7 +38,7 @@ def refused(account: Account, principal: str, needs: Iterator[Need]) -> list[str
 
 
 def needs(account: Account, number: str, owner: str) -> Iterator[Need]:
-    """What the template gives an owner: `ExecutionRole` to jobs, `VerbsPolicy` to people.
+    """What the template gives an owner: `ExecutionRole` to jobs, `VerbsPolicy` and `AroundPolicy` to people.
 
     Statements that depend on a setting are left out.
     """
@@ -49,6 +49,9 @@ def needs(account: Account, number: str, owner: str) -> Iterator[Need]:
         "AWS::URLSuffix": "amazonaws.com.cn" if partition == "aws-cn" else "amazonaws.com", "Project": own,
         "Bucket.Arn": f"arn:{partition}:s3:::{stack.bucket}", "ExecutionRole.Arn": stack.role,
         "SchedulerRole.Arn": stack.scheduler_role, "PipelineRole.Arn": stack.pipeline_role,
+        "ServingRole.Arn": stack.serving_role, "ShortProject": project.tuning_prefix(),
+        "Subnets": next(iter(account.settings.aws.subnets), ""),
+        "SecurityGroups": next(iter(account.settings.aws.security_groups), ""),
         "ImageRepository.Arn": f"arn:{partition}:ecr:{region}:{number}:repository/{stack.repository.split('/')[-1]}",
     }  # fmt: skip
 
@@ -56,6 +59,8 @@ def needs(account: Account, number: str, owner: str) -> Iterator[Need]:
         """One example of what a pattern stands for."""
         if isinstance(value, dict) and "Fn::GetAtt" in value:
             return values[".".join(value["Fn::GetAtt"])]
+        if isinstance(value, dict) and "Ref" in value:
+            return values[value["Ref"]]
         text = value["Fn::Sub"] if isinstance(value, dict) else value
         text = re.sub(r"\$\{(.+?)\}", lambda name: values[name[1]], text)
         return str(text) if text == "*" else str(text.replace("*", "x"))
@@ -66,17 +71,22 @@ def needs(account: Account, number: str, owner: str) -> Iterator[Need]:
         if "Action" not in statement:
             continue
         actions, resources = _list(statement["Action"]), _list(statement["Resource"])
+        condition = statement.get("Condition", {})
+        if "Fn::If" in condition:
+            condition = condition["Fn::If"][1 if account.settings.aws.subnets else 2]
+        wanted = {key: concrete(_list(value)[0]) for test in condition.values() for key, value in test.items()}
         context = [
-            {"ContextKeyName": key, "ContextKeyType": "string", "ContextKeyValues": [concrete(_list(value)[0])]}
-            for test in statement.get("Condition", {}).values()
-            for key, value in test.items()
-        ]
-        resource = concrete(resources[0])
-        if ":x/" in resource:  # of SageMaker: each action has a kind of thing of its own
-            for kind in sorted({_kind(action) for action in actions}):
+            {"ContextKeyName": key, "ContextKeyType": f"string{'List' * key.startswith('sagemaker:Vpc')}",
+             "ContextKeyValues": [value]}
+            for key, value in wanted.items()
+        ]  # fmt: skip
+        named = [concrete(resource) for resource in resources]
+        if ":sagemaker:" in named[0] and not named[0].endswith("server/x"):
+            for kind in sorted({_kind(action) for action in actions}):  # each action has a kind of thing of its own
+                resource = next(name for name in named if f":{kind}/" in name or ":x/" in name)
                 yield Need([a for a in actions if _kind(a) == kind], resource.replace(":x/", f":{kind}/"), context)
         else:
-            yield Need(actions, resource, context)
+            yield Need(actions, named[0], context)
 
 
 def _kind(action: str) -> str:

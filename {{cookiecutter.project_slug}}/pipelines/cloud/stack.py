@@ -106,6 +106,8 @@ def parameters(account: Account, identity: str, current: dict[str, str]) -> dict
         "Project": project.name(),
         "ShortProject": project.tuning_prefix(),
         "UseVpc": str(bool(settings.aws.subnets)).lower(),
+        "Subnets": ",".join(settings.aws.subnets),
+        "SecurityGroups": ",".join(settings.aws.security_groups),
     }
     found["RemoteDebug"] = str(settings.compute.remote_debug).lower()
     found["Email"] = "" if settings.aws.email == "none" else settings.aws.email
@@ -181,6 +183,22 @@ def find(cloud: Any, name: str) -> dict[str, Any] | None:
     """The stack as CloudFormation describes it, or None."""
     found = unless_missing(cloud.describe_stacks, StackName=name)
     return found and dict(found["Stacks"][0])
+
+
+def neighbours(cloud: Any, name: str, short: str) -> list[str]:
+    """Other projects of this template in account and region whose names policies cannot tell from this one's.
+
+    What has no tags goes by its name: `fraud-cards-end` may be a schedule of `fraud` or of `fraud-cards`.
+    """
+    found = []
+    for made in pages(cloud, "describe_stacks", "Stacks"):
+        given = {item["ParameterKey"]: item.get("ParameterValue", "") for item in made.get("Parameters", [])}
+        theirs = given.get("Project", "")
+        if theirs in ("", name) or "ShortProject" not in given or made["StackStatus"] == "DELETE_COMPLETE":
+            continue
+        pairs = [(a, b) for a in (name, short) for b in (theirs, given["ShortProject"])]
+        found += [theirs] if any(a.startswith(b) or b.startswith(a) for a, b in pairs) else []
+    return sorted(found)
 
 
 def usable(cloud: Any, name: str) -> dict[str, Any] | None:

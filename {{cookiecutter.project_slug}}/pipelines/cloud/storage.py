@@ -169,9 +169,13 @@ def artifact(account: Account, archive: Path) -> str:
     uri = f"s3://{account.stack().bucket}/models/{digest}/model.tar.gz"
     with explained(f"uploading {archive} to {uri}"):
         there = unless_missing(s3.head_object, **place(uri)) or {}
-        if there.get("ContentLength") != archive.stat().st_size or _digest(account, uri) != digest:
-            with progress(archive.stat().st_size, f"uploading {archive.name}", "B") as tick:
-                s3.upload_file(str(archive), **place(uri), ExtraArgs=account.encryption(), Callback=tick)
+        if not there:
+            # In one request, which can say that it replaces nothing: the bucket takes no other below models/.
+            print(f"uploading {archive.name} ({archive.stat().st_size / 1e6:.0f} MB)", flush=True)
+            with archive.open("rb") as body:
+                s3.put_object(**place(uri), Body=body, IfNoneMatch="*", **account.encryption())
+        elif _digest(account, uri) != digest:
+            raise UserError(f"{uri} is not the artifact that its name says: somebody replaced it; delete that object")
     return uri
 
 

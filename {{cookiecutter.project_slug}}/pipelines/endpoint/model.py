@@ -19,7 +19,7 @@ def fleet(settings: Settings) -> tuple[str, int, str]:
 
 
 def create(account: Account, name: str, image: str, uri: str, package: str | None) -> None:
-    """Create a model: of an image and an artifact, or of a package."""
+    """Create a model: of an image and an artifact, or of a package; its role writes nothing but answers."""
     from sagemaker.core import resources, shapes
 
     variables = {name: value for name, value in sorted(os.environ.items()) if name.startswith("INFERENCE_")}
@@ -34,7 +34,11 @@ def create(account: Account, name: str, image: str, uri: str, package: str | Non
         container = shapes.ContainerDefinition(image=image, model_data_url=uri, environment=variables)
         model["primary_container"] = container
     resources.Model.create(
-        model_name=name, execution_role_arn=account.stack().role, tags=tags(account), region=account.region, **model
+        model_name=name,
+        execution_role_arn=account.stack().serving_role,
+        tags=tags(account),
+        region=account.region,
+        **model,
     )
 
 

@@ -39,7 +39,11 @@ def scale(account: Account, endpoint: str, variants: Sequence[str]) -> None:
                 "ResourceId": f"endpoint/{endpoint}/variant/{variant}",
                 "ScalableDimension": "sagemaker:variant:DesiredInstanceCount",
             }
-            scaling.register_scalable_target(**target, MinCapacity=lowest, MaxCapacity=highest)
+            place = {"ServiceNamespace": "sagemaker", "ResourceIds": [target["ResourceId"]]}
+            there = scaling.describe_scalable_targets(**place)["ScalableTargets"]
+            # One that is there keeps its tags, and AWS takes new ones by another request only.
+            tags = {} if there else {"Tags": {tag["Key"]: tag["Value"] for tag in account.tags()}}
+            scaling.register_scalable_target(**target, MinCapacity=lowest, MaxCapacity=highest, **tags)
             tracking = {
                 "TargetValue": BACKLOG if waits else INVOCATIONS,
                 "ScaleInCooldown": 300,

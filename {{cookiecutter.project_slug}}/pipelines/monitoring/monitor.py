@@ -146,7 +146,7 @@ def job(account: Account, watched: Watched, image: str, code: str, key: str | No
     report = {"OutputName": "report", "S3Output": place | {"S3UploadMode": "EndOfJob"}}
     return {
         "ProcessingJobName": f"{project.job_prefix()}-monitor-<aws.scheduler.execution-id>",
-        "RoleArn": stack.role,
+        "RoleArn": stack.serving_role,
         "AppSpecification": {
             "ImageUri": image,
             "ContainerEntrypoint": ["python3", f"{CODE}/processing/monitor.py"],
