@@ -280,7 +280,7 @@ def test_what_others_write_beside_a_picture_is_no_work() -> None:
     small = encoded(noise, "PNG", compress_level=0)
     place, size = small.index(b"IDAT") - 4, int.from_bytes(small[small.index(b"IDAT") - 4 :][:4], "big")
     pixels = small[place + 8 : place + 8 + size]
-    pieces = b"".join(chunk(b"IDAT", pixels[start : start + 600]) for start in range(0, size, 600))
+    pieces = b"".join(chunk(b"IDAT", pixels[start : start + 200]) for start in range(0, size, 200))
     pictures = [
         encoded(noise, "TIFF", compression="jpeg", **pages),
         encoded(noise, "TIFF", compression="jpeg", strip_size=16 * 1200, **pages),

@@ -244,6 +244,22 @@ def test_only_what_stands_in_instances_counts(classifier: inference.Classifier) 
     assert len(inference.input_fn('{"instances": [{"b64": "' + escaped + '", "id": "a"}]}')) == 1
 
 
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (b'{"instances": [' + b"[]," * 1100 + b"[]]}", "the request has 1101 instances, more than the limit of 256"),
+        (b'{"instances": [' + b"1," * 20_000 + b"1]}", "the JSON has 20000 values, more than 256 instances can need"),
+    ],
+)
+def test_what_stands_beside_the_model_s_rows_is_counted_before_it_is_parsed(
+    monkeypatch: pytest.MonkeyPatch, body: bytes, message: str
+) -> None:
+    monkeypatch.setattr(payload, "_parse", pytest.fail)
+    with pytest.raises(RequestError, match=message) as caught:
+        payload.read(body, JSON_TYPE)
+    assert caught.value.status == 413
+
+
 PIECES = (b'"', b'\\"', b"\\", b"\\\\", b"[", b"]", b"{", b"}", b"[]", b"[],", b"{},", b'"",', b"1,", b"1e9,", b"[1],",
           b'"a":', b"null,", b"\xff", b"\0", b" ", b"9" * 99, b'[["", 1],', b'{"instances":[', b'{"b64":"')  # fmt: skip
 
