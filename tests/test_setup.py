@@ -118,3 +118,21 @@ def test_a_commit_with_a_secret_is_refused(ready: Project, bake: Bake, kind: str
     refused = project.run(*commit, **skipped)
     assert refused.returncode == 1
     assert f"Secret Type: {kind}" in refused.stdout + refused.stderr
+
+
+def test_no_file_is_left_out_by_the_hook_that_looks_for_secrets(ready: Project, bake: Bake) -> None:
+    """Neither the template's address nor the lock; of `.cruft.json` the line of the commit is none."""
+    project = bake()
+    (project.path / ".venv").symlink_to(ready.path / ".venv")
+    project.run("git", "add", "--all")
+    check = (project.program("pre-commit"), "run", "detect-secrets", "--files")
+    home = str(project.path / ".cache")
+    assert project.run(*check, ".cruft.json", PRE_COMMIT_HOME=home).returncode == 0
+    facts = json.loads((project.path / ".cruft.json").read_text(encoding="utf-8"))
+    for changed in ({"template": "https://user:" + "wWPw5k4aXcaT@example.com/it"}, {"checkout": facts["commit"]}):
+        (project.path / ".cruft.json").write_text(json.dumps(facts | changed, indent=2), encoding="utf-8")
+        done = project.run(*check, ".cruft.json", PRE_COMMIT_HOME=home)
+        assert done.returncode == 1, done.stdout
+    (project.path / "uv.lock").write_text(f"{PLANTED['GitHub Token']}\n", encoding="utf-8")
+    project.run("git", "add", "--all", "--force")
+    assert project.run(*check, "uv.lock", PRE_COMMIT_HOME=home).returncode == 1

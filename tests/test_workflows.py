@@ -145,8 +145,8 @@ HOSTILE = [
     "$(touch canary)", "`touch canary`", "1; touch canary", "1\ntouch canary", "champion\n", "$(shell touch canary)",
     "1 && touch canary", "'; touch canary; '", '"; touch canary; "', "a[$(touch canary)]", "1\r", "--help", "0", "-1",
     "1" * 400, f"{ARN}\n{ARN}", f"{ARN} ", f" {ARN}", ARN.replace("sagemaker", "iam"), ARN + "$(touch canary)", "*",
-    "${PATH}", "${{ github.token }}", "\x1b]52;c;cm0=\x07", "\u0663", "\uff11", "%0A", "::set-output name=x::y", "Champion",
-    "champion;", "../1", "",
+    "${PATH}", "${{ github.token }}", "\x1b]52;c;cm0=\x07", "\u0663", "\uff11", "%0A", "::set-output name=x::y",
+    "Champion", "champion;", "../1", "",
 ]  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -401,7 +402,12 @@ def test_predict_and_evaluate_show_names_as_text(verb: Verb, project: Path, raw:
     with tarfile.open(folder / "model.tar.gz") as tar:
         tar.extractall(folder / "model", filter="data")
     facts = json.loads((folder / "model" / "model.json").read_text())
-    facts["classes"] = [f"{number}{''.join(HOSTILE)}" for number, _ in enumerate(facts["classes"])]
+    golden = (folder / "model" / "golden.json").read_text()
+    for number, name in enumerate(facts["classes"]):
+        facts["classes"][number] = f"{number}{''.join(HOSTILE)}"
+        golden = golden.replace(json.dumps(name), json.dumps(facts["classes"][number]))
+    (folder / "model" / "golden.json").write_text(golden)
+    facts["files"]["golden.json"] = hashlib.sha256(golden.encode()).hexdigest()
     (folder / "model" / "model.json").write_text(json.dumps(facts))
     runs.pack(folder / "model", folder / "model.tar.gz")
     for file in (project / "data").glob("*/*/dataset.json"):
@@ -411,4 +417,6 @@ def test_predict_and_evaluate_show_names_as_text(verb: Verb, project: Path, raw:
     for words in (("predict", "--image", str(picture), "--image", f"{picture}.gone"), ("evaluate",), ("report",)):
         done = verb(*words)
         assert is_text(done.stdout + done.stderr), words
+        assert words != ("evaluate",) or done.returncode == 0, done.stderr
+        assert words == ("report",) or "x1b]52;c;" in done.stdout, done.stdout + done.stderr
         assert not [line for line in done.stdout.splitlines() if line.startswith("epoch=")]

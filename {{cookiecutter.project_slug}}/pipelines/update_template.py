@@ -58,7 +58,7 @@ def news(template: str, since: str) -> tuple[str, list[str]]:
             return subprocess.run(["git", "-C", folder, *words], capture_output=True, text=True, errors="replace")
 
         done = asked("clone", "--quiet", "--bare", "--", template, folder)
-        known = re.fullmatch("[0-9a-f]{40,64}", since) and asked("cat-file", "-e", f"{since}^{{commit}}")
+        known = re.fullmatch("[0-9a-f]{40,64}", since) and asked("cat-file", "-e", f"{since}^0")
         if done.returncode or not known or known.returncode:
             reason = done.stderr.strip().splitlines() or [f"it has no commit {plain(since)}"]
             raise UserError(f"cruft could not update from {template}: {plain(reason[-1])}; nothing was changed")

@@ -25,7 +25,8 @@ OBEYED = ("Cc", "Cf", "Cs", "Zl", "Zp")  # kinds of characters that a terminal o
 FILLERS = "\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0"  # letters that look like nothing
 # What may stand in a name all the same: the flag of a part of a country, and joiners between letters or pictures.
 NEIGHBOUR = r"[^\x00-\x7f\u2000-\u206f]"
-MEANT = re.compile(rf"\U0001f3f4[\U000e0030-\U000e007a]{{3,6}}\U000e007f|(?<={NEIGHBOUR})[\u200c\u200d](?={NEIGHBOUR})")
+FLAG = "\U0001f3f4[\U000e0030-\U000e007a]{3,6}\U000e007f"
+MEANT = re.compile(rf"{FLAG}|(?<={NEIGHBOUR})[\u200c\u200d](?={NEIGHBOUR})")
 SHAPE = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}{postfix}]"
 
 
