@@ -598,6 +598,14 @@ def test_what_schedules_do_is_allowed_to_their_role() -> None:
     assert done > 5
 
 
+def test_every_upload_of_what_is_served_replaces_nothing() -> None:
+    """Or the bucket's policy would refuse it, as the table above says."""
+    puts = [asked for file in VERBS for operation, asked in asked_of(file) if operation == "PutObject"]
+    models = [asked for asked in puts if asked["Key"].startswith("models/")]
+    assert models
+    assert {asked.get("IfNoneMatch") for asked in models} == {"*"}
+
+
 def test_policies_fit() -> None:
     """A managed policy has at most 6,144 characters without blanks, all of a role's own together 10,240."""
     longest = {"AWS::Region": "ap-southeast-1", "AWS::Partition": "aws-us-gov", "AWS::URLSuffix": "amazonaws.com.cn"}

@@ -116,9 +116,13 @@ def artifact(account: Account, archive: Path) -> str:
     uri, s3 = f"s3://{account.stack().bucket}/models/{_digest(archive)}/model.tar.gz", account.client("s3")
     with explained(f"uploading {archive} to {uri}"):
         there = unless_missing(s3.head_object, **place(uri)) or {}
-        if there.get("ContentLength") != archive.stat().st_size:
+        size = archive.stat().st_size
+        if there.get("ContentLength", size) != size:
+            raise UserError(f"{uri} has {there['ContentLength']} bytes, and {archive}, whose name it is, has {size}; "
+                            "find out who put it there, remove it, and do it again")  # fmt: skip
+        if not there:
             # In one request, which can say that it replaces nothing: the bucket takes no other below models/.
-            print(f"uploading {archive.name} ({archive.stat().st_size / 1e6:.0f} MB)", flush=True)
+            print(f"uploading {archive.name} ({size / 1e6:.0f} MB)", flush=True)
             with archive.open("rb") as body:
                 s3.put_object(**place(uri), Body=body, IfNoneMatch="*", **account.encryption())
     return uri
