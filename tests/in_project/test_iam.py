@@ -19,6 +19,7 @@ PERSON, PEOPLE = "person", ("VerbsPolicy", "AroundPolicy")
 OWN, NEIGHBOUR, LATER = "fraud", "fraud-cards", "prod-antifraud"
 ROLES = ("ExecutionRole", "ServingRole", "PipelineRole", "SchedulerRole", "TriggerRole", "DeployRole", "GitHubRole",
          "GitHubDeployRole")  # fmt: skip
+Row = tuple[str, str, str, Context]
 EVERY = {
     "RemoteDebug": "true", "KmsKey": KEY, "GitHubRepository": "octo/cats", "GitHubSubjects": "octo/cats,octo@*/cats@*",
     "DeployOnApproval": "true", "PipelineSchedule": "rate(7 days)", "Watch": "incoming",
@@ -52,12 +53,12 @@ def bucket(project: str) -> str:
     return f"{project}-{ACCOUNT}-{REGION}"
 
 
-def tagged(project: str) -> dict[str, str]:
+def tagged(project: str) -> dict[str, Any]:
     """What a request on something of a project knows."""
     return {"aws:ResourceTag/project": project, "sagemaker:ResourceTag/project": project}
 
 
-def new(project: str, action: str = "") -> dict[str, str]:
+def new(project: str, action: str = "") -> dict[str, Any]:
     """What a request that makes something knows."""
     return {"aws:RequestTag/project": project} | ({"sagemaker:TaggingAction": action} if action else {})
 
@@ -78,16 +79,16 @@ def role(project: str, name: str) -> str:
     return arn("iam", f"role/{project}-{name}-1A2B", "")
 
 
-def passed(service: str = "sagemaker") -> dict[str, str]:
+def passed(service: str = "sagemaker") -> dict[str, Any]:
     return {"iam:PassedToService": f"{service}.amazonaws.com"}
 
 
-IN_VPC = {"sagemaker:VpcSubnets": ["subnet-0a"], "sagemaker:VpcSecurityGroupIds": ["sg-0a"]}
+IN_VPC: dict[str, Any] = {"sagemaker:VpcSubnets": ["subnet-0a"], "sagemaker:VpcSecurityGroupIds": ["sg-0a"]}
 THROUGH = {"kms:ViaService": f"s3.{REGION}.amazonaws.com"}
 SCALABLE = arn("application-autoscaling", "scalable-target/0a1b")
 OF_SAGEMAKER = {"application-autoscaling:service-namespace": "sagemaker"}
 TARGET_ALARM = "alarm:TargetTracking-endpoint/{}/variant/AllTraffic-AlarmHigh-1"
-STRANGERS = [  # principal, action, resource, context: of another project, or more than the principal needs
+STRANGERS: list[Row] = [  # principal, action, resource, context: of another project, or more than the principal needs
     # whose name begins with this one's: AWS knows the tag
     *[(PERSON, f"sagemaker:{action}", sm(f"{kind}/{NEIGHBOUR}{rest}"), tagged(NEIGHBOUR))
       for action, kind, rest in [
@@ -174,7 +175,7 @@ STRANGERS = [  # principal, action, resource, context: of another project, or mo
     ("SchedulerRole", "sagemaker:DeleteEndpoint", sm("endpoint/fraudster"), tagged(OWN)),
     ("SchedulerRole", "sagemaker:DeleteModel", sm(f"model/{OWN}-1"), tagged(OWN)),
 ]  # fmt: skip
-OURS = [
+OURS: list[Row] = [
     *[(PERSON, f"sagemaker:{action}", sm(f"{kind}/{OWN}-1"), {}) for action, kind in [
         ("DescribeEndpoint", "endpoint"), ("DescribeTrainingJob", "training-job"), ("DeleteModel", "model"),
         ("DeleteEndpointConfig", "endpoint-config")]],  # of what is not there AWS knows no tag
@@ -220,7 +221,6 @@ OURS = [
     ("PipelineRole", "iam:PassRole", role(OWN, "ExecutionRole"), passed()),
     *[("SchedulerRole", "sagemaker:DeleteEndpoint", sm(f"endpoint/{OWN}{rest}"), tagged(OWN)) for rest in ("", "-eu")],
 ]  # fmt: skip
-Row = tuple[str, str, str, Context]
 OF_FULL: list[tuple[bool, Row]] = [
     (True, ("SchedulerRole", "sagemaker:CreateProcessingJob", sm(f"processing-job/{OWN}-monitor-1"),
             new(OWN) | IN_VPC)),
@@ -405,7 +405,7 @@ def test_the_rules_of_iam() -> None:
     assert answer(allow, {"Effect": "Deny", "Action": "*", "NotResource": "arn:aws:s3:::b/*"})
     assert not answer({**allow, "Resource": "arn:aws:s3:::b"})
     several = {"a": ["1", "2"]}
-    for operator, wanted, context, right in [
+    cases: list[tuple[str, Any, Context, bool]] = [
         ("StringEquals", "1", {"A": "1"}, True), ("StringEquals", "1", {}, False), ("StringNotEquals", "1", {}, True),
         ("StringEqualsIfExists", "1", {}, True), ("StringEqualsIfExists", "1", {"a": "2"}, False),
         ("Null", "true", {}, True), ("Null", True, {"a": "1"}, False), ("Null", "false", {"a": "1"}, True),
@@ -413,7 +413,8 @@ def test_the_rules_of_iam() -> None:
         ("ForAllValues:StringEquals", ["1"], {}, True), ("ForAnyValue:StringEquals", ["1"], several, True),
         ("ForAnyValue:StringEquals", ["1"], {}, False), ("StringLike", "a*c", {"a": "a/b:c"}, True),
         ("Bool", "false", {"a": "False"}, True), ("Bool", "false", {}, False),
-    ]:  # fmt: skip
+    ]  # fmt: skip
+    for operator, wanted, context, right in cases:
         assert holds({operator: {"a": wanted}}, context) == right, (operator, wanted, context)
     with pytest.raises(UnknownError, match="several values"):
         holds({"StringEquals": {"a": "1"}}, several)
@@ -596,6 +597,14 @@ def test_what_schedules_do_is_allowed_to_their_role() -> None:
                 assert refused_of(made, "SchedulerRole", asks) == [], word
                 done += 1
     assert done > 5
+
+
+def test_every_upload_of_what_is_served_replaces_nothing() -> None:
+    """Or the bucket's policy would refuse it, as the table above says."""
+    puts = [asked for file in VERBS for operation, asked in asked_of(file) if operation == "PutObject"]
+    models = [asked for asked in puts if asked["Key"].startswith("models/")]
+    assert models
+    assert {asked.get("IfNoneMatch") for asked in models} == {"*"}
 
 
 def test_policies_fit() -> None:

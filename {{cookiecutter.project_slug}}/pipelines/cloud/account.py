@@ -128,11 +128,9 @@ class Account:
         names = {"bucket": "Bucket", "role": "ExecutionRole", "repository": "Repository", "topic": "Topic",
                  "scheduler_role": "SchedulerRole", "pipeline_role": "PipelineRole",
                  "serving_role": "ServingRole"}  # fmt: skip
-        absent = [key for key in names.values() if key not in outputs]
-        if absent:
-            raise UserError(
-                f"the stack {name} has no output {', '.join(absent)}; bring it up to date with `make bootstrap`"
-            )
+        if absent := [key for key in names.values() if key not in outputs]:
+            raise UserError(f"the stack {name} has no output {', '.join(absent)}; bring it up to date with "
+                            "`make bootstrap`")  # fmt: skip
         made = {part: outputs[key] for part, key in names.items()}
         self._stack = Stack(**made, parameters=given, status=facts["StackStatus"])
         return self._stack

@@ -7,11 +7,13 @@ One CloudFormation stack, of the files in `infrastructure/`. The plan that it sh
 
 from __future__ import annotations
 
+import itertools
 import time
+from typing import Any
 
 from pipelines import project, terminal
 from pipelines.cloud import stack
-from pipelines.cloud.account import Account, confirm, explained
+from pipelines.cloud.account import Account, confirm, explained, pages
 from pipelines.config import Settings, load
 from pipelines.terminal import UserError
 
@@ -31,7 +33,7 @@ def bootstrap(account: Account, yes: bool) -> None:
         caller = account.client("sts").get_caller_identity()
         number = caller["Account"]
         found = stack.usable(cloud, name)
-        near = stack.neighbours(cloud, name, project.tuning_prefix())
+        near = neighbours(cloud, name, project.tuning_prefix())
         if near and not found:
             raise UserError(f"the name {name} begins like that of the project {near[0]}, which is in this account and "
                             "region: their roles could not tell what is whose; choose a name in pyproject.toml of "
@@ -68,6 +70,22 @@ def bootstrap(account: Account, yes: bool) -> None:
         print(f"  {output['OutputKey']:15}{output['OutputValue']}")
     if changes and values["Email"]:
         print(f"AWS sends a mail to {values['Email']}: notifications begin when its link has been followed")
+
+
+def neighbours(cloud: Any, name: str, short: str) -> list[str]:
+    """Other projects of this template in account and region whose names policies cannot tell from this one's.
+
+    What has no tags goes by its name: `fraud-cards-end` may be a schedule of `fraud` or of `fraud-cards`.
+    """
+    found = []
+    for made in pages(cloud, "describe_stacks", "Stacks"):
+        given = {item["ParameterKey"]: item.get("ParameterValue", "") for item in made.get("Parameters", [])}
+        theirs = given.get("Project", "")
+        if theirs in ("", name) or "ShortProject" not in given or made["StackStatus"] == "DELETE_COMPLETE":
+            continue
+        pairs = itertools.product((name, short), (theirs, given["ShortProject"]))
+        found += [theirs] * any(a.startswith(b) or b.startswith(a) for a, b in pairs)
+    return sorted(found)
 
 
 def _notes(settings: Settings, values: dict[str, str]) -> list[str]:

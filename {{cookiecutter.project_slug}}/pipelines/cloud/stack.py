@@ -185,22 +185,6 @@ def find(cloud: Any, name: str) -> dict[str, Any] | None:
     return found and dict(found["Stacks"][0])
 
 
-def neighbours(cloud: Any, name: str, short: str) -> list[str]:
-    """Other projects of this template in account and region whose names policies cannot tell from this one's.
-
-    What has no tags goes by its name: `fraud-cards-end` may be a schedule of `fraud` or of `fraud-cards`.
-    """
-    found = []
-    for made in pages(cloud, "describe_stacks", "Stacks"):
-        given = {item["ParameterKey"]: item.get("ParameterValue", "") for item in made.get("Parameters", [])}
-        theirs = given.get("Project", "")
-        if theirs in ("", name) or "ShortProject" not in given or made["StackStatus"] == "DELETE_COMPLETE":
-            continue
-        pairs = [(a, b) for a in (name, short) for b in (theirs, given["ShortProject"])]
-        found += [theirs] if any(a.startswith(b) or b.startswith(a) for a, b in pairs) else []
-    return sorted(found)
-
-
 def usable(cloud: Any, name: str) -> dict[str, Any] | None:
     """The stack to update, or None when it is to be made; what an interrupted attempt left is removed."""
     found = find(cloud, name)

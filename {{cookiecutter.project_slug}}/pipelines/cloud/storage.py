@@ -175,7 +175,8 @@ def artifact(account: Account, archive: Path) -> str:
             with archive.open("rb") as body:
                 s3.put_object(**place(uri), Body=body, IfNoneMatch="*", **account.encryption())
         elif _digest(account, uri) != digest:
-            raise UserError(f"{uri} is not the artifact that its name says: somebody replaced it; delete that object")
+            raise UserError(f"{uri} is not the artifact that its name says: find out who put it there, remove it, and "
+                            "do it again")  # fmt: skip
     return uri
 
 
