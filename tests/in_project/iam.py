@@ -120,7 +120,7 @@ class Template:
 
     def true(self, node: Any) -> bool:
         """A condition function."""
-        (function, given), = node.items()
+        ((function, given),) = node.items()
         if function == "Condition":
             return self.condition(given)
         if function == "Fn::Not":
@@ -173,8 +173,10 @@ class Template:
         for other, resource in resources.items():
             if resource["Type"] == "AWS::IAM::ManagedPolicy" and other != name:
                 there = "Condition" not in resource or self.condition(resource["Condition"])
-                if there and (self.arns[other] in attached
-                              or self.arns.get(name) in self.resolve(resource["Properties"].get("Roles", []))):
+                if there and (
+                    self.arns[other] in attached
+                    or self.arns.get(name) in self.resolve(resource["Properties"].get("Roles", []))
+                ):
                     found.append(self.resolve(resource["Properties"]["PolicyDocument"]))  # fmt: skip
         return found
 

@@ -24,8 +24,8 @@ from inference import batch, inference
 from inference.export import checksums
 from pipelines import SOURCE, runs
 from tests.helpers import CLASSES, Verb, draw, verb_environment
-from tests.test_serve_local import note
 from tests.test_inference import archive, artifact, classifier
+from tests.test_serve_local import note
 
 __all__ = ["archive", "artifact", "classifier"]  # fixtures
 IMAGES = 200  # three whole batches and a part of one
@@ -339,7 +339,8 @@ def test_the_verb_finishes_its_batch_when_it_is_told_to_stop(
     output = project / "artifacts" / name / "batch" / "my photos.jsonl"
     process = subprocess.Popen(
         [sys.executable, "-m", "pipelines", "batch-local", "--data", str(photos)], cwd=project, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=verb_environment() | {"INFERENCE_SLOW": "1"}, start_new_session=True,
+        start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env=verb_environment() | {"INFERENCE_SLOW": "1"},
     )  # fmt: skip
     wait_for_lines(partial(output), process)
     os.killpg(process.pid, number)  # as a terminal does

@@ -247,8 +247,8 @@ def test_growing_updates_the_stack(aws: Recorder, monkeypatch: pytest.MonkeyPatc
     first, second = aws.named("CreateChangeSet")
     assert (first["ChangeSetType"], second["ChangeSetType"]) == ("CREATE", "UPDATE")
     added = json.loads(second["TemplateBody"])["Resources"].keys() - json.loads(first["TemplateBody"])["Resources"]
-    assert added == {"GitHubProvider", "GitHubRole", "GitHubDeployRole", "TriggerRole", "Schedule", "Uploaded", "Watcher", "Approved",
-                     "DeployRole", "Deployed"}  # fmt: skip
+    assert added == {"GitHubProvider", "GitHubRole", "GitHubDeployRole", "TriggerRole", "Schedule", "Uploaded",
+                     "Watcher", "Approved", "DeployRole", "Deployed"}  # fmt: skip
 
 
 def test_data_and_images_are_private_encrypted_and_outlive_the_stack() -> None:
@@ -311,9 +311,9 @@ def test_the_verbs_policy_allows_nothing_that_no_verb_does(scope: str) -> None:
     source = "".join(file.read_text(encoding="utf-8") for file in files)
     golden = "".join(file.read_text(encoding="utf-8") for file in golden_files(scope))
     implied = {  # by tags, roles, uploads, `docker push`
-        "AddTags", "TagResource", "PassRole", "GetObjectVersion", "CreateServiceLinkedRole", "AbortMultipartUpload", "GetBucketLocation",
-        "ListBucket", "InvokeEndpointAsync", "UpdatePipeline", "BatchCheckLayerAvailability", "BatchGetImage",
-        "CompleteLayerUpload", "GetDownloadUrlForLayer", "InitiateLayerUpload", "PutImage", "UploadLayerPart",
+        "AddTags", "TagResource", "PassRole", "GetObjectVersion", "CreateServiceLinkedRole", "AbortMultipartUpload",
+        "GetBucketLocation", "ListBucket", "InvokeEndpointAsync", "UpdatePipeline", "BatchCheckLayerAvailability",
+        "BatchGetImage", "CompleteLayerUpload", "GetDownloadUrlForLayer", "InitiateLayerUpload", "PutImage", "UploadLayerPart",
     }  # fmt: skip
     actions = allowed()
     called = {action for action in actions if re.sub(r"(?<!^)([A-Z])", r"_\1", action).lower() in source}
@@ -534,7 +534,7 @@ def test_names_that_begin_each_other_are_refused(
     aws.answers["DescribeStacks"] = describe
     for name in NEAR:
         there[:] = [neighbour(name)]
-        with pytest.raises(UserError, match=rf"the name {NAME} begins like that of the project {name}, .*choose a name"):
+        with pytest.raises(UserError, match=rf"{NAME} begins like that of the project {name}, .*choose a name"):
             make()
     assert not aws.named("CreateChangeSet")
     cloud = Account(config.load()).client("cloudformation")
@@ -542,7 +542,8 @@ def test_names_that_begin_each_other_are_refused(
     assert bootstrap.neighbours(cloud, NAME, NAME) == []
     # of two long names the first 19 characters are those of their jobs
     there[:] = [neighbour("image-classifier-of-dogs")]
-    assert bootstrap.neighbours(cloud, "image-classifier-of-cats", "image-classifier-of") == ["image-classifier-of-dogs"]
+    found = bootstrap.neighbours(cloud, "image-classifier-of-cats", "image-classifier-of")
+    assert found == ["image-classifier-of-dogs"]
     aws.answers.clear()
     make()
     monkeypatch.setattr(bootstrap, "neighbours", lambda *_: ["image"])

@@ -363,8 +363,9 @@ def test_serverless_and_async_endpoints(aws: Recorder, account: Account) -> None
 def test_status_of_stack_bucket_and_images(aws: Recorder, account: Account, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "make bootstrap" in status.stored(account)[0]
     repository = "123456789012.dkr.ecr.us-east-1.amazonaws.com/repo"
-    made = Stack(bucket="b", role=ROLE, repository=repository, topic="t", scheduler_role="s", pipeline_role="p",
-                 serving_role="v")
+    made = Stack(
+        bucket="b", role=ROLE, repository=repository, topic="t", scheduler_role="s", pipeline_role="p", serving_role="v"
+    )
     monkeypatch.setattr(Account, "stack", lambda _: made)
     assert "RepositoryNotFoundException" in status.stored(account)[2]
     aws.answers["DescribeImages"] = lambda p: (

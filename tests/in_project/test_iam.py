@@ -300,7 +300,9 @@ def test_the_roles_of_the_largest_scope() -> None:
 
 
 def verbs() -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = stack.joined()["Resources"]["AroundPolicy"]["Properties"]["PolicyDocument"]["Statement"]
+    found: list[dict[str, Any]] = stack.joined()["Resources"]["AroundPolicy"]["Properties"]["PolicyDocument"][
+        "Statement"
+    ]
     return found
 
 

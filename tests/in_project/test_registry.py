@@ -297,7 +297,14 @@ def test_the_local_registry_has_the_same_fields(calls: Recorder, tmp_path: Path)
     assert calls.named("CreateEndpoint"), "a locally registered model can be deployed"
 
 
-SWAPS = ["other content", "other code, the same model.json", "the same size", "gone", "an archive that leads out", "text"]
+SWAPS = [
+    "other content",
+    "other code, the same model.json",
+    "the same size",
+    "gone",
+    "an archive that leads out",
+    "text",
+]
 
 
 @pytest.mark.parametrize("swap", SWAPS)

@@ -238,7 +238,7 @@ def test_only_what_stands_in_instances_counts(classifier: inference.Classifier) 
     beside = {"ids": list(range(256)), "names": ["x"] * 256, "meta": [{"id": 1, "tags": ["a", "b"]}] * 256}
     for indent in (None, 2, "\t"):
         assert len(inference.input_fn(json.dumps({**beside, "instances": [image] * 256}, indent=indent))) == 256
-    unicode = "".join(f"\\u{ord(letter):04x}" for letter in image["b64"])
+    unicode = "".join(f"\\u{ord(letter):04x}" for letter in str(image["b64"]))
     assert len(inference.input_fn('{"\\u0069nstances": [{"\\u00624": 1, "b64": "' + unicode + '"}]}')) == 1
     escaped = base64.b64encode(photo()).decode().replace("/", r"\/")
     assert len(inference.input_fn('{"instances": [{"b64": "' + escaped + '", "id": "a"}]}')) == 1

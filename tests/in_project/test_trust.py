@@ -1,4 +1,4 @@
-"""What an artifact of a stranger may do: archives that escape or explode, names that lead out, code that looks around."""
+"""What an artifact of a stranger may do: archives that escape, names that lead out, code that looks around."""
 
 from __future__ import annotations
 
@@ -92,8 +92,8 @@ DEVICES = {name: packed(entry("code/inference.py", b"", type=kind)) for name, ki
     ("a pipe", tarfile.FIFOTYPE), ("a device", tarfile.CHRTYPE), ("a disk", tarfile.BLKTYPE),
     ("a contiguous file", tarfile.CONTTYPE), ("an unknown kind", b"Z"))}  # fmt: skip
 NAMES = {f"the name {name!r}": packed(entry(name)) for name in (
-    "../evil", "/tmp/evil", "a/../../evil", "..", "a/..", "code/\x1b]52;c;x\x07", "a\u202eb", "a\\..\\b", "a\nb", "\udcff",
-    "/".join("d" * 20), "x" * 300)}  # fmt: skip
+    "../evil", "/tmp/evil", "a/../../evil", "..", "a/..", "code/\x1b]52;c;x\x07", "a\u202eb", "a\\..\\b", "a\nb",
+    "\udcff", "/".join("d" * 20), "x" * 300)}  # fmt: skip
 TWICE = {f"{first} and {second}": packed(entry(first), entry(second)) for first, second in (
     ("a", "a"), ("a", "A"), ("code/Inference.py", "code/inference.py"), ("a", "a/b"), ("a/b", "a"), ("A/b", "a/c"),
     ("stra\u00dfe", "STRASSE"), ("\u00e9", "e\u0301"), ("./a", "a"), ("a//b", "a/b"))}  # fmt: skip
@@ -131,7 +131,8 @@ SIZES = {
     "nothing": lambda: b"",
 }
 HOSTILE: dict[str, Callable[[], bytes]] = {
-    **{name: functools.partial(bytes, body) for name, body in (LINKS | DEVICES | NAMES | TWICE | HEADERS).items()}, **SIZES,
+    **{name: functools.partial(bytes, body) for name, body in (LINKS | DEVICES | NAMES | TWICE | HEADERS).items()},
+    **SIZES,
 }  # fmt: skip
 
 
@@ -154,7 +155,8 @@ def test_what_packers_write_is_unpacked(form: int, tmp_path: Path) -> None:
     """GNU tar, Python and others: folders of their own, times as fractions, long names, several streams, padding."""
     long = "n" * 60 + "/" + "m" * 90
     members = [entry(".", b"", type=tarfile.DIRTYPE), entry("./a", b"1" * 513, mtime=1.5 if form else 1),
-               entry("code", b"", type=tarfile.DIRTYPE), entry("code/b c.py"), entry(long), entry("empty", b"")]  # fmt: skip
+               entry("code", b"", type=tarfile.DIRTYPE), entry("code/b c.py"),
+               entry(long), entry("empty", b"")]  # fmt: skip
     body = packed(*members, form=form)
     halves = gzip.decompress(body)
     for number, written in enumerate((body, gzip.compress(halves[:700]) + gzip.compress(halves[700:]) + bytes(99))):
@@ -229,7 +231,7 @@ def changed(artifact: Path, folder: Path, code: str, file: str = "inference.py",
 def test_no_code_is_imported_before_it_is_checked(file: str, artifact: Path, tmp_path: Path) -> None:
     """Changed, or put beside the files that model.json names."""
     path = changed(artifact, tmp_path, f"open({str(tmp_path / 'ran')!r}, 'w')\n", file, honest=False)
-    with pytest.raises(ArtifactError, match="checksum|not among the files"), open_artifact(path):
+    with pytest.raises(ArtifactError, match=r"checksum|not among the files"), open_artifact(path):
         pass
     assert not (tmp_path / "ran").exists()
 
@@ -267,7 +269,8 @@ def _look():
         except BaseException as error:
             return False
     project = _pathlib.Path("@PROJECT@")
-    found["wrote"] = [name for name in ("evil", "pipelines/__init__.py", ".cache/trusted", "src/evil.py", "artifacts/evil")
+    found["wrote"] = [name for name in ("evil", "pipelines/__init__.py", ".cache/trusted", "src/evil.py",
+                                        "artifacts/evil")
                       if tried(lambda: (project / name).open("a").write("# evil\\n"))]
     found["read"] = [name for name in ("configs/infrastructure.yaml", ".cache/trusted") if (project / name).exists()]
     found["asked"] = tried(lambda: socket.create_connection(("@HOST@", @PORT@), timeout=1))
@@ -280,7 +283,8 @@ if _os.path.isdir("/opt/scratch") or _os.path.isdir("/opt/ml/model"):  # in a co
 """
 SAY = """
 import json as _json, os as _os
-print("FOUND " + _json.dumps({"secrets": [name for name, value in _os.environ.items() if "s3cret" in value]}), flush=True)
+secrets = [name for name, value in _os.environ.items() if "s3cret" in value]
+print("FOUND " + _json.dumps({"secrets": secrets}), flush=True)
 """
 
 
@@ -382,7 +386,15 @@ def test_a_stranger_s_code_runs_where_it_can_do_nothing(
     assert done.returncode == 0, done.stderr + done.stdout
     text = next(line for line in (done.stdout + done.stderr).splitlines() if line.startswith("FOUND"))
     found = json.loads(text.removeprefix("FOUND ").partition("\\x1b")[0])
-    assert found == {"secrets": [], "wrote": [], "read": [], "asked": False, "networks": [], "root": False, "system": False}
+    assert found == {
+        "secrets": [],
+        "wrote": [],
+        "read": [],
+        "asked": False,
+        "networks": [],
+        "root": False,
+        "system": False,
+    }
     assert "\x1b" not in done.stdout + done.stderr
     assert not listener[2]
     assert (stranger / "pipelines" / "__init__.py").read_text() == kept
@@ -443,8 +455,9 @@ def test_trust_is_of_the_content(archive: Path, tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(runs, "TRUSTED", file)
     assert not runs.trusted(archive)  # no list
     file.parent.mkdir()
-    cases = {f"{digest} 2026\n": True, f"# mine\n\n{'0' * 64} a\n{digest}": True, "": False, f"{digest[:63]}\n": False,
-             f"a {digest}\n": False, f"{digest.upper()}\n": False, f"{digest}x\n": False, "\udcff\0\n": False}  # fmt: skip
+    cases = {f"{digest} 2026\n": True, f"# mine\n\n{'0' * 64} a\n{digest}": True, "": False,
+             f"{digest[:63]}\n": False, f"a {digest}\n": False, f"{digest.upper()}\n": False, f"{digest}x\n": False,
+             "\udcff\0\n": False}  # fmt: skip
     for text, right in cases.items():
         file.write_text(text, errors="surrogateescape")
         assert runs.trusted(archive) == right, text
