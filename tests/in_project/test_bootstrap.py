@@ -313,7 +313,8 @@ def test_the_verbs_policy_allows_nothing_that_no_verb_does(scope: str) -> None:
     implied = {  # by tags, roles, uploads, `docker push`
         "AddTags", "TagResource", "PassRole", "GetObjectVersion", "CreateServiceLinkedRole", "AbortMultipartUpload",
         "GetBucketLocation", "ListBucket", "InvokeEndpointAsync", "UpdatePipeline", "BatchCheckLayerAvailability",
-        "BatchGetImage", "CompleteLayerUpload", "GetDownloadUrlForLayer", "InitiateLayerUpload", "PutImage", "UploadLayerPart",
+        "BatchGetImage", "CompleteLayerUpload", "GetDownloadUrlForLayer", "InitiateLayerUpload", "PutImage",
+        "UploadLayerPart",
     }  # fmt: skip
     actions = allowed()
     called = {action for action in actions if re.sub(r"(?<!^)([A-Z])", r"_\1", action).lower() in source}
