@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.conftest import NO_ENGINE, TREE, Bake, Project
+from tests.conftest import NO_ENGINE, TEMPLATE, TREE, Bake, Project
 
 PAGES = sorted(path.name for path in (TREE / "docs").glob("*.md"))
 SCOPES: dict[str, dict[str, Any]] = {
@@ -141,3 +141,10 @@ def test_every_message_exists() -> None:
     for text in said:
         if not text.startswith(("CUDA", "Connection closed", "Retry-After")):  # torch's; a header
             assert text in code, f"no message says {text!r}"
+
+
+def test_the_security_page_names_tests_that_exist() -> None:
+    text = (TEMPLATE / "SECURITY.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`(?:tests/)?(test_\w+)(?:\.py)?`", text))
+    assert len(named) > 10
+    assert named <= {path.stem for path in (TEMPLATE / "tests").rglob("test_*.py")}
