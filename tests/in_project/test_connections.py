@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import select
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -61,6 +62,12 @@ def received(connection: socket.socket) -> bytes:
     return bytes(data)
 
 
+def send(connection: socket.socket, data: bytes) -> None:
+    """As much as the other side takes."""
+    with contextlib.suppress(ConnectionError):
+        connection.sendall(data)
+
+
 def ended(connection: socket.socket, piece: bytes) -> bool:
     """Whether it ends although something is sent again and again."""
     with contextlib.suppress(ConnectionError):
@@ -80,6 +87,8 @@ def beside(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Callable[[Clie
 
     def run(test: Callable[[Client], None]) -> None:
         async def both() -> None:
+            failures: list[dict[str, Any]] = []
+            asyncio.get_running_loop().set_exception_handler(lambda _, context: failures.append(context))
             port, settings = free_port(), serve.Settings(queue=3, timeout=20, max_bytes=2**20)
             served: Any = serve.application(Model(), settings)  # type: ignore[arg-type]
             config = uvicorn.Config(
@@ -97,6 +106,7 @@ def beside(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Callable[[Clie
                     await asyncio.sleep(0.01)
                 assert not server.server_state.connections  # nothing is left
                 assert not connections.Connection.idle
+                assert not failures
             finally:
                 server.should_exit = True
                 await serving
@@ -230,6 +240,30 @@ def test_what_follows_an_early_answer_ends(beside: Any) -> None:
         with client.connect(HEAD + b"Content-Length: 2000000\r\n\r\n") as connection:
             assert connection.recv(100).startswith(b"HTTP/1.1 413 ")
             assert ended(connection, b"x")
+
+    beside(test)
+
+
+def test_a_long_body_that_stops_is_not_waited_for(beside: Any) -> None:
+    """At the rate of a body this long it would have 15 seconds; without a byte it has half of one."""
+
+    def test(client: Client) -> None:
+        with client.connect(HEAD + b"Content-Length: 1048576\r\n\r\n" + b"x" * 1_000_000) as connection:
+            begun = time.monotonic()
+            assert received(connection).startswith(b"HTTP/1.1 408 ")
+            assert time.monotonic() - begun < 3
+
+    beside(test)
+
+
+def test_what_is_no_http_after_an_early_answer_ends_the_connection(beside: Any) -> None:
+    def test(client: Client) -> None:
+        chunk = b"Transfer-Encoding: chunked\r\n\r\n180000\r\n" + b"x" * 0x180000 + b"\r\n"
+        with client.connect(HEAD) as connection:
+            sending = threading.Thread(target=send, args=(connection, chunk + b"no length\r\n"))
+            sending.start()
+            assert received(connection).count(b"HTTP/1.1 ") == 1
+            sending.join()
 
     beside(test)
 

@@ -133,6 +133,7 @@ def test_bad_requests_have_a_status_and_a_sentence(
         (b'{"instances": [{"b64": "a%Gk="}]}', "instance 0: b64 is not base64"),
         (b'{"instances": [{"b64": "aGk="}]}', "instance 0: 2 bytes that are not a readable image"),
         (deep(9), "nested deeper than the limit of 8"),
+        (b'{"instances": [[1]], "name": "' + b'\\"' * 100_000, "a string does not end"),
         (b"{", "not valid JSON: Expecting property name"),
     ],
 )
