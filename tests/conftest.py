@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import shlex
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -41,16 +42,16 @@ NO_ENGINE = {"DOCKER_HOST": "unix:///nowhere", "REQUIRE_CONTAINERS": ""}
 # `make test` gives each of its workers whole files, and several tests look whether a container is left: so one file has
 # all that use the engine, and the others cannot.
 ENGINE_FILE = "test_generated.py"
-# Tests in `tests/in_project`: those that use the engine, and those that `make test` leaves out.
-USE_THE_ENGINE = {
-    f"tests/test_{name}.py"
-    for name in ("batch_transform", "cloud_training", "configuration", "containers", "doctor", "environment",
-                 "failures", "monitor", "pipeline", "serve_local", "tune")
-}  # fmt: skip
-FAULTS = "tests/test_faults.py"
-FUZZING = "tests/test_fuzz.py"
-TRACKING = "tests/test_tracking.py"  # needs the answer mlflow
+FIRST = [ENGINE_FILE, "test_without_engine.py"]  # the two longest; each worker begins with one, and the others fill up
+# Tests in `tests/in_project` that have a run of their own; the last one needs the answer mlflow.
+FAULTS, FUZZING, TRACKING = "tests/test_faults.py", "tests/test_fuzz.py", "tests/test_tracking.py"
 OTHER_HOSTS = {"RAY_PYTHON": "ray", "TORCHSERVE_PYTHON": "torchserve"}  # variable of the tests, name of the host
+ELSEWHERE = {FAULTS, FUZZING, TRACKING, *(f"tests/test_{name}.py" for name in OTHER_HOSTS.values())}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first."""
+    items.sort(key=lambda item: FIRST.index(item.path.name) if item.path.name in FIRST else len(FIRST))
 
 
 def fresh_shell() -> dict[str, str]:
@@ -91,13 +92,18 @@ class Project:
 Bake = Callable[..., Project]
 
 
-def run_tests(project: Project, *words: str, **environment: str) -> None:
-    """`make test` in a project; where REQUIRE_CONTAINERS is set, a test that was skipped is a failure."""
-    done = project.run("make", "test", f"ARGS={' '.join(words)}", **environment)
+def run_tests(project: Project, *words: str, **environment: str) -> str:
+    """`make test` in a project; where REQUIRE_CONTAINERS is set, a test that was skipped is a failure.
+
+    Returns:
+        What it wrote to standard output.
+    """
+    done = project.run("make", "test", f"ARGS={shlex.join(words)}", **environment)
     print(done.stdout[-3000:])
     assert done.returncode == 0, done.stdout + done.stderr
     if environment.get("REQUIRE_CONTAINERS", os.environ.get("REQUIRE_CONTAINERS")):
         assert "skipped" not in done.stdout.splitlines()[-1]
+    return done.stdout
 
 
 def add_tests(project: Project) -> list[str]:

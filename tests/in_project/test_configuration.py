@@ -183,6 +183,7 @@ HYPERPARAMETERS: dict[str, Any] = {
 }  # fmt: skip
 
 
+@pytest.mark.container
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # the SDK leaves a pipe open
 def test_dict_json_and_yaml_hyperparameters_give_the_same_run(tmp_path: Path, packed: Path, nothing_left: str) -> None:
     """The same weights, bit for bit; and another value gives others."""

@@ -23,9 +23,9 @@ from tests.test_training_local import NO_ENGINE, SHORT, published, read
     ("missing", "sentence"),
     [
         ("docker", "the docker command is not installed"),
-        ("compose", "Docker Compose is not installed"),
+        pytest.param("compose", "Docker Compose is not installed", marks=pytest.mark.container),
         ("engine", "no Docker engine answers"),
-        ("image", "image nowhere.invalid/none:1 is not here and cannot be pulled"),
+        pytest.param("image", "image nowhere.invalid/none:1 is not here and cannot be pulled", marks=pytest.mark.container),
     ],
 )
 def test_what_a_container_lacks_is_one_sentence(
@@ -57,6 +57,7 @@ def test_what_a_container_lacks_is_one_sentence(
     assert "Traceback" not in failed.stderr
 
 
+@pytest.mark.container
 def test_an_image_that_cannot_be_built_falls_back_to_a_process(verb: Verb, project: Path, nothing_left: str) -> None:
     (project / "docker" / "Dockerfile").write_text("FROM scratch\nRUN nothing\n")
     trained = verb("train-local", *SHORT)
@@ -79,6 +80,7 @@ for channel in ("TRAIN", "VALIDATION", "CHECKPOINTS"):
 """
 
 
+@pytest.mark.container
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # the SDK leaves a pipe open
 def test_both_modes_keep_the_same_contract(tmp_path: Path, packed: Path, nothing_left: str) -> None:
     source = tmp_path / "src"

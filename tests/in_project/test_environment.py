@@ -21,6 +21,7 @@ SHORT = ("--set", "training.epochs=2")
 QUICK = ["images.packages=[--help]"]  # an image that takes a second and no network
 
 
+@pytest.mark.container
 @pytest.mark.parametrize("variable", ["SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", None])
 def test_the_proxys_certificates_reach_the_image_build(
     image: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str | None
@@ -42,6 +43,7 @@ def test_the_proxys_certificates_reach_the_image_build(
     assert image
 
 
+@pytest.mark.container
 def test_proxies_are_handed_to_the_build(image: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HTTPS_PROXY", "http://proxy.invalid:3128")
     name = images.build(config.load(QUICK), "training", ["--no-cache"])
@@ -58,6 +60,7 @@ def test_proxies_are_handed_to_the_build(image: str, monkeypatch: pytest.MonkeyP
     assert "proxy=http://proxy.invalid:3128" in images.BUILD_LOG.read_text()
 
 
+@pytest.mark.container
 @pytest.mark.parametrize(("version", "works"), [("1.29.2", True), ("1.27.0", True), ("1.25.5", False), ("", False)])
 def test_an_old_compose_is_one_sentence(
     image: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str, works: bool
@@ -75,6 +78,7 @@ def test_an_old_compose_is_one_sentence(
     assert image
 
 
+@pytest.mark.container
 @pytest.mark.parametrize("sign", [":", "$"])
 def test_a_path_that_compose_cannot_mount_is_one_sentence(
     image: str, monkeypatch: pytest.MonkeyPatch, sign: str
@@ -103,7 +107,7 @@ def start(project: Path, *arguments: str) -> subprocess.Popen[str]:
     )
 
 
-@pytest.mark.parametrize("mode", ["container", "process"])
+@pytest.mark.parametrize("mode", ["process", pytest.param("container", marks=pytest.mark.container)])
 def test_two_runs_at_the_same_time(project: Path, mode: str, request: pytest.FixtureRequest) -> None:
     """Both start with nothing: one packs the data set while the other waits for it."""
     if mode == "container":
@@ -118,6 +122,7 @@ def test_two_runs_at_the_same_time(project: Path, mode: str, request: pytest.Fix
     assert not list((project / "data").glob(".*"))
 
 
+@pytest.mark.container
 def test_a_run_on_two_hosts_does_not_mix_with_another(verb: Verb, project: Path, nothing_left: str) -> None:
     other = start(project, "--mode", "container", "--set", "training.epochs=100000")
     assert other.stdout is not None
@@ -135,7 +140,7 @@ def test_a_run_on_two_hosts_does_not_mix_with_another(verb: Verb, project: Path,
     assert nothing_left
 
 
-@pytest.mark.parametrize("mode", ["container", "process"])
+@pytest.mark.parametrize("mode", ["process", pytest.param("container", marks=pytest.mark.container)])
 def test_a_nearly_full_disk(project: Path, mode: str, request: pytest.FixtureRequest) -> None:
     """With 100 MB left a run works; with none it says so in one sentence and publishes nothing."""
     if mode == "container":

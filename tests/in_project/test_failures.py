@@ -29,7 +29,7 @@ def test_evaluation_refuses_a_test_split_that_may_have_been_trained_on(verb: Ver
     assert "its test split may hold images that the model has seen" in refused.stderr
 
 
-@pytest.mark.parametrize("mode", ["container", "process"])
+@pytest.mark.parametrize("mode", ["process", pytest.param("container", marks=pytest.mark.container)])
 def test_a_failing_script_is_one_sentence_and_publishes_nothing(
     verb: Verb, project: Path, mode: str, request: pytest.FixtureRequest
 ) -> None:
@@ -61,6 +61,7 @@ def test_the_host_that_failed_first_gives_the_reason(verb: Verb, project: Path) 
     assert not children_in(project)
 
 
+@pytest.mark.container
 def test_a_crash_before_the_script_starts_is_named(verb: Verb, project: Path, nothing_left: str) -> None:
     (project / "src" / "training" / "train.py").write_text("import nonexistent\n")
     failed = verb("train-local", "--mode", "container", *SHORT)
@@ -112,7 +113,7 @@ def start_long_run(project: Path, *arguments: str) -> tuple[subprocess.Popen[str
     raise AssertionError(f"the run ended by itself:\n{text}")
 
 
-@pytest.mark.parametrize("mode", ["container", "process"])
+@pytest.mark.parametrize("mode", ["process", pytest.param("container", marks=pytest.mark.container)])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_stops_everything_and_the_run_can_be_resumed(
     verb: Verb, project: Path, mode: str, number: signal.Signals, request: pytest.FixtureRequest
