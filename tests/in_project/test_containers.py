@@ -124,6 +124,7 @@ for name in ("SM_MODEL_DIR", "SM_OUTPUT_DATA_DIR"):
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # as above
+@pytest.mark.container
 def test_a_container_has_the_rights_it_needs_and_no_more(tmp_path: Path, packed: Path, nothing_left: str) -> None:
     source, root = tmp_path / "src", tmp_path / f"rights-{time.time_ns()}"
     (source / "training").mkdir(parents=True)

@@ -377,6 +377,7 @@ def container_of(project: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("hosts", [1, 2])
+@pytest.mark.container
 def test_a_spot_interruption_of_a_container_is_honoured(project: Path, nothing_left: str, hosts: int) -> None:
     """`docker stop`, as SageMaker does: a checkpoint, exit code 143, no artifact; and the run can go on."""
     words = ["--mode", "container", "--instances", str(hosts), "--set", "training.epochs=400", "--verbose"]
