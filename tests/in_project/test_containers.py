@@ -25,7 +25,9 @@ from tests.test_training_local import NO_ENGINE, SHORT, published, read
         ("docker", "the docker command is not installed"),
         pytest.param("compose", "Docker Compose is not installed", marks=pytest.mark.container),
         ("engine", "no Docker engine answers"),
-        pytest.param("image", "image nowhere.invalid/none:1 is not here and cannot be pulled", marks=pytest.mark.container),
+        pytest.param(
+            "image", "image nowhere.invalid/none:1 is not here and cannot be pulled", marks=pytest.mark.container
+        ),
     ],
 )
 def test_what_a_container_lacks_is_one_sentence(
