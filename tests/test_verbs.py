@@ -46,7 +46,7 @@ def table() -> dict[str, dict[str, tuple[Any, str]]]:
 ROWS = {verb: row for rows in table().values() for verb, row in rows.items()}
 MODULES = sorted(verb for verb, (target, _) in ROWS.items() if isinstance(target, str))
 WHOLE = {"scope": "full", "mlflow": True}  # a project with every verb
-FLAGS = {"YES", "WAIT", "ALL", "PLAN"}
+FLAGS = {"TRUST", "YES", "WAIT", "ALL", "PLAN"}
 RECORDER = """#!{python}
 import json, os, runpy, sys
 sys.path.insert(0, "")
@@ -246,7 +246,7 @@ def test_a_switch_is_yes_or_no(value: str, on: bool, recorded: Project) -> None:
 def test_what_cannot_be_understood_is_one_sentence(recorded: Project) -> None:
     assert "YES is 'maybe', which is neither yes nor no" in refused(recorded, "train", "YES=maybe")
     assert "make train-local takes no DTAA; did you mean DATA?" in refused(recorded, "train-local", "DTAA=x")
-    assert "it takes RUN, ARGS" in refused(recorded, "evaluate", "IMAGE=x")
+    assert "it takes LOCAL_MODE, RUN, TRUST, ARGS" in refused(recorded, "evaluate", "IMAGE=x")
     assert "did you mean TRAINING__EPOCHS?" in refused(recorded, "train-local", "TRANING__EPOCHS=1")
     assert 'no closing quotation in "--x \'y"' in refused(recorded, "data", "ARGS=--x 'y")
     assert "no verb 'trian-local'; did you mean train-local?" in refused(recorded, "trian-local")
