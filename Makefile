@@ -28,7 +28,7 @@ try: $(READY) ## lint, types and tests of ROOM=cloud, as many as fit into a minu
 	@.venv/bin/python -m tests.room "$$ROOM"
 
 test: $(READY) ## tests of the template, and those of the project that it generates
-	@.venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not faults and not hosts and not slow" $(ARGS)
+	@.venv/bin/python -m pytest -n 2 --no-loadscope-reorder -m "not faults and not hosts and not slow" $(ARGS)
 
 test-faults: $(READY) ## kills, truncated checkpoints, full disks and hung peers, injected into real training jobs
 	@.venv/bin/python -m pytest -m faults $(ARGS)

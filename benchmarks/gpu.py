@@ -18,6 +18,7 @@ import faulthandler
 import gc
 import hashlib
 import importlib.util
+import itertools
 import json
 import logging
 import math
@@ -56,7 +57,7 @@ import torch
 from model import best_device, build_model
 from torch import nn
 from torch.nn import functional
-from training import augment, feed, interruption, loop, watch
+from training import augment, feed, interruption, loop, speed, watch
 from training.config import Hyperparameters, resolve
 from training.data import Split
 from training.distributed import World
@@ -72,6 +73,8 @@ WORLD = World(rank=0, size=1, device=best_device() if GPU else DEVICE)
 PEAK = next(
     (p for n, p in {"H200": 989, "H100": 989, "A100": 312}.items() if GPU and n in torch.cuda.get_device_name()), None
 )
+GFLOP = 24.3  # an image of ResNet-50 at 224 pixels, forward and backward
+MEASURED: list[float] = []  # TFLOP/s of a matrix product here
 TMP = Path(tempfile.mkdtemp(prefix="gpu-check-"))
 RESULTS: list[dict] = []
 CHECKS: list[tuple] = []
@@ -236,7 +239,7 @@ def environment():
             "memory_gb": round(p.total_memory / 1e9, 1),
             "sms": p.multi_processor_count,
             "nccl": str(torch.cuda.nccl.version()),
-            "has_fast_bf16": loop.has_fast_bf16(DEVICE),
+            "precision": speed.format_of("auto", DEVICE),
         }
     try:
         from pipelines.local import engine
@@ -263,6 +266,7 @@ def ceilings():
 
     a = torch.randn(8192, 8192, device=DEVICE, dtype=torch.bfloat16)
     facts: dict[str, Any] = {"bf16_tflops": round(2 * 8192**3 / rate(lambda: a @ a, 10) / 1e12)}
+    MEASURED.append(facts["bf16_tflops"])
     big = torch.empty(2 << 30, dtype=torch.uint8, device=DEVICE)
     other = torch.empty_like(big)
     facts["d2d_read_plus_write_TB_s"] = round(2 * big.numel() / rate(lambda: other.copy_(big), 10) / 1e12, 2)
@@ -290,7 +294,7 @@ def augmentation_matches_cpu():
     host, images = torch.from_numpy(data.images[0]), torch.from_numpy(data.images[0]).to(DEVICE)
     facts: dict[str, Any] = {}
     pairs = {
-        "shift": (augment.shift_by_copy(host, chosen.shifts), augment.shift_by_gather(images, chosen.shifts)),
+        "shift": (augment.shift_by_copy(host, chosen.shifts), augment.warp(images, augment.motion(*-chosen.shifts.T))),
         "crop": (augment.crop_by_resize(host, chosen.crops), augment.crop_by_gather(images, chosen.crops)),
         "erase": (
             augment.erase_by_copy(host, chosen.holes, chosen.fills),
@@ -299,6 +303,19 @@ def augmentation_matches_cpu():
     }
     for name, (a, b) in pairs.items():
         facts[name] = int((a.int() - b.cpu().int()).abs().max())
+    everything = Hyperparameters(
+        **{k: v for k, v in FEATURES["every_augmentation"].items() if k not in ("mixup", "cutmix")}
+    )
+    drawn, rows = augment.draw(n, size, everything, 0), np.arange(n)
+    given = {name: torch.from_numpy(values).to(DEVICE) for name, values in feed.chosen(drawn, rows).items()}
+    plain = imaging.normalise(drawn.apply(images, rows), [0.4] * 3, [0.2] * 3) if GPU else None
+    for label, function in (
+        ("finish", feed.finish),
+        *([("compiled", torch.compile(feed.finish, dynamic=False))] if GPU else []),
+    ):
+        found = function(images, given, [0.4] * 3, [0.2] * 3)
+        facts[label] = float((found - (found if plain is None else plain)).abs().mean())
+        assert facts[label] < 0.01, facts
     facts["order"] = imaging.normalise(images, [0.4] * 3, [0.2] * 3).is_contiguous(memory_format=torch.channels_last)
     assert facts["shift"] == 0 and facts["erase"] == 0 and facts["crop"] <= 1 and facts["order"], facts
     return facts
@@ -362,6 +379,8 @@ FEATURES: dict[str, dict[str, Any]] = {
     "sgd_no_momentum": {"optimizer": "sgd", "momentum": 0.0},
     "no_ema": {"ema_decay": 0.0},
     "sync_bn_one_rank": {"sync_batch_norm": True},
+    **({"fp16": {"precision": "fp16"}} if GPU else {}),  # CPUs take minutes
+    "evaluate_every": {"evaluate_every": 2},
     "compile_auto_short": {"compile": "auto"},
 }
 
@@ -618,11 +637,11 @@ def job_torchrun_sigterm():
             place.read_text()[-200:] if place.exists() else (many.lines or [""])[-1][:200]
         )
         blind = Job(
-            "blind", ARGUMENTS | {"epochs": 1}, "launch.py", SM_NUM_GPUS="1", CUDA_VISIBLE_DEVICES=""
-        )  # as with a driver that is too old
+            "blind", ARGUMENTS | {"epochs": 1}, "launch.py", SM_NUM_GPUS="1", CUDA_VISIBLE_DEVICES="-1"
+        )  # as with a driver that is too old: refused
         facts["gpu_promised_but_invisible"] = [
             blind.wait(90),
-            next((line for line in blind.lines if "on 1 process" in line), ""),
+            next((line for line in blind.lines if "has GPUs" in line), ""),
         ]
     assert facts["code"] == 143, facts
     return facts
@@ -704,7 +723,7 @@ def serving():
 
     async def load(precision: str, threads: int):
         os.environ["INFERENCE_PRECISION"] = precision
-        made = b.Batcher(folder, 32, threads, 100)
+        made = b.Batcher(folder, 32, threads, threads, 100)
         started = time.perf_counter()
         await made.load()
         facts[f"{precision}.load_s"] = round(time.perf_counter() - started, 2)
@@ -726,7 +745,8 @@ def serving():
         seconds = time.perf_counter() - started
         facts[f"{precision}.images_per_second_64_callers"] = round(total / seconds)
         facts[f"{precision}.images_a_batch"] = round(total / (made.computed - batches), 1)
-        made._worker.cancel()
+        for task in made._working:
+            task.cancel()
 
     for precision in ("fp32", "bf16"):
         try:
@@ -842,7 +862,7 @@ class Bare:
         self.average = WeightAverage(self.model, 0.9)
         self.optimizer = build_optimizer(self.model, settings)
         self.guard = watch.Guard(self.model, self.optimizer, DEVICE)
-        self.cast = loop.autocast(precision, DEVICE)
+        self.cast = speed.autocast(precision, DEVICE)
         self.images = torch.randn(batch, size, size, 3, device=DEVICE).permute(0, 3, 1, 2)
         if not channels_last:
             self.images = self.images.contiguous()
@@ -910,17 +930,18 @@ def race(name, size, batch, steps, mode, rounds=3, **given):
     limit: list[Any] = []
     bare: list[float] = []
     stamps: list[float] = []
+    chosen: dict[str, Any] = {}
 
     def between(_):
         stamps.append(time.perf_counter())
         if not limit:
-            limit.append(Limit(model, data, settings, WORLD))
+            limit.append(Limit(model, data, settings, WORLD, chosen["compile"]))
             limit[0].seconds(5)
         bare.append(limit[0].seconds(steps) / steps)
 
     started = time.perf_counter()
     with feeding(mode):
-        _, history = loop.fit(model, data, validation, settings, WORLD, None, between)
+        _, history = loop.fit(model, data, validation, settings, WORLD, None, between, chosen)
     real = [batch / e["images_per_second"] for e in history[1:]]
     facts: dict[str, Any] = {
         "images_per_second": round(batch / statistics.median(real)),
@@ -928,11 +949,15 @@ def race(name, size, batch, steps, mode, rounds=3, **given):
         "fed_over_limit": round(statistics.median(bare) / statistics.median(real), 3),
         "ms": round(1000 * statistics.median(real), 2),
         "first_epoch_s": round(stamps[0] - started, 1),
+        "compile": chosen["compile"],
+        "precision": chosen["precision"],
     }
     if GPU:
         facts["peak_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 1)
     if name == "resnet50" and PEAK:
-        facts["mfu"] = round(facts["images_per_second"] * 24.3 / (1000 * PEAK), 3)
+        facts["mfu"] = round(facts["images_per_second"] * GFLOP / (1000 * PEAK), 3)
+    if name == "resnet50" and MEASURED:  # a card that is not in the table has this one
+        facts["share_of_its_matrix_products"] = round(facts["images_per_second"] * GFLOP / (1000 * MEASURED[0]), 3)
     return facts
 
 
@@ -968,7 +993,7 @@ def loop_cnn32():
 
 @check(60)
 def loop_resnet50():
-    """The loop at 224 pixels, eager: both modes, and larger batches on the device."""
+    """The loop at 224 pixels, eager: both modes, and a larger batch on the device."""
     name, side = size_of(("resnet50", 224), ("resnet18", 32))
     s = size_of(24, 2)
     return in_turn(
@@ -980,6 +1005,45 @@ def loop_resnet50():
             "b512.resident": lambda: race(name, side, size_of(512, 8), size_of(12, 2), MODES[0], optimizer="sgd"),
         }
     )
+
+
+@check(110)
+def resnet50_compiled_by_batch():
+    """Compiled, batch 256 to 1,024 on the device: where images/s stop to grow; what does not fit is said."""
+    name, side = size_of(("resnet50", 224), ("resnet18", 32))
+    given = {"mode": MODES[0], "optimizer": "sgd", "compile": GPU}
+    return in_turn(
+        {
+            f"b{batch}": lambda batch=batch: race(name, side, size_of(batch, 8), size_of(4096 // batch, 2), **given)
+            for batch in (256, 512, 1024)
+        }
+    )
+
+
+@check(40)
+def epoch_wall_time():
+    """Seconds from epoch to epoch with evaluation and a checkpoint each, and what they add; evaluated every 2nd too."""
+    name, side, batch, steps = size_of(("resnet50", 224, 256, 24), ("cnn", 32, 8, 2))
+    data = make_split(batch * steps, side, learnable=False)
+    validation = make_split(batch * steps // 8, side, seed=1, learnable=False)
+    facts: dict[str, Any] = {}
+    for every in (1, 2):
+        stamps: list[float] = []
+        folder = Path(tempfile.mkdtemp(dir=TMP))
+        _, history, _ = train(
+            name, data, validation, MODES[0], folder, None, lambda _, to=stamps: to.append(time.perf_counter()),
+            epochs=6, batch_size=batch, optimizer="sgd", precision="auto", evaluate_every=every,
+        )  # fmt: skip
+        walls = [(b - a) / every for a, b in itertools.pairwise(stamps)]
+        trained = [len(data) / epoch["images_per_second"] for epoch in history[1:]]
+        facts[f"evaluate_every_{every}"] = {
+            "epoch_s": round(statistics.median(walls), 3),
+            "training_s": round(statistics.median(trained), 3),
+            "images_per_second_of_wall": round(len(data) / statistics.median(walls)),
+        }
+        shutil.rmtree(folder)
+        free()
+    return facts
 
 
 @check(40)
@@ -1057,7 +1121,7 @@ def feed_alone():
             "crop_flip_colour_erase": FEATURES["every_augmentation"],
         }
         for mode in MODES:
-            made = feed.Feed(data, DEVICE, mode)
+            made = feed.Feed(data, DEVICE, mode, compiled=True)  # on a GPU only
             for label, given in augmentations.items():
                 chosen = augment.draw(len(data), side, Hyperparameters(**given), 0)
                 for _ in made.batches(rows[:2], chosen):
@@ -1083,17 +1147,20 @@ def evaluation():
     for name, side, n in (("cnn", 32, size_of(10_000, 256)), size_of(("resnet50", 224, 2048), ("resnet18", 32, 64))):
         data = make_split(n, side, learnable=False)
         model = build_model(name, 10, side).to(DEVICE).to(memory_format=torch.channels_last)
-        loop.evaluate(model, data, WORLD)
-        sync()
-        started = time.perf_counter()
-        found = loop.evaluate(model, data, WORLD)
-        facts[f"{name}.{side}.evaluate_images_per_second"] = round(n / (time.perf_counter() - started))
+        for mode in MODES:
+            made = feed.Feed(data, DEVICE, mode)
+            loop.evaluate(model, data, WORLD, made)
+            sync()
+            started = time.perf_counter()
+            found = loop.evaluate(model, data, WORLD, made)
+            facts[f"{name}.{side}.{mode}.evaluate_images_per_second"] = round(n / (time.perf_counter() - started))
+            del made
         images, labels = torch.from_numpy(data.images[0]).to(DEVICE), torch.from_numpy(data.labels).to(DEVICE)
         for precision in ("fp32", "bf16"):
 
             def other():
                 total = torch.zeros(2, device=DEVICE, dtype=torch.float64)
-                with torch.no_grad(), loop.autocast(precision, DEVICE):
+                with torch.no_grad(), speed.autocast(precision, DEVICE):
                     for first in range(0, n, 512):
                         logits = model(imaging.normalise(images[first : first + 512], [0.4] * 3, [0.25] * 3)).float()
                         total[0] += functional.cross_entropy(logits, labels[first : first + 512], reduction="sum")
@@ -1226,13 +1293,11 @@ def compiled_resnet9():
 @check(60)
 def compile_auto_choice():
     """What speed.choose decides for resnet18 at 224, batch 256, and how long it takes (a run of 2,000 steps)."""
-    from training import speed
-
     side, batch = size_of((224, 256), (32, 8))
     model = build_model("resnet18", 10, side).to(DEVICE)
     images = torch.randn(batch, side, side, 3, device=DEVICE).permute(0, 3, 1, 2)
     settings = Hyperparameters(model="resnet18", batch_size=batch, compile="auto")
-    cast = loop.autocast("auto", DEVICE)
+    cast = speed.autocast("auto", DEVICE)
     started = time.perf_counter()
     chosen = speed.choose(model, images, settings, 2000 if GPU else 1, WORLD, lambda: cast)
     facts: dict[str, Any] = {"chosen": chosen, "seconds": round(time.perf_counter() - started, 1)}

@@ -34,8 +34,8 @@ class Step:
         import torch
         from material import CLASSES
         from model import build_model
-        from training.loop import autocast
         from training.optim import build_optimizer
+        from training.speed import autocast
 
         torch.manual_seed(0)
         self.model = build_model(hyperparameters.model, CLASSES, size).to(memory_format=torch.channels_last).train()

@@ -20,7 +20,7 @@ from PIL import Image
 from processing.preprocess import pack
 from training.config import Hyperparameters
 from training.data import load_split
-from training.loop import has_fast_bf16
+from training.speed import format_of
 
 CLASSES = 10
 
@@ -100,7 +100,7 @@ def machine() -> dict[str, str | float]:
         "hardware.threads": torch.get_num_threads(),
         "hardware.memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
         "hardware.device": torch.cuda.get_device_name() if device.type == "cuda" else device.type,
-        "hardware.precision": "bf16" if has_fast_bf16(device) else "fp32",
+        "hardware.precision": format_of("auto", device),
         "hardware.load_before": round(os.getloadavg()[0], 2),  # above 0: somebody else is at work, numbers are noisy
         "versions.python": platform.python_version(),
     }

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
 import re
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -45,10 +47,13 @@ def run_job(data: Path, root: Path, program: list[str]) -> tuple[dict[str, float
     job = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert job.stdout is not None
     started, first_step, good_enough, text = float(job.stdout.readline()), math.nan, math.inf, ""
+    stamps: list[float] = []  # when training began, and when each epoch had ended, with its evaluation
     for line in job.stdout:
         seconds = time.monotonic() - started
         if line.startswith("first step done"):
             first_step = seconds
+        if line.startswith(("training for ", "epoch=")):
+            stamps.append(seconds)
         accuracy = re.search(r"val_accuracy=([\d.]+)", line)
         if accuracy and float(accuracy[1]) >= CIFAR10_ACCURACY:
             good_enough = min(good_enough, seconds)
@@ -63,6 +68,8 @@ def run_job(data: Path, root: Path, program: list[str]) -> tuple[dict[str, float
         "time_to_accuracy.seconds": float(ended) - started,
         "time_to_accuracy.val_accuracy": metrics["val_accuracy"],
         "cifar10.seconds_to_94_percent": good_enough,
+        "cifar10.training_seconds": stamps[-1] - stamps[0],
+        "cifar10.epoch_seconds": statistics.median(after - before for before, after in itertools.pairwise(stamps)),
         "memory.peak_mb": float(peak) * (1 if sys.platform == "darwin" else 1024) / 1e6,
     }, text
 
@@ -95,6 +102,8 @@ def cifar10(raw: Path, folder: Path, rounds: int, quick: bool) -> Measured:
     measured = {
         "cifar10.seconds_to_94_percent": [job["cifar10.seconds_to_94_percent"] for job in jobs],
         "cifar10.val_accuracy": [job["time_to_accuracy.val_accuracy"] for job in jobs],
+        "cifar10.process_seconds": [job["time_to_accuracy.seconds"] for job in jobs],
+        **{name: [job[name] for job in jobs] for name in ("cifar10.training_seconds", "cifar10.epoch_seconds")},
     }
     if math.inf in measured["cifar10.seconds_to_94_percent"]:
         print("left out: time to 94 %, as some round did not reach it", flush=True)

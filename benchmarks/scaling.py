@@ -28,8 +28,8 @@ def resnet50(rounds: int) -> Measured:
     import torch
     from model import build_model
     from training.config import Hyperparameters
-    from training.loop import autocast
     from training.optim import build_optimizer
+    from training.speed import autocast
 
     model = build_model("resnet50", 1000, SIZE).to(memory_format=torch.channels_last).train()
     optimizer = build_optimizer(model, Hyperparameters(optimizer="sgd"))

@@ -21,10 +21,11 @@ from model import ModelError, best_device, build_model
 from page import Measured
 from torch import nn
 from torch.nn import functional
+from training import speed
 from training.config import Hyperparameters, resolve
 from training.data import Split, load_channels
 from training.distributed import World
-from training.loop import autocast, fit
+from training.loop import fit
 from training.optim import WeightAverage, build_optimizer
 from training.watch import Guard
 
@@ -47,14 +48,17 @@ class Limit:
     It has a copy of the model as the loop prepared it, in memory format too. The learning rate stays 0: as slow as any.
     """
 
-    def __init__(self, model: nn.Module, train: Split, hyperparameters: Hyperparameters, world: World) -> None:
+    def __init__(
+        self, model: nn.Module, train: Split, hyperparameters: Hyperparameters, world: World, compiled: bool | str
+    ) -> None:
         self._model = copy.deepcopy(model).train()
-        if model._compiled_call_impl:  # a copy is not
-            self._model.compile()
+        if compiled:  # a copy is not
+            self._model.compile(mode=speed.mode(compiled))
         self._optimizer = build_optimizer(self._model, hyperparameters)
         self._average = WeightAverage(self._model, hyperparameters.ema_decay)
-        self._guard = Guard(self._model, self._optimizer, world.device)
-        self._cast = autocast(hyperparameters.precision, world.device)
+        fp16 = speed.format_of(hyperparameters.precision, world.device) == "fp16"
+        self._guard = Guard(self._model, self._optimizer, world.device, fp16)
+        self._cast = speed.autocast(hyperparameters.precision, world.device)
         self._smooth = hyperparameters.label_smoothing
         images, self._labels = train.batch(np.arange(hyperparameters.batch_size), world.device)
         self._images = imaging.normalise(images, train.info["mean"], train.info["std"])
@@ -67,8 +71,9 @@ class Limit:
                 logits = self._model(self._images)
             loss = functional.cross_entropy(logits.float(), self._labels, reduction="sum", label_smoothing=self._smooth)
             self._guard.scale(loss, 1 / len(self._labels)).backward()
+            self._guard.unscale()
             self._guard.allows_step()
-            self._optimizer.step()
+            self._guard.step()
             self._optimizer.zero_grad(set_to_none=True)
             self._average.update()
         loss.item()  # an accelerator has finished its work
@@ -87,14 +92,15 @@ def race(model: nn.Module, data: Path, hyperparameters: Hyperparameters) -> list
     steps = len(train) // settled.batch_size
     limit: list[Limit] = []
     bare: list[float] = []
+    chosen: dict[str, Any] = {}
 
     def between_epochs(_: list[dict[str, Any]]) -> None:
         if not limit:
-            limit.append(Limit(model, train, settled, world))
+            limit.append(Limit(model, train, settled, world, chosen["compile"]))
             limit[0].seconds(3)  # warms up
         bare.append(limit[0].seconds(steps) / steps)
 
-    _, history = fit(model.to(world.device), train, validation, settled, world, on_epoch=between_epochs)
+    _, history = fit(model.to(world.device), train, validation, settled, world, None, between_epochs, chosen)
     real = [settled.batch_size / epoch["images_per_second"] for epoch in history[1:]]
     return [(own, (before + after) / 2) for own, (before, after) in zip(real, itertools.pairwise(bare), strict=True)]
 

@@ -13,8 +13,9 @@ from pathlib import Path
 # What a scope adds to the smaller ones. `make update-template SCOPE=...` bakes again, and so brings it.
 OWNS = {
     "cloud": """
-        docs/aws.md docs/costs.md docs/deploy.md docs/pipeline.md docs/spot.md infrastructure pipelines/cloud
-        pipelines/endpoint pipelines/pipeline pipelines/registry pipelines/training_pipeline.py tests/test_cloud.py
+        docs/aws.md docs/costs.md docs/deploy.md docs/pipeline.md docs/spot.md infrastructure notebooks
+        pipelines/cloud pipelines/endpoint pipelines/report/notebook.py pipelines/pipeline pipelines/registry
+        pipelines/sections.py pipelines/training_pipeline.py tests/test_cloud.py
     """,
     "full": """
         .github/workflows/deliver.yml .github/workflows/weekly.yml docs/automation.md docs/batch.md docs/monitoring.md

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import os
 import shlex
 import shutil
@@ -10,11 +11,13 @@ import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cookiecutter.main import cookiecutter
 from hypothesis import settings
 from hypothesis.configuration import set_hypothesis_home_dir
+from xdist.scheduler import LoadScopeScheduling
 
 from tests.photos import store_all
 
@@ -40,13 +43,28 @@ HOSTILE = {  # every other answer
 }
 NO_ENGINE = {"DOCKER_HOST": "unix:///nowhere", "REQUIRE_CONTAINERS": ""}
 # `make test` gives each of its workers whole files, and several tests look whether a container is left: so one file has
-# all that use the engine, and the others cannot.
-ENGINE_FILE = "test_generated.py"
-FIRST = [ENGINE_FILE, "test_without_engine.py"]  # the two longest; each worker begins with one, and the others fill up
+# all that use the engine, and the others cannot. The tests of ALONE are long and share nothing: any worker takes one.
+ENGINE_FILE, ALONE = "test_generated.py", "test_without_engine.py"
+FIRST = [ENGINE_FILE, ALONE]  # the two longest; each worker begins with one, and the others fill up
+WORKER = os.environ.get("PYTEST_XDIST_WORKER")
 # Tests in `tests/in_project` that have a run of their own; the last one needs the answer mlflow.
 FAULTS, FUZZING, TRACKING = "tests/test_faults.py", "tests/test_fuzz.py", "tests/test_tracking.py"
 OTHER_HOSTS = {"RAY_PYTHON": "ray", "TORCHSERVE_PYTHON": "torchserve"}  # variable of the tests, name of the host
-ELSEWHERE = {FAULTS, FUZZING, TRACKING, *(f"tests/test_{name}.py" for name in OTHER_HOSTS.values())}
+FAMILIES = "tests/test_families.py"
+ELSEWHERE = {FAMILIES, FAULTS, FUZZING, TRACKING, *(f"tests/test_{name}.py" for name in OTHER_HOSTS.values())}
+
+
+class Shares(LoadScopeScheduling):  # type: ignore[misc]
+    """What one worker has to take whole: `xdist_group` means nothing to xdist 3.8 under pytest 9.2."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        return nodeid if Path(file).name == ALONE else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Shares:
+    """In place of xdist's own, whatever `--dist` says."""
+    return Shares(config, log)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -165,10 +183,17 @@ def ready(bake: Bake) -> Project:
 
 
 @pytest.fixture(autouse=True)
-def one_file_has_the_engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The others find none."""
+def one_worker_has_the_engine(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """The other files find none."""
     if request.path.name != ENGINE_FILE:
         monkeypatch.setenv("DOCKER_HOST", NO_ENGINE["DOCKER_HOST"])
+    elif WORKER:
+        owner = tmp_path_factory.getbasetemp().parent / "engine"
+        with contextlib.suppress(FileExistsError):
+            owner.symlink_to(WORKER)
+        assert str(owner.readlink()) == WORKER, f"{owner.readlink()} has the engine, see `Shares`"
 
 
 @pytest.fixture(scope="session")

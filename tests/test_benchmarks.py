@@ -24,6 +24,7 @@ from tests.conftest import TEMPLATE, Project, fresh_shell
 PUBLISHED = TEMPLATE / "docs" / "benchmarks.md"
 TRAINING = {
     *("startup.seconds_to_first_step", "time_to_accuracy.seconds", "time_to_accuracy.val_accuracy"),
+    *("cifar10.training_seconds", "cifar10.epoch_seconds", "cifar10.process_seconds"),
     *("cifar10.val_accuracy", "memory.peak_mb", "train.overhead_us_per_step"),
     *("train.fed_over_limit", "train.images_per_second", "train.limit_images_per_second"),
     *("train.cnn.32.fed_over_limit", "train.cnn.32.fp32.fed_over_limit", "train.cnn.32.augmented.fed_over_limit"),
@@ -149,7 +150,18 @@ def test_a_median_above_its_limit_fails() -> None:
     good = {"serve.cpu_over_bare_c1": [1.0, 1.1, 9.0], "serve.cpu_over_bare_c8": [0.9]}
     assert serve.above_limits(good) == []
     (wrong,) = serve.above_limits(good | {"serve.cpu_over_bare_c8": [1.2]})
-    assert "c8 is 1.200; the limit is 1.10" in wrong
+    assert "c8 is 1.200; the limit is 0.95" in wrong
+
+
+def test_a_server_behind_the_others_is_named() -> None:
+    other = [{"requests_per_second_c8": 20.0, "p99_ms_c8": 300.0, "memory_mb": 900.0}]
+    own = [{"requests_per_second_c8": 24.0, "p99_ms_c8": 290.0, "memory_mb": 900.0}]
+    assert serve.behind({"ours": own, "a": other, "b": other}) == []
+    less = [{"requests_per_second_c8": 22.0, "p99_ms_c8": 310.0, "memory_mb": 950.0}]
+    p99, memory, rate = serve.behind({"ours": less, "a": other, "b": other})
+    assert p99 == "p99_ms_c8 of ours is 310; the limit is 300"
+    assert memory.startswith("memory_mb of ours is 950")
+    assert rate == "requests_per_second_c8 of ours is 22.0; it must be 23.0 at least"
 
 
 @pytest.mark.parametrize("ending", ["wait()", "communicate(b''); input()"])
@@ -219,7 +231,8 @@ def test_make_hands_the_same_options_to_each_benchmark() -> None:
 @pytest.mark.slow
 def test_the_check_of_a_gpu_starts_with_the_few_packages_of_a_device_machine(ready: Project, tmp_path: Path) -> None:
     """Tiny, on a CPU: that its imports follow the project's modules, and that a check can fail."""
-    names = ("environment", "augmentation_matches_cpu", "smoke_cnn_fp32_direct", "artifact_gpu_against_cpu", "serving")
+    names = ("environment", "augmentation_matches_cpu", "smoke_cnn_fp32_direct", "artifact_gpu_against_cpu", "serving",
+             "epoch_wall_time", "resnet50_compiled_by_batch")  # fmt: skip
     words = ["gpu.py", str(ready.path), "--only", ",".join(names), "--out", str(tmp_path)]
     code = (
         f"import runpy, sys; sys.modules |= dict.fromkeys({ABSENT}); sys.path.insert(0, 'benchmarks')\n"

@@ -7,8 +7,10 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import pytest
 import yaml
@@ -109,7 +111,7 @@ def test_a_page_speaks_of_no_verb_setting_file_or_page_that_the_scope_lacks(
         text = path.read_text(encoding="utf-8")
         named = {*re.findall(r"`make\s+([a-z-]+)", text), *(words[0] for words in commands(path))}
         assert named <= known, f"{path.name} speaks of {named - known}"
-        words = re.findall(r"\b([a-z]+)\.([a-z_]+)\b(?!\()", re.sub(r"(?ms)^```python\n.*?^```", "", text))
+        words = re.findall(r"\b([a-z]+)\.([a-z_]+)\b(?!\()", re.sub(r"(?ms)^```(?:python|diff|sh)\n.*?^```", "", text))
         files = ("md", "py", "yaml", "jsonl", "txt", "safetensors")
         said = {f"{section}.{key}" for section, key in words if section in sections and key not in files}
         assert said <= keys, f"{path.name} speaks of {said - keys}"
@@ -117,6 +119,21 @@ def test_a_page_speaks_of_no_verb_setting_file_or_page_that_the_scope_lacks(
             assert target.startswith("https://") or (path.parent / target).is_file(), f"{path.name} links {target}"
         for name in re.findall(r"`((?:src|pipelines|configs|docker|infrastructure|\.github)/[\w./-]*)`", text):
             assert (made.path / name).exists() or "/my_" in name, f"{path.name} speaks of {name}"
+
+
+def test_pages_have_no_dead_link_where_people_read_the_raw_template() -> None:
+    pages = [path for folder in (TEMPLATE, TREE) for path in (*folder.glob("*.md"), *folder.glob("docs/**/*.md"))]
+    for path in pages:
+        for target in re.findall(r"\]\(([^)#]+)\)", path.read_text(encoding="utf-8")):
+            there = target.startswith("https://") or (path.parent / unquote(target)).exists()
+            assert there, f"{path} links {target}"
+
+
+def test_a_project_of_this_machine_alone_does_not_call_itself_one_of_sagemaker(baked: dict[str, Project]) -> None:
+    path = baked["local"].path
+    facts = tomllib.loads((path / "pyproject.toml").read_text(encoding="utf-8"))
+    assert "SageMaker" not in facts["project"]["description"]
+    assert "SageMaker" not in (path / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("scope", SCOPES)

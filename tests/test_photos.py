@@ -17,4 +17,4 @@ def test_an_untrained_model_is_below_the_floor(ready: Project, photos: Path) -> 
 def test_large_photos_choose_a_torchvision_model(ready: Project, photos: Path) -> None:
     done = ready.make("train-local", f"DATA={photos}", "LOCAL_MODE=process", "ARGS=--set training.epochs=1")
     assert "packed 3 classes at 224 pixels" in done.stdout
-    assert "model=resnet18 image_size=224" in done.stdout
+    assert "model=resnet18 model_options={} image_size=224" in done.stdout

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,51 @@ def test_a_lock_is_respected(bake: Bake, tmp_path: Path) -> None:
     listed = project.run(project.program("uv"), "pip", "list", "--python", project.program("python")).stdout
     assert re.search(r"^ruff +0\.11\.0$", listed, re.MULTILINE)
     assert (project.path / "uv.lock").read_bytes() == before
+
+
+def requirements(folder: Path, package: str) -> str:
+    """What an installed package asks for, a line each."""
+    (metadata,) = folder.glob(f"{package}-*.dist-info/METADATA")
+    lines = metadata.read_text(encoding="utf-8").splitlines()
+    return "\n".join(line.removeprefix("Requires-Dist: ") for line in lines if line.startswith("Requires-Dist: "))
+
+
+def test_s3fs_must_be_held_and_is(ready: Project, tmp_path: Path) -> None:
+    """When this fails, the SDK or s3fs has changed, and the line in pyproject.toml may go.
+
+    Without it uv ends at the same versions, after half a minute of looking through aiobotocore.
+    """
+    (packages,) = (ready.path / ".venv" / "lib").glob("python*/site-packages")
+    held = tomllib.loads((ready.path / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["uv"]
+    assert held["constraint-dependencies"] == ["s3fs<0.5"]
+    assert re.search(r"(?m)^s3fs\b", requirements(packages, "sagemaker_mlops")), "the SDK no longer asks for s3fs"
+    assert "aiobotocore" not in requirements(packages, "s3fs"), "the s3fs that is installed asks for aiobotocore"
+    uv = str(TEMPLATE / ".venv" / "bin" / "uv")
+    newest = ["pip", "install", "--quiet", "--no-config", "--no-deps", "--target", str(tmp_path), "s3fs", "aiobotocore"]
+    done = subprocess.run([uv, *newest], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "aiobotocore" in requirements(tmp_path, "s3fs"), "s3fs no longer needs aiobotocore"
+    asked = re.search(r"(?m)^botocore\b.*", requirements(tmp_path, "aiobotocore"))
+    assert asked
+    assert "<" in asked[0], "aiobotocore takes any newer botocore"
+
+
+def test_the_first_setup_is_quiet_and_says_what_is_wrong(ready: Project, bake: Bake) -> None:
+    project = bake(scope="full")
+    (project.path / ".venv").symlink_to(ready.path / ".venv")
+    done = project.make("setup")
+    assert not done.stdout
+    first, *more = done.stderr.splitlines()
+    assert first == "installing what pyproject.toml names into .venv; the first time this takes minutes"
+    assert more in ([], ["the index of PyTorch's builds (auto) does not answer, so torch is PyPI's build"])
+    loud = project.make("setup", "ARGS=--dry-run")
+    assert "Would make no changes" in loud.stderr or "Resolved" in loud.stderr
+    file = project.path / "pyproject.toml"
+    file.write_text(file.read_text(encoding="utf-8").replace('"tqdm>=4.66,<5"', '"tqdm>=4.66,<4"'), encoding="utf-8")
+    failed = project.run("make", "setup")
+    assert failed.returncode == 2
+    assert "tqdm" in failed.stderr
+    assert "error: the environment is not complete (see above)" in failed.stderr
 
 
 @pytest.mark.parametrize("scope", ["local", pytest.param("cloud", marks=pytest.mark.slow)])

@@ -14,7 +14,7 @@ import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -218,6 +218,8 @@ def photos_get_their_class(url: str, facts: Facts) -> None:
     for (label, body), expected in zip(facts.images, facts.probabilities, strict=True):
         answer = ask(url, body, "image/png").json()
         near(answer["probabilities"], [expected])
+        assert answer["classes"] == facts.classes
+        assert answer["classes"][int(np.argmax(answer["probabilities"][0]))] == answer["labels"][0]
         assert answer["predictions"] == [facts.classes.index(answer["labels"][0])]
         jpeg = io.BytesIO()
         Image.open(io.BytesIO(body)).save(jpeg, "JPEG", quality=95)
@@ -258,7 +260,6 @@ EXCLUDED: dict[str, dict[int, str]] = {
     "session": {},
     "ray": {},
     "torchserve": {
-        14: "the toolkit does not find CONTENT-TYPE",
         15: "the toolkit decodes text itself; what is not UTF-8 is a 500 with a traceback",
         33: "its management API answers on the same port",
         37: "its body is a status",
@@ -311,14 +312,17 @@ class Running:
 
 
 @contextmanager
-def started(model_dir: Path, log: Path, port: int = 0, **environment: str) -> Iterator[Running]:
+def started(
+    model_dir: Path, log: Path, port: int = 0, /, local: Sequence[str] = (), **environment: Any
+) -> Iterator[Running]:
     """Start the server; it need not be ready, nor ever become so."""
     port = port or free_port()
     variables = verb_environment() | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"} | environment
     with log.open("ab") as file:
         process = subprocess.Popen(
-            command(None, model_dir, port), env=variables, stdin=subprocess.DEVNULL, stdout=file, stderr=file
-        )
+            command(None, model_dir, port, local=local), env=variables,
+            stdin=subprocess.DEVNULL, stdout=file, stderr=file,
+        )  # fmt: skip
     try:
         yield Running(process, port, log)
     finally:
@@ -327,9 +331,11 @@ def started(model_dir: Path, log: Path, port: int = 0, **environment: str) -> It
 
 
 @contextmanager
-def serving(model_dir: Path, log: Path, port: int = 0, **environment: str) -> Iterator[Running]:
+def serving(
+    model_dir: Path, log: Path, port: int = 0, /, local: Sequence[str] = (), **environment: Any
+) -> Iterator[Running]:
     """The same, once it is ready."""
-    with started(model_dir, log, port, **environment) as running:
+    with started(model_dir, log, port, local=local, **environment) as running:
         running.wait_until(200)
         yield running
 
@@ -393,6 +399,7 @@ def predict_fn(batch, model):
     if not isinstance(batch, (list, np.ndarray)) or isinstance(batch[0], str):
         _hold("gate")
         return {"type": type(batch).__name__}
+    _note("threads", str(torch.get_num_threads()))
     _note("sizes", str(len(batch)))
     _hold("gate")
     if isinstance(batch, list):

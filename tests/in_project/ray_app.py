@@ -99,7 +99,10 @@ class Server:
         except Exception as error:
             return [error] if len(batches) == 1 else [self.predict_alike([batch])[0] for batch in batches]
         parts = [slice(end - len(batch), end) for end, batch in zip(ends, batches, strict=True)]
-        return [{key: values[part] for key, values in whole.items()} for part in parts]
+        return [
+            {key: values if isinstance(values, tuple) else values[part] for key, values in whole.items()}
+            for part in parts
+        ]  # fmt: skip
 
 
 def app(_: dict[str, str]) -> Any:

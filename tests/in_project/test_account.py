@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import boto3
+import botocore.client
 import pytest
 
 from pipelines import ROOT, config
-from pipelines.cloud import account as module
-from pipelines.cloud import doctor, prices, status, train
+from pipelines.cloud import doctor, errors, prices, status, train
 from pipelines.cloud.account import Account, until
 from pipelines.endpoint import deploy
 from pipelines.terminal import UserError
@@ -51,7 +51,25 @@ def made(monkeypatch: pytest.MonkeyPatch) -> Made:
 def run(monkeypatch: pytest.MonkeyPatch, main: Callable[[], int], *words: str) -> None:
     monkeypatch.setattr(Account, "stack", LOOK_UP)
     monkeypatch.setattr(sys, "argv", ["verb", "--set", "aws.region=us-east-1", *words])
-    main()
+    seen, sent, within = set(), botocore.client.BaseClient._make_api_call, list[str]()
+
+    def call(self: Any, operation: str, parameters: dict[str, Any]) -> Any:
+        told = self.meta.config
+        if not within:  # or it is AWS's stand-in that asks
+            seen.add((operation, told.retries["mode"], told.retries["total_max_attempts"], told.connect_timeout,
+                      told.read_timeout))  # fmt: skip
+        within.append(operation)
+        try:
+            return sent(self, operation, parameters)
+        finally:
+            within.pop()
+
+    with monkeypatch.context() as patched:
+        patched.setattr(botocore.client.BaseClient, "_make_api_call", call)
+        main()
+    assert seen
+    others = {facts for facts in seen if facts[1:] != ("standard", errors.ATTEMPTS, 10, 60)}
+    assert others == set(), "clients of the SDK's are told the same"
 
 
 def test_status(aws: Recorder, made: Made, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -80,16 +98,32 @@ def test_deploy(hosting: Hosting, made: Made, monkeypatch: pytest.MonkeyPatch) -
     once(hosting.calls, made, "cloudformation", "s3", "ecr", "sagemaker", "scheduler", "application-autoscaling")
 
 
+def test_batch(hosting: Hosting, made: Made, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    batch = pytest.importorskip("pipelines.batch.transform")
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "up.png").write_bytes(photo("up"))
+    hosting.calls.answers["DescribeStacks"] = described(STACK)
+    run(monkeypatch, batch.main, "--data", str(tmp_path / "photos"), "--yes")
+    once(hosting.calls, made, "cloudformation", "s3", "ecr", "scheduler")
+
+
+def test_tune(account: Recorder, made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    tuning = pytest.importorskip("pipelines.tuning.cloud")
+    account.answers["DescribeStacks"] = described(STACK)
+    run(monkeypatch, tuning.main, "--yes")
+    once(account, made, "cloudformation", "s3", "ecr")
+
+
 def once(calls: Recorder, made: Made, *services: str) -> None:
     assert len(calls.named("DescribeStacks")) == 1
     assert made == dict.fromkeys(((service, "us-east-1") for service in services), 1)
 
 
 def test_only_the_account_makes_clients() -> None:
-    """`training_pipeline` has a session that makes none, and `doctor` asks what the shell says."""
+    """`training_pipeline` has a session that makes none."""
     texts = {path: path.read_text(encoding="utf-8") for path in (ROOT / "pipelines").rglob("*.py")}
     users = {path.stem for path, text in texts.items() if re.search(r"boto3\.(client|resource|Session)\b", text)}
-    assert users == {"account", "doctor", "training_pipeline"}
+    assert users == {"account", "training_pipeline"}
 
 
 def test_a_client_is_made_once_for_a_service_and_a_region(aws: Recorder, made: Made) -> None:
@@ -99,7 +133,7 @@ def test_a_client_is_made_once_for_a_service_and_a_region(aws: Recorder, made: M
     assert clients == {known.client("s3")}
     assert known.client("s3", "eu-west-1") not in clients
     assert made == {("s3", "us-east-1"): 1, ("s3", "eu-west-1"): 1}
-    assert known.client("s3").meta.config.retries["total_max_attempts"] == module.ATTEMPTS
+    assert known.client("s3").meta.config.retries["total_max_attempts"] == errors.ATTEMPTS
     assert aws == []
 
 

@@ -15,7 +15,8 @@ import pytest
 
 from inference.artifact import ArtifactError, open_artifact
 from pipelines import SOURCE, runs
-from processing.evaluate import evaluate, metrics, wilson
+from processing.evaluate import evaluate, metrics
+from scores import wilson
 from tests.test_inference import archive, artifact, photo
 
 __all__ = ["archive", "artifact"]  # fixtures
@@ -93,3 +94,29 @@ def test_command_lines(archive: Path, packed: Path, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "accuracy" in json.loads((tmp_path / "e.json").read_text())["metrics"]
+
+
+def test_artifact_predicts_alone_with_its_few_packages(archive: Path, tmp_path: Path) -> None:
+    with tarfile.open(archive) as tar:
+        tar.extractall(tmp_path, filter="data")
+    script = """
+import base64, json, sys
+before = set(sys.modules)
+sys.path.insert(0, "code")
+import inference
+model = inference.model_fn(".")
+for sample in json.load(open("golden.json"))["samples"]:
+    batch = inference.input_fn(base64.b64decode(sample["body"]), sample["content_type"])
+    body, kind = inference.output_fn(inference.predict_fn(batch, model), "application/json")
+    answer = json.loads(body)
+    assert kind == "application/json" and answer["labels"] == [sample["label"]]
+    assert max(abs(a - b) for a, b in zip(answer["probabilities"][0], sample["probabilities"])) < 0.02
+tops = {name.split(".")[0] for name in set(sys.modules) - before if "." not in name}
+found = [n for n in tops if "site-packages" in str(getattr(sys.modules[n], "__file__", ""))]
+print(json.dumps(sorted(found)))
+"""
+    answer = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    assert answer.returncode == 0, answer.stderr
+    own = {"torch", "numpy", "PIL", "safetensors"}
+    assert own <= set(json.loads(answer.stdout))
+    assert not {"torchvision", "sagemaker", "boto3", "pydantic", "yaml"} & set(json.loads(answer.stdout))

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from imaging import normalise
 from tests.test_loop import same, train
-from training import augment
+from training import augment, feed
 from training.augment import Augmentation
 from training.config import ConfigurationError, Hyperparameters
 
@@ -25,6 +25,8 @@ ALL: dict[str, dict[str, Any]] = {
     "crops": {"crop_scale": 0.3},
     "colours": {"colour_jitter": 0.4},
     "holes": {"erase": 0.5},
+    "turns": {"rotate": 30.0},
+    "operations": {"augment": "trivial"},
 }
 TOGETHER: dict[str, Any] = {name: value for options in ALL.values() for name, value in options.items()}
 ROWS = np.arange(200)
@@ -49,7 +51,7 @@ def test_all_off_is_the_same_object() -> None:
     assert all(len(getattr(choices, field.name)) == 0 for field in fields(choices))
     assert choices.apply(images, ROWS[:3]) is images
     floats = normalise(images, [0.5] * 3, [0.2] * 3)
-    mixed = augment.mix(floats, labels, 3, Hyperparameters(), 0, 0, 0)
+    mixed = feed.mix(floats, labels, 3, Hyperparameters(), 0, 0, 0)
     assert mixed[0] is floats
     assert mixed[1] is labels
 
@@ -86,6 +88,68 @@ def test_a_sample_is_augmented_alike_in_any_batch_on_any_rank(options: dict[str,
         assert torch.equal(choices.apply(images[own], own), together[own])
     assert torch.equal(choices.apply(images[[7]], ROWS[[7]]), together[[7]])
     assert normalise(together, [0.5] * 3, [0.2] * 3).isfinite().all()
+
+
+def test_every_operation_is_drawn_with_every_strength() -> None:
+    choices = drawn(20_000, augment="trivial")
+    assert set(choices.operations) == set(range(augment.OPERATIONS))
+    assert set(np.rint(30 * choices.strengths)) == set(range(-30, 31))
+    assert np.bincount(choices.operations).min() > 1200
+    turned = drawn(20_000, rotate=30.0).turns
+    assert np.degrees([turned.min(), turned.max()]) == pytest.approx([-30, 30], abs=0.1)
+
+
+def operate(number: int, strength: float, images: torch.Tensor) -> torch.Tensor:
+    rows = np.full(len(images), number)
+    return augment._operate(images, rows, np.full(len(images), strength))
+
+
+SHEAR_RIGHT, SHEAR_DOWN, RIGHT, DOWN, TURN = range(5)
+BRIGHT, CONTRAST, COLOUR, SHARP, POSTER, SOLAR, STRETCH, EQUAL, NOTHING = range(5, 14)
+
+
+@pytest.mark.parametrize("size", [3, 17, 32])
+@pytest.mark.parametrize("strength", [-1.0, -0.4, 0.0, 0.2, 1.0])
+def test_operations_do_what_torchvisions_do(strength: float, size: int) -> None:
+    transforms = pytest.importorskip("torchvision.transforms.v2.functional")
+    images = pictures(40, size)
+    images[:10] = images[:10] // 8 + 40  # of little contrast
+    images[10:14] = 77  # of one colour
+    images[14, :, :, 1] = 0
+    theirs = images.permute(0, 3, 1, 2)
+    wanted = {
+        BRIGHT: transforms.adjust_brightness(theirs, 1 + 0.99 * strength),
+        COLOUR: transforms.adjust_saturation(theirs, 1 + 0.99 * strength),
+        SHARP: transforms.adjust_sharpness(theirs, 1 + 0.99 * strength),
+        POSTER: transforms.posterize(theirs, 8 - round(6 * abs(strength))),
+        SOLAR: transforms.solarize(theirs, 255 * (1 - abs(strength))),
+        STRETCH: transforms.autocontrast(theirs),
+        EQUAL: transforms.equalize(theirs),
+        NOTHING: theirs,
+    }
+    for number, result in wanted.items():
+        ours = operate(number, strength, images).permute(0, 3, 1, 2)
+        rounded = number in (BRIGHT, COLOUR, SHARP, STRETCH)  # here; there cut off, some of it twice
+        assert (ours.int() - result.int()).abs().max() <= 2 * rounded, number
+    for number in range(13):
+        changed = operate(number, strength, images)
+        assert (changed.dtype, changed.shape) == (torch.uint8, images.shape)
+        alone = operate(number, strength, images[[5]])
+        assert torch.equal(changed[5], alone[0])
+
+
+def test_moves_go_where_they_say() -> None:
+    images = pictures(4, 9)
+    assert torch.equal(operate(DOWN, 2 / 9, images)[:, :-2], images[:, 2:])
+    assert torch.equal(operate(RIGHT, -2 / 9, images)[:, :, 2:], images[:, :, :-2])
+    assert not operate(RIGHT, 1.0, images).any()  # no more than out of the picture
+    quarter = augment.warp(images, augment.motion(turn=np.full(4, np.pi / 2)))
+    assert torch.equal(quarter, images.rot90(1, (1, 2))) or torch.equal(quarter, images.rot90(-1, (1, 2)))
+    for number in (SHEAR_RIGHT, SHEAR_DOWN, TURN):
+        assert torch.equal(operate(number, 0.0, images), images)
+        moved = operate(number, 0.3, images)
+        assert torch.equal(moved[:, 4, 4], images[:, 4, 4])  # about the centre
+        assert not torch.equal(moved, images)
 
 
 def test_flips_mirror() -> None:
@@ -202,7 +266,7 @@ def mixed(
     images[..., 1] = torch.arange(count)[:, None, None]
     images = images.permute(0, 3, 1, 2)
     labels = torch.arange(count) % 4
-    return augment.mix(images, labels, 5, Hyperparameters(**options), epoch, step, rank)
+    return feed.mix(images, labels, 5, Hyperparameters(**options), epoch, step, rank)
 
 
 @pytest.mark.parametrize("options", [{"mixup": 0.4}, {"cutmix": 1.0}, {"mixup": 0.4, "cutmix": 1.0}])
@@ -260,9 +324,9 @@ def test_training_with_everything_on_is_reproducible(packed: Path) -> None:
     assert not same(weights, train(packed, **options | {"mixup": 0.3})[0])
 
 
-@pytest.mark.parametrize("name", ["crop_scale", "colour_jitter", "erase", "mixup", "cutmix"])
+@pytest.mark.parametrize("name", ["crop_scale", "colour_jitter", "erase", "mixup", "cutmix", "rotate"])
 def test_values_out_of_range_are_refused(name: str) -> None:
-    for value in (-0.1, 1.1 if name in ("crop_scale", "colour_jitter", "erase") else 100.0):
+    for value in (-0.1, 1.1 if name in ("crop_scale", "colour_jitter", "erase") else 200.0):
         options: dict[str, Any] = {name: value}
         with pytest.raises(ConfigurationError, match=rf"{name} is {value}; it must be at least "):
             Hyperparameters(**options)

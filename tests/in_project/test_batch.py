@@ -198,7 +198,8 @@ def test_bad_images_and_odd_names_are_lines_like_others(slow: Path, tmp_path: Pa
             "large.png": f"the file has {len(whole) + 5000} bytes, more than the limit of 5000",
             "marked.png": "the artifact's own code",
             "pixels.png": "the image has 300x20 pixels, more than the limit of 5000",
-            "text.jpg": "5 bytes that are not a readable image (formats: JPEG, PNG, WEBP, BMP, TIFF)",
+            "text.jpg": "5 bytes that are not a readable image (formats: JPEG, PNG, WEBP, BMP, TIFF); "
+            "what was sent begins with b'hello'",
             "truncated.png": bad["truncated.png"],
             "unlucky.png": "the model has no answer: out of luck",
         }

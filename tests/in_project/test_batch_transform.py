@@ -252,7 +252,7 @@ def test_money_and_limits(hosting: Hosting, prefix: str, monkeypatch: pytest.Mon
     monkeypatch.setattr(prices, "hourly", lambda *_: None)
     with pytest.raises(UserError, match="a price that is not known counts as over"):
         start(prefix, yes=False)
-    with pytest.raises(UserError, match="too old for this torch; choose a type without a GPU"):
+    with pytest.raises(UserError, match="torch does not run; choose a type without a GPU"):
         start(prefix, "endpoint.instance_type=ml.g4dn.xlarge")
     with pytest.raises(UserError, match="s3://theirs/none holds no image"):
         start("s3://theirs/none")

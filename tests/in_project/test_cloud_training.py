@@ -66,11 +66,11 @@ def started(_: Recorder, *overrides: str, source: str | None = None, run: str | 
     ("name", "overrides"),
     [
         ("train_default", []),
-        ("train_fastfile", ["compute.input_mode=FastFile", "compute.spot=false"]),
+        ("train_fastfile", ["compute.input_mode=FastFile", "compute.spot=false", "compute.remote_debug=true"]),
         ("train_everything", [*NETWORK, f"aws.kms_key={KEY}", "aws.tags={team: vision}", "compute.isolation=true",
                               "compute.instance_type=ml.c5.xlarge", "compute.instances=2", "compute.spot=false",
                               "compute.encrypt_traffic=true", "compute.keep_alive_minutes=10", "aws.budget_usd=30",
-                              "compute.remote_debug=true", "training.epochs=3"]),
+                              "training.epochs=3"]),
     ],
 )  # fmt: skip
 def test_training_requests(account: Recorder, name: str, overrides: list[str]) -> None:
@@ -78,10 +78,16 @@ def test_training_requests(account: Recorder, name: str, overrides: list[str]) -
     check_golden(name, [call for call in account if call[0] in CREATE])
 
 
+def test_a_gpu_that_torchs_build_has_no_code_for_is_refused(account: Recorder) -> None:
+    with pytest.raises(UserError, match="for whose V100 torch's build cu128 has no code"):
+        started(account, "compute.instance_type=ml.p3.2xlarge")
+    assert not account.named("CreateTrainingJob")
+
+
 def test_the_same_second_job_of_a_data_set_uploads_nothing(account: Recorder) -> None:
     started(account)
-    keys = [request["Key"] for request in account.named("PutObject") if request["Key"].startswith("data/")]
-    assert keys[-1] == "data/" + "f" * 64 + storage.DONE
+    keys = [request["Key"] for request in account.named("PutObject") if "data/" in request["Key"]]
+    assert keys[-1] == storage.DONE + "data/" + "f" * 64
     assert len(keys) == 10
     account.clear()
     started(account)
@@ -113,9 +119,9 @@ def test_an_interrupted_upload_is_continued(account: Recorder, packed: Path, mon
     del account.answers["PutObject"]
     account.clear()
     started(account)
-    keys = [request["Key"] for request in account.named("PutObject") if request["Key"].startswith("data/")]
+    keys = [request["Key"] for request in account.named("PutObject") if "data/" in request["Key"]]
     assert sorted(keys) == sorted(
-        [f"{prefix}/{path.relative_to(packed)}" for path in files[4:]] + [prefix + storage.DONE]
+        [f"{prefix}/{path.relative_to(packed)}" for path in files[4:]] + [storage.DONE + prefix]
     )
 
 
@@ -571,11 +577,13 @@ def docker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A program called docker that notes its arguments, and the input of `login`: no registry is reached."""
     script = (
         f'echo "$@" >> {tmp_path}/calls\ncase "$1 $*" in\n'
-        f"login*) cat > {tmp_path}/stdin;;\n*inspect*) echo '[{{\"Architecture\": \"'${{ARCH:-amd64}}'\"}}]';;\n"
+        f'login*) cat > {tmp_path}/stdin;;\n*inspect*) echo \'[{{"Architecture": "\'${{ARCH:-amd64}}\'", '
+        '"Id": "sha256:0123456789abcdef", "Descriptor": {"mediaType": "\'$MEDIA\'"}}]\';;\n'
         '"push "*) echo denied >&2; exit ${PUSH:-0};;\nesac\n'
     )
     put_first("docker", script, tmp_path, monkeypatch)
-    monkeypatch.delenv("ARCH", raising=False)
+    for name in ("ARCH", "MEDIA"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(Account, "stack", lambda _settings: STACK)
     return tmp_path
 
@@ -583,6 +591,123 @@ def docker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def calls(folder: Path) -> list[str]:
     lines = (folder / "calls").read_text().splitlines() if (folder / "calls").exists() else []
     return [line for line in lines if line.split()[0] in ("login", "tag", "push", "logout")]
+
+
+PLAIN = image_push.TAKEN
+OCI, DOCKER = "application/vnd.oci.image", "application/vnd.docker"
+REFUSED = (f"{OCI}.index.v1+json", f"{DOCKER}.distribution.manifest.list.v2+json", f"{OCI}.manifest.v1+json")
+
+
+def repository(aws: Recorder, folder: Path, kind: str = PLAIN) -> dict[str, str]:
+    """ECR knows what was pushed, or put; returns tags and their media types."""
+    tags: dict[str, str] = {}
+
+    def describe(asked: dict[str, Any]) -> dict[str, Any]:
+        pushed = [line.rpartition(":")[2] for line in calls(folder) if line.startswith("push")]
+        known = dict.fromkeys(pushed, kind) | tags
+        tag = asked["imageIds"][0]["imageTag"]
+        if tag not in known:
+            raise refused("ImageNotFoundException")
+        return {"imageDetails": [{"imageTags": [tag], "imageManifestMediaType": known[tag]}]}
+
+    aws.answers["DescribeImages"] = describe
+    return tags
+
+
+INDEX = {  # as Docker 29 pushes it: an image and its attestation
+    "schemaVersion": 2, "mediaType": REFUSED[0],
+    "manifests": [{"digest": f"sha256:{'a' * 64}", "platform": {"architecture": "amd64", "os": "linux"}},
+                  {"digest": f"sha256:{'b' * 64}", "platform": {"architecture": "unknown", "os": "unknown"},
+                   "annotations": {"vnd.docker.reference.type": "attestation-manifest"}}],
+}  # fmt: skip
+
+
+def image_of(config: str, *layers: str) -> dict[str, Any]:
+    """A manifest of these media types."""
+    made = [{"mediaType": kind, "digest": f"sha256:{index:064d}", "size": 100 + index}
+            for index, kind in enumerate((config, *layers))]  # fmt: skip
+    return {"schemaVersion": 2, "config": made[0], "layers": made[1:]}
+
+
+ONE = {"mediaType": REFUSED[2], "annotations": {"org.opencontainers.image.created": "now"}} | image_of(
+    f"{OCI}.config.v1+json", f"{OCI}.layer.v1.tar+gzip", f"{OCI}.layer.v1.tar"
+)
+AS_DOCKER = {"mediaType": PLAIN} | image_of(
+    f"{DOCKER}.container.image.v1+json", f"{DOCKER}.image.rootfs.diff.tar.gzip", f"{DOCKER}.image.rootfs.diff.tar"
+)
+
+
+def holds(aws: Recorder, tags: dict[str, str], remote: str, sent: Any, one: Any) -> None:
+    """ECR has `sent` under the tag of a moment, and `one` under the digest that an index names."""
+
+    def get(asked: dict[str, Any]) -> dict[str, Any]:
+        digest = asked["imageIds"][0].get("imageDigest")
+        if digest is None:
+            assert asked["imageIds"] == [{"imageTag": f"{remote.rpartition(':')[2]}-0123456789ab"}]
+        assert digest in (None, f"sha256:{'a' * 64}")
+        return {"images": [{"imageManifest": json.dumps(one if digest else sent)}]}
+
+    def put(asked: dict[str, Any]) -> dict[str, Any]:
+        assert json.loads(asked["imageManifest"]) == AS_DOCKER
+        tags[asked["imageTag"]] = asked["imageManifestMediaType"]
+        return {}
+
+    aws.answers |= {"BatchGetImage": get, "PutImage": put}
+
+
+@pytest.mark.parametrize(("kind", "sent"), [(REFUSED[0], INDEX), (REFUSED[1], INDEX), (REFUSED[2], ONE)])
+def test_sagemaker_gets_dockers_manifest_whatever_docker_pushed(
+    aws: Recorder, docker: Path, monkeypatch: pytest.MonkeyPatch, kind: str, sent: Any
+) -> None:
+    """Docker's own tag is another one: in the repository a tag is for good."""
+    tags = repository(aws, docker)
+    monkeypatch.setenv("MEDIA", kind)
+    remote = image_push.uri(Account(settings()), "training")
+    holds(aws, tags, remote, sent, ONE)
+    image_push.push(Account(settings()), "training")
+    assert [line for line in calls(docker) if line.startswith("push")] == [f"push {remote}-0123456789ab"]
+    assert tags == {remote.rpartition(":")[2]: PLAIN}
+    assert image_push.present(Account(settings()), remote)
+
+
+def test_dockers_own_manifest_is_pushed_as_it_is(aws: Recorder, docker: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    repository(aws, docker)
+    monkeypatch.setenv("MEDIA", PLAIN)
+    remote = image_push.uri(Account(settings()), "training")
+    image_push.push(Account(settings()), "training")
+    assert [line for line in calls(docker) if line.startswith("push")] == [f"push {remote}"]
+    assert not aws.named("PutImage")
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_sagemaker_refuses_in_the_repository_is_refused_with_the_way_out(
+    aws: Recorder, docker: Path, kind: str
+) -> None:
+    repository(aws, docker, kind)
+    with pytest.raises(UserError, match=r"has a manifest .*SageMaker refuses.*batch-delete-image .*make image-push"):
+        image_push.push(Account(settings()), "training")
+    with pytest.raises(UserError, match="SageMaker refuses"):
+        image_push.ensure(Account(settings()), "training")
+
+
+def test_what_cannot_be_converted_is_refused(aws: Recorder, docker: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tags = repository(aws, docker)
+    monkeypatch.setenv("MEDIA", REFUSED[1])
+    remote = image_push.uri(Account(settings()), "training")
+    both = INDEX["manifests"][:1] * 2  # type: ignore[index]
+    zstd = image_of(f"{OCI}.config.v1+json", f"{OCI}.layer.v1.tar+zstd")
+    for sent, words in (
+        (INDEX | {"manifests": []}, "has 0 images for amd64, not one; build it again"),
+        (INDEX | {"manifests": both}, "has 2 images for amd64, not one; build it again"),
+        (zstd, r"holds .*layer.v1.tar\+zstd, which Docker's manifest.*not compressed by zstd"),
+    ):
+        holds(aws, tags, remote, sent, ONE)
+        with pytest.raises(UserError, match=words):
+            image_push.push(Account(settings()), "training")
+    aws.answers["BatchGetImage"] = {"images": [], "failures": [{"failureCode": "ImageNotFound"}]}
+    with pytest.raises(UserError, match="ImageNotFound"):
+        image_push.push(Account(settings()), "training")
+    assert not tags
 
 
 @pytest.mark.parametrize("length", [12, 19, 27, 28, 30])
@@ -600,14 +725,14 @@ def test_jobs_have_names_that_the_stack_allows(monkeypatch: pytest.MonkeyPatch, 
 def test_images_are_pushed_once_and_the_password_is_in_no_argument(
     aws: Recorder, docker: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    aws.answers["DescribeImages"] = refused("ImageNotFoundException")
+    repository(aws, docker)
     for variable in [variable for variable in os.environ if variable.startswith("IMAGES__")]:
         monkeypatch.delenv(variable)
     assert run_main(monkeypatch, image_push) == 0
     registry, expected = STACK.repository.partition("/")[0], []
     targets: tuple[local_images.Target, ...] = ("training", "serving")
     for target in targets:
-        name = local_images.image_name(settings(), target)
+        name = local_images.image_name(settings(), target, target == "training")  # on a GPU; and serving on none
         remote = f"{STACK.repository}:{name.rpartition(':')[2]}"
         login = f"login --username AWS --password-stdin {registry}"
         expected += [login, f"tag {name} {remote}", f"push {remote}", f"logout {registry}"]

@@ -43,7 +43,7 @@ def test_booleans_in_any_case(text: str, value: bool) -> None:
         ({"ema_decay": 1}, "ema_decay is 1.0; it must be at least 0 and below 1"),
         ({"optimizer": "adam"}, "optimizer is 'adam'; it must be adamw or sgd"),
         ({"horizontal_flip": "maybe"}, "horizontal_flip is 'maybe'; it must be true or false"),
-        ({"model": "it's"}, 'model is "it\'s"; it must be letters, digits and underscores'),
+        ({"model": "it's"}, 'model is "it\'s"; it must be letters, digits, dots and underscores'),
     ],
 )
 def test_wrong_values_are_named(values: dict[str, object], message: str) -> None:

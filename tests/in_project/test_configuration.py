@@ -20,7 +20,6 @@ from pipelines.config import Settings, _keys, load, sections
 from pipelines.local import container
 from pipelines.local.job import Job
 from pipelines.local.view import TrainingView
-from pipelines.schema import PARTS
 from pipelines.terminal import UserError
 from tests.helpers import Verb
 
@@ -71,7 +70,7 @@ def test_odd_values_are_refused_by_name_or_taken_as_they_are(tmp_path: Path, sec
             sentence = str(error)
             assert f"{section}.{key} is " in sentence
             assert "\n" not in sentence
-            assert len(sentence) < 350
+            assert len(sentence) < 400
         else:
             assert value != ""
             assert same_kind(getattr(getattr(settings, section), key), value), f"{value!r} was taken for another value"
@@ -87,6 +86,7 @@ def test_odd_values_are_refused_by_name_or_taken_as_they_are(tmp_path: Path, sec
         (["aws.subnets=[vpc-0a]", "aws.security_groups=[sg-0a]"], "subnets"),
         (["compute.max_hours=9"], "max_wait_hours"),
         (["compute.keep_alive_minutes=5"], "keep_alive_minutes"),
+        (["compute.isolation=true", "compute.remote_debug=true"], "remote_debug"),
     ],
 )
 def test_settings_that_aws_would_refuse_together(overrides: list[str], named: str) -> None:
@@ -137,7 +137,7 @@ def test_a_smaller_scope_has_no_more_settings_than_its_file(tmp_path: Path, monk
     place.write_text(yaml.safe_dump(found))
     with pytest.raises(UserError, match=r"^configs: tuning\.ranges is missing; add it"):
         load((), {}, tmp_path)
-    monkeypatch.setattr(config, "PARTS", PARTS | {"tuning": "nowhere"})
+    monkeypatch.setitem(config.FOLDERS, "tuning", "nowhere")
     assert load(["aws.budget_usd=7"], {"TUNING__MAX_JOBS": "soon"}, tmp_path).aws.budget_usd == 7
     for override, message in {
         "tuning.max_jobs=2": "--set tuning.max_jobs=2: unknown section 'tuning'; did you mean training?",

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import select
 import socket
 import threading
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -37,8 +40,8 @@ class Model:
 class Client:
     """What a test does beside the server."""
 
-    def __init__(self, port: int) -> None:
-        self.port, self.url = port, f"http://127.0.0.1:{port}"
+    def __init__(self, port: int, stop: Callable[[], None]) -> None:
+        self.port, self.url, self.stop = port, f"http://127.0.0.1:{port}", stop
 
     def connect(self, data: bytes = b"") -> socket.socket:
         connection = socket.create_connection(("127.0.0.1", self.port), timeout=10)
@@ -81,7 +84,7 @@ def ended(connection: socket.socket, piece: bytes) -> bool:
 @pytest.fixture
 def beside(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Callable[[Client], None]], None]]:
     """Runs a function beside a server of which all deadlines are half a second, and that takes 20 connections."""
-    for name in ("HEAD_SECONDS", "BODY_SECONDS", "READ_SECONDS"):
+    for name in ("HEAD_SECONDS", "BODY_SECONDS", "READ_SECONDS", "REST_SECONDS"):
         monkeypatch.setattr(connections, name, 0.5)
     monkeypatch.setattr(connections, "CONNECTIONS", 20)
 
@@ -93,14 +96,14 @@ def beside(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Callable[[Clie
             served: Any = serve.application(Model(), settings)  # type: ignore[arg-type]
             config = uvicorn.Config(
                 served, host="127.0.0.1", port=port, log_config=None, lifespan="off", backlog=connections.ACCEPTED,
-                http=connections.Connection, timeout_graceful_shutdown=1,
+                http=connections.Connection, timeout_graceful_shutdown=5,
             )  # fmt: skip
             server = serve.Server(config)
             serving = asyncio.create_task(server.serve())
             while not server.started:
                 await asyncio.sleep(0.01)
             try:
-                await asyncio.to_thread(test, Client(port))
+                await asyncio.to_thread(test, Client(port, lambda: setattr(server, "should_exit", True)))
                 end = time.monotonic() + 5
                 while server.server_state.connections and time.monotonic() < end:
                     await asyncio.sleep(0.01)
@@ -287,5 +290,186 @@ def test_a_kept_connection_is_not_ended_by_the_deadline_of_heads(beside: Any) ->
                 connection.sendall(request)
                 assert connection.recv(1000).startswith(b"HTTP/1.1 200 ")
                 time.sleep(0.8)
+
+    beside(test)
+
+
+CLOSE = b"Connection: close\r\n"
+
+
+@pytest.mark.parametrize("target", [b"/invocations", b"/nowhere", b"/ping"])
+@pytest.mark.parametrize("keep", [b"", CLOSE])
+def test_an_early_answer_arrives_although_all_is_sent_first(beside: Any, target: bytes, keep: bytes) -> None:
+    """As urllib does it: 413, 404 and 405 are said before the body, which is more than the system's buffers hold."""
+
+    def test(client: Client) -> None:
+        head = b"POST %s HTTP/1.1\r\nHost: x\r\n%sContent-Length: 20000000\r\n\r\n" % (target, keep)
+        status = {b"/invocations": b"413", b"/nowhere": b"404", b"/ping": b"405"}[target]
+        for _ in range(5):
+            with client.connect(head) as connection:
+                time.sleep(0.1)  # the answer is there
+                connection.sendall(b"x" * 20_000_000)
+                assert connection.recv(2**16).startswith(b"HTTP/1.1 %s " % status)
+                if not keep:  # and it can go on
+                    connection.sendall(b"GET /ping HTTP/1.1\r\nHost: x\r\n\r\n")
+                    assert b"HTTP/1.1 200 " in connection.recv(2**16)
+        client.answers()
+
+    beside(test)
+
+
+def test_a_full_server_s_answer_arrives_too(beside: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: Any) -> None:
+        raise connections.Refused(503, "full")
+
+    monkeypatch.setattr(connections.Intake, "_check", full)
+
+    def test(client: Client) -> None:
+        for _ in range(20):
+            request = urllib.request.Request(f"{client.url}/invocations", b"x" * 1_000_000)
+            with pytest.raises(urllib.error.HTTPError, match="503") as caught:
+                urllib.request.urlopen(request, timeout=10)
+            assert json.loads(caught.value.read()) == {"error": "full"}
+
+    beside(test)
+
+
+def test_what_is_no_http_gets_its_answer_too(beside: Any) -> None:
+    def test(client: Client) -> None:
+        with client.connect(b"\x16\x03\x01\r\n\r\n" + b"x" * 5_000_000) as connection:
+            assert received(connection).startswith(b"HTTP/1.1 400 ")
+
+    beside(test)
+
+
+def test_reading_on_has_an_end(beside: Any) -> None:
+    head = HEAD + CLOSE + b"Content-Length: 900000000\r\n\r\n"
+
+    def test(client: Client) -> None:
+        with client.connect(head) as connection:
+            assert ended(connection, b"x" * 1000)
+
+    beside(test)
+
+
+def test_those_that_are_read_on_make_room(beside: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "REST_SECONDS", 60)
+
+    def test(client: Client) -> None:
+        with contextlib.ExitStack() as stack:
+            head = HEAD + CLOSE + b"Content-Length: 900000000\r\n\r\n"
+            early = []
+            for _ in range(25):
+                early.append(stack.enter_context(client.connect(head)))
+                assert early[-1].recv(100).startswith(b"HTTP/1.1 413 ")
+            client.answers()
+            assert sum(ended(one, b"x") for one in early[:3]) == 3
+
+    beside(test)
+
+
+REQUEST = HEAD + b"Content-Length: 3\r\n\r\nabc"
+
+
+@pytest.mark.parametrize(
+    ("data", "statuses"),
+    [
+        (REQUEST, [200]),
+        (REQUEST * 3, [200] * 3),
+        (REQUEST + HEAD, [200, 400]),
+        (HEAD.replace(b"1.1", b"1.0") + b"Content-Length: 3\r\n\r\nabc", [200]),
+        (HEAD + b"Transfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n", [200]),
+        (HEAD + b"Content-Length: 9\r\n\r\nabc", [400]),
+        (HEAD + b"Transfer-Encoding: chunked\r\n\r\n3\r\nab", [400]),
+        (HEAD, [400]),
+        (HEAD + b"Content-Length: 9000000\r\n\r\nabc", [413]),
+        (b"", []),
+    ],
+)
+def test_a_half_closed_client_gets_its_answer(beside: Any, data: bytes, statuses: list[int]) -> None:
+    def test(client: Client) -> None:
+        for pause in (0, 0.2):
+            with client.connect(data) as connection:
+                time.sleep(pause)
+                connection.shutdown(socket.SHUT_WR)
+                reply = received(connection)
+            found = [int(part[:3]) for part in reply.split(b"HTTP/1.1 ")[1:]]
+            assert found == statuses, reply
+
+    beside(test)
+
+
+def test_half_closed_while_it_is_answered(beside: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    slow(monkeypatch, 0.5)
+
+    def test(client: Client) -> None:
+        with client.connect(REQUEST * 2) as connection:
+            connection.shutdown(socket.SHUT_WR)
+            assert received(connection).count(b"HTTP/1.1 200 ") == 2
+
+    beside(test)
+
+
+def slow(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    async def answer(_: Model, body: bytes, *__: Any) -> tuple[bytes, str]:
+        await asyncio.sleep(seconds)
+        return b"%d" % len(body), "text/plain"
+
+    monkeypatch.setattr(Model, "answer", answer)
+
+
+def test_a_connection_is_kept_for_longer_than_clients_keep_it(beside: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert connections.KEPT_SECONDS >= 75
+    monkeypatch.setattr(connections, "KEPT_SECONDS", 1)
+
+    def test(client: Client) -> None:
+        with client.connect(REQUEST) as connection:
+            begun = time.monotonic()
+            assert received(connection).count(b"HTTP/1.1 200 ") == 1
+            assert 0.8 < time.monotonic() - begun < 3
+
+    beside(test)
+
+
+def test_what_was_sent_when_the_server_ends_is_answered(monkeypatch: pytest.MonkeyPatch, beside: Any) -> None:
+    """One request is being answered, of one the half is there, and one arrives on a kept connection."""
+    slow(monkeypatch, 0.5)
+    for name in ("HEAD_SECONDS", "BODY_SECONDS"):
+        monkeypatch.setattr(connections, name, 10)
+
+    def test(client: Client) -> None:
+        with contextlib.ExitStack() as stack:
+            kept, quiet = (stack.enter_context(client.connect(REQUEST)) for _ in range(2))
+            time.sleep(0.7)
+            assert b"close" not in kept.recv(1000) + quiet.recv(1000)
+            answered = stack.enter_context(client.connect(REQUEST))
+            half = stack.enter_context(client.connect(REQUEST[:-1]))
+            head = stack.enter_context(client.connect(REQUEST[:40]))
+            time.sleep(0.2)
+            client.stop()
+            time.sleep(0.2)
+            kept.sendall(REQUEST)
+            half.sendall(REQUEST[-1:])
+            for connection in (answered, half, kept, head):  # of 3 places
+                if connection == head:
+                    head.sendall(REQUEST[40:])
+                reply = received(connection)  # to its end
+                assert reply.startswith(b"HTTP/1.1 200 ")
+                assert reply.lower().count(b"connection: close\r\n") == 1
+            assert received(quiet) == b""
+            with pytest.raises(OSError, match="refused"):
+                client.connect()
+
+    beside(test)
+
+
+def test_who_reads_to_the_end_need_not_wait_for_it(beside: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "REST_SECONDS", 60)
+
+    def test(client: Client) -> None:
+        with client.connect(HEAD + CLOSE + b"Content-Length: 9000000\r\n\r\n") as connection:
+            begun = time.monotonic()
+            assert received(connection).startswith(b"HTTP/1.1 413 ")
+            assert time.monotonic() - begun < 5
 
     beside(test)

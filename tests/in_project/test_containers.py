@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import json
 import shutil
+import subprocess
 import time
 from contextlib import closing
 from pathlib import Path
@@ -16,7 +18,10 @@ from pipelines.local import container, images, process
 from pipelines.local.job import Job
 from pipelines.local.view import TrainingView
 from tests.helpers import Verb
+from tests.test_inference import artifact, photo
 from tests.test_training_local import NO_ENGINE, SHORT, published, read
+
+__all__ = ["artifact"]  # a fixture
 
 
 @pytest.mark.parametrize(
@@ -118,6 +123,9 @@ for name in ("SM_SOURCE_DIR", "SM_CHANNEL_CODE", "SM_CHANNEL_TRAIN", "SM_CHANNEL
         facts[name] = "written"
     except OSError as error:
         facts[name] = error.strerror
+import torch
+with open(os.path.join(torch.hub.get_dir(), "checkpoints", "fetched"), "w") as file:
+    file.write("weights")
 for name in ("SM_MODEL_DIR", "SM_OUTPUT_DATA_DIR"):
     os.makedirs(os.environ[name], exist_ok=True)
     with open(os.path.join(os.environ[name], "facts.json"), "w") as file:
@@ -127,7 +135,10 @@ for name in ("SM_MODEL_DIR", "SM_OUTPUT_DATA_DIR"):
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # as above
 @pytest.mark.container
-def test_a_container_has_the_rights_it_needs_and_no_more(tmp_path: Path, packed: Path, nothing_left: str) -> None:
+def test_a_container_has_the_rights_it_needs_and_no_more(
+    tmp_path: Path, packed: Path, nothing_left: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     source, root = tmp_path / "src", tmp_path / f"rights-{time.time_ns()}"
     (source / "training").mkdir(parents=True)
     (source / "training" / "launch.py").write_text(RIGHTS)
@@ -142,6 +153,8 @@ def test_a_container_has_the_rights_it_needs_and_no_more(tmp_path: Path, packed:
     assert facts.pop("SM_CHANNEL_CHECKPOINTS") == "written"
     assert set(facts.values()) == {"Read-only file system"}
     assert not list(packed.rglob("written"))
+    # Published weights are fetched once a machine, not once a run.
+    assert (tmp_path / "torch" / "hub" / "checkpoints" / "fetched").read_text() == "weights"
 
 
 @pytest.mark.parametrize(
@@ -171,3 +184,35 @@ def test_stale_images_have_another_name(project: Path, tmp_path: Path, monkeypat
     assert images.image_name(settings, "serving") != names[1]
     assert images.image_name(settings, "training") == names[0]
     assert project
+
+
+ASK = """
+import sys, time, urllib.error, urllib.request
+headers = {"Content-Type": "image/png"}
+request = urllib.request.Request("http://127.0.0.1:8080/invocations", sys.stdin.buffer.read(), headers)
+for _ in range(600):
+    try:
+        print(urllib.request.urlopen(request).read().decode())
+        break
+    except (urllib.error.URLError, ConnectionError):
+        time.sleep(0.1)
+"""
+
+
+@pytest.mark.container
+@pytest.mark.parametrize("user", ["0:0", "1000:1000"])
+def test_the_container_needs_no_network_and_no_root(artifact: Path, serving_image: str, user: str) -> None:
+    """As SageMaker starts it (`docker run <image> serve`, as root), and as user 1000; cut off from everything."""
+    command = ["docker", "run", "--detach", "--rm", "--network", "none", "--read-only", "--user", user]
+    command += ["--volume", f"{artifact}:/opt/ml/model:ro", serving_image, "serve"]
+    container = subprocess.check_output(command, text=True).strip()
+    try:
+        inside = ["docker", "exec", "--interactive", container, "python3", "-c", ASK]
+        answer = subprocess.run(inside, input=photo("left"), capture_output=True, timeout=120)
+        assert json.loads(answer.stdout)["labels"] == ["left"], answer.stderr
+        started = time.monotonic()
+        subprocess.run(["docker", "kill", "--signal", "TERM", container], check=True, capture_output=True)
+        code = subprocess.check_output(["docker", "wait", container], text=True).strip()
+        assert (code, time.monotonic() - started < 25) == ("0", True)
+    finally:
+        subprocess.run(["docker", "rm", "--force", container], capture_output=True, check=False)

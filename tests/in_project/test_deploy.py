@@ -24,7 +24,7 @@ from pipelines.cloud.account import Account
 from pipelines.endpoint import deploy, expiry, invoke, rollout, shift_traffic
 from pipelines.endpoint import state as endpoints
 from pipelines.local import engine
-from pipelines.terminal import UserError
+from pipelines.terminal import Finished, UserError
 from tests.cloud import KEY, NETWORK, STACK, Recorder, aws, check_golden, refused
 from tests.test_inference import archive, artifact, classifier, photo
 
@@ -66,6 +66,13 @@ class Hosting:
         new = self.config(asked["EndpointConfigName"])["ProductionVariants"]
         endpoint.production_variants = endpoint._process_production_variants(new)
         return {"EndpointArn": endpoint.arn}
+
+    def go_back(self, asked: dict[str, Any]) -> dict[str, Any]:
+        """An update that AWS takes back, for an alarm rings."""
+        old = self.describe(asked)["EndpointConfigName"]
+        answer = self.update(asked)
+        self.state = {"EndpointConfigName": old, "FailureReason": "alarm cv-5xx"}
+        return answer
 
     def answer(self, body: bytes, kind: str) -> str:
         text, _ = inference.output_fn(
@@ -196,6 +203,9 @@ def test_serverless(hosting: Hosting, capsys: pytest.CaptureFixture[str]) -> Non
     assert "at most 7 x Mem-2GB" in capsys.readouterr().out
     run("endpoint.type=serverless", "endpoint.rollout=canary")
     assert "DeploymentConfig" not in hosting.calls.named("UpdateEndpoint")[0]
+    for kind in ("realtime", "async"):
+        with pytest.raises(UserError, match=f"is serverless and would become {kind}"):
+            run(f"endpoint.type={kind}")
     for more in (["endpoint.capture_percent=1"], NETWORK, ["compute.isolation=true"]):
         with pytest.raises(UserError, match="serverless endpoints have no"):
             run("endpoint.type=serverless", *more)
@@ -222,8 +232,9 @@ def test_async_scales_to_zero(
         invoke.main()
     rest = boto3.client("s3").list_objects_v2(Bucket=STACK.bucket, Prefix="async/")
     assert rest["KeyCount"] == 0, "questions and answers do not stay"
-    with pytest.raises(UserError, match="clients could not ask"):
-        run("endpoint.type=realtime")
+    for kind in ("realtime", "serverless"):
+        with pytest.raises(UserError, match=f"is async and would become {kind}: .*clients could not ask"):
+            run(f"endpoint.type={kind}")
     hosting.state = {"ProductionVariants": [{"VariantName": "AllTraffic", "CurrentInstanceCount": 0}]}
     image.write_bytes(photo("left"))
     assert invoke.main() == 0
@@ -276,6 +287,82 @@ def test_two_variants_and_moving_requests(
         shift_traffic.shift(Account(settings()), NAME, rollout.FIRST, 5)
 
 
+def running(hosting: Hosting, **counts: int) -> None:
+    """From now on so many instances of the variants run."""
+    found = [{"VariantName": name, "DesiredInstanceCount": count, "CurrentInstanceCount": count}
+             for name, count in counts.items()]  # fmt: skip
+    hosting.state = {"ProductionVariants": found}
+
+
+def asked_for(hosting: Hosting) -> dict[str, Any]:
+    """How many instances the last configuration has of each variant."""
+    variants = hosting.calls.named("CreateEndpointConfig")[-1]["ProductionVariants"]
+    return {variant["VariantName"]: variant["InitialInstanceCount"] for variant in variants}
+
+
+def test_an_update_keeps_the_instances_that_load_has_brought(hosting: Hosting) -> None:
+    run("endpoint.max_instances=4")
+    running(hosting, AllTraffic=3)
+    run("endpoint.max_instances=4")
+    assert asked_for(hosting) == {rollout.FIRST: 3}
+    run("endpoint.max_instances=2")
+    assert asked_for(hosting) == {rollout.FIRST: 2}
+    run()
+    assert asked_for(hosting) == {rollout.FIRST: 1}, "it does not scale any more"
+    run("endpoint.max_instances=4", weight=10)
+    assert asked_for(hosting) == {rollout.FIRST: 3, rollout.SECOND: 1}
+    running(hosting, AllTraffic=2, challenger=5)
+    run("endpoint.max_instances=6", "endpoint.instances=2", weight=10)
+    assert asked_for(hosting) == {rollout.FIRST: 2, rollout.SECOND: 5}
+    running(hosting, AllTraffic=2, challenger=3)
+    run("endpoint.max_instances=6")
+    assert asked_for(hosting) == {rollout.FIRST: 5}, "the one that stays gets the requests of both"
+    running(hosting, AllTraffic=40)
+    run("endpoint.max_instances=60", "endpoint.instances=2", "endpoint.rollout=linear", "aws.budget_usd=900")
+    steps = hosting.calls.named("UpdateEndpoint")[-1]["DeploymentConfig"]["BlueGreenUpdatePolicy"]
+    assert steps["TrafficRoutingConfiguration"]["LinearStepSize"]["Value"] == 10, "AWS takes 10 to 50 % of those"
+
+
+def test_an_async_endpoint_keeps_its_instances_too(hosting: Hosting) -> None:
+    run("endpoint.type=async", "endpoint.max_instances=3")
+    for count, wanted in ((3, 3), (0, 1)):
+        running(hosting, AllTraffic=count)
+        run("endpoint.type=async", "endpoint.max_instances=3")
+        assert asked_for(hosting) == {rollout.FIRST: wanted}
+
+
+SCALES = ("RegisterScalableTarget", "DeregisterScalableTarget", "UpdateEndpoint")
+
+
+def test_another_type_of_instance_ends_the_scaling_and_begins_it_again(hosting: Hosting) -> None:
+    def order(*overrides: str) -> list[str]:
+        start = len(hosting.calls)
+        run("endpoint.max_instances=4", *overrides)
+        return [name for name, _ in hosting.calls[start:] if name in SCALES]
+
+    assert order() == ["RegisterScalableTarget"]
+    other = "endpoint.instance_type=ml.c5.xlarge"
+    assert order(other) == ["DeregisterScalableTarget", "UpdateEndpoint", "RegisterScalableTarget"]
+    assert order(other) == ["UpdateEndpoint", "RegisterScalableTarget"]
+
+
+def test_an_update_that_fails_does_not_leave_an_endpoint_without_scaling(hosting: Hosting) -> None:
+    run("endpoint.max_instances=4")
+    hosting.calls.answers["UpdateEndpoint"] = quota("UpdateEndpoint")
+    with pytest.raises(UserError, match="quota"):
+        run("endpoint.max_instances=4", "endpoint.instance_type=ml.c5.xlarge")
+
+    def scaled() -> list[tuple[int, int]]:
+        found = boto3.client("application-autoscaling").describe_scalable_targets(ServiceNamespace="sagemaker")
+        return [(target["MinCapacity"], target["MaxCapacity"]) for target in found["ScalableTargets"]]
+
+    assert scaled() == [(1, 4)]
+    hosting.calls.answers["UpdateEndpoint"] = hosting.go_back
+    with pytest.raises(UserError, match="went back to what it was"):
+        run("endpoint.max_instances=4", "endpoint.instance_type=ml.c5.xlarge")
+    assert scaled() == [(1, 4)]
+
+
 @pytest.mark.usefixtures("hosting")
 def test_a_second_variant_needs_a_first() -> None:
     for overrides, weight, reason in (([], 10, "no endpoint yet"), ([], 0, "from 1 to 99"), ([], 100, "from 1 to 99"),
@@ -295,10 +382,18 @@ def test_the_end_is_moved_and_can_be_cancelled(hosting: Hosting, capsys: pytest.
     assert later > first
     order = [name for name, _ in hosting.calls if name in MAKES]
     assert order.index("UpdateSchedule") < order.index("UpdateEndpoint")
+    with pytest.raises(UserError, match=r"endpoint.ttl_hours is 0.1, .*give 0.5 or more, or 0: never"):
+        run("endpoint.ttl_hours=0.1")
+    for kind, words in (("ml.p3.2xlarge", "too old for torch"), ("ml.c7g.large", "whose processors are ARM")):
+        with pytest.raises(UserError, match=words):
+            run(f"endpoint.instance_type={kind}")
     run("endpoint.ttl_hours=0")
     assert expiry.end(Account(settings()), NAME) is None
     printed = capsys.readouterr().out
     assert "WARNING: endpoint.ttl_hours is 0: it never deletes itself and costs 12.00 USD a day" in printed
+    with pytest.raises(Finished):
+        run("endpoint.type=async", "endpoint.capture_percent=5", plan=True, endpoint=f"{NAME}-b")
+    assert "note: AWS describes endpoint.capture_percent for real-time endpoints only" in capsys.readouterr().out
 
 
 def test_an_endpoint_is_asked_as_predict_asks(
@@ -323,8 +418,17 @@ def test_an_endpoint_is_asked_as_predict_asks(
     image.write_bytes(b"no image")
     with pytest.raises(UserError, match=f"^{NAME} answered 400: [^{{]*$"):
         invoke.main()
-    image.write_bytes(bytes(invoke.MOST_BYTES + 1))
-    with pytest.raises(UserError, match="TYPE=async takes more"):
+    image.write_bytes(bytes(4 * 2**20 + 1))
+    with pytest.raises(UserError, match="answered 4"):
+        invoke.main()
+    hosting.state = {
+        "ProductionVariants": [{"VariantName": "AllTraffic", "CurrentServerlessConfig": {"MemorySizeInMB": 1}}]
+    }
+    with pytest.raises(UserError, match=r"has 4,194,305 bytes, this endpoint takes 4,194,304; TYPE=async takes more"):
+        invoke.main()
+    hosting.state = {}
+    image.write_bytes(bytes(6 * 2**20 + 1))
+    with pytest.raises(UserError, match="this endpoint takes 6,291,456; TYPE=async takes more"):
         invoke.main()
     hosting.state = {"EndpointStatus": "Creating"}
     with pytest.raises(UserError, match="is Creating and answers nothing"):
@@ -477,14 +581,7 @@ def test_an_endpoint_that_fails_or_goes_back(hosting: Hosting) -> None:
     with pytest.raises(UserError, match=f"{NAME} is Failed: no ping; `make destroy ENDPOINT={NAME}` removes it"):
         run()
     hosting.calls.answers["DescribeEndpoint"] = describe
-    old = describe({"EndpointName": NAME})["EndpointConfigName"]
-
-    def update(asked: dict[str, Any]) -> dict[str, Any]:
-        hosting.update(asked)
-        hosting.state = {"EndpointConfigName": old, "FailureReason": "alarm cv-5xx"}
-        return {"EndpointArn": "arn"}
-
-    hosting.calls.answers["UpdateEndpoint"] = update
+    hosting.calls.answers["UpdateEndpoint"] = hosting.go_back
     with pytest.raises(UserError, match="went back to what it was: alarm cv-5xx"):
         run()
 
@@ -545,3 +642,11 @@ def test_ctrl_c_while_waiting_leaves_the_endpoint(hosting: Hosting, monkeypatch:
 
 def test_the_tolerance_is_the_models_own() -> None:
     assert deploy.TOLERANCE == inference.GOLDEN_TOLERANCE
+
+
+def test_an_answer_that_the_sdk_does_not_take_is_one_sentence(hosting: Hosting) -> None:
+    """SDK V3 checks answers too, after the endpoint is there."""
+    run()
+    hosting.state = {"ProductionVariants": [{"VariantName": "AllTraffic", "DesiredWeight": "much"}]}
+    with pytest.raises(UserError, match=r"updating the endpoint .* the SageMaker SDK does not take .*'much'"):
+        run()

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
+from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +15,8 @@ from botocore.exceptions import ClientError
 
 from pipelines import project
 from pipelines import terminal as console
-from pipelines.cloud import doctor, permissions, stack
+from pipelines.cloud import doctor, limits, permissions, stack
+from pipelines.cloud import images as cloud_images
 from pipelines.cloud.account import Account, Stack
 from pipelines.cloud.doctor import Line
 from pipelines.config import Settings, load
@@ -66,7 +70,8 @@ def healthy(aws: Recorder) -> Recorder:
     found = stack.parameters(Account(SETTINGS), caller()["Arn"], {})
     parameters = [{"ParameterKey": key, "ParameterValue": value} for key, value in found.items()]
     trust = {"Statement": [{"Effect": "Allow", "Principal": {"Service": "sagemaker.amazonaws.com"}}]}
-    tags = [images.image_name(SETTINGS, target).partition(":")[2] for target in ("training", "serving")]
+    account = Account(SETTINGS, STACK)
+    tags = [cloud_images.uri(account, target).rpartition(":")[2] for target in images.TARGETS]
     usage = ("ml.g5.xlarge for spot training job usage", "ml.m5.large for endpoint usage")
     aws.answers |= {
         "GetCallerIdentity": caller(),
@@ -184,6 +189,113 @@ def test_expired_credentials_fail(
     assert "the AWS credentials have expired" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("store", "warned"), [("io.containerd.snapshotter.v1", True), ("overlay2", False)])
+def test_a_docker_that_pushes_what_sagemaker_refuses_is_named_before_it_does(
+    monkeypatch: pytest.MonkeyPatch, store: str, warned: bool
+) -> None:
+    monkeypatch.setattr(engine, "check", lambda: None)
+    said = type("Done", (), {"stdout": f" driver-type: {store}", "returncode": 0, "stderr": ""})()
+    monkeypatch.setattr(engine, "docker", lambda *_: said)
+    found = [line for line in doctor.here() if "in a form that SageMaker refuses" in line.text]
+    assert [(line.level, "make image-push" in line.fix) for line in found] == [("warn", True)] * warned
+
+
+@pytest.mark.parametrize(
+    "kind", ["application/vnd.oci.image.index.v1+json", "application/vnd.oci.image.manifest.v1+json"]
+)
+def test_an_image_that_is_refused_is_named_with_the_command_that_removes_it(healthy: Recorder, kind: str) -> None:
+    tag = cloud_images.uri(Account(SETTINGS, STACK), "serving").rpartition(":")[2]
+    healthy.answers["DescribeImages"] = {"imageDetails": [{"imageTags": [tag], "imageManifestMediaType": kind}]}
+    (found,) = [line for line in bad() if "that SageMaker refuses" in line.text]
+    assert (found.level, tag in found.text) == ("fail", True)
+    assert f"batch-delete-image --repository-name {NAME} --region us-east-1 --image-ids imageTag={tag}" in found.fix
+
+
+@pytest.mark.parametrize(
+    ("version", "system", "gpus", "warned"),
+    [("2.14.1", "Linux", 0, True), ("2.14.1+cpu", "Linux", 0, False), ("2.14.1", "Linux", 1, False),
+     ("2.14.1", "Darwin", 0, False)],
+)  # fmt: skip
+def test_an_index_of_builds_that_did_not_answer_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, version: str, system: str, gpus: int, warned: bool
+) -> None:
+    log = tmp_path / "image-build.log"
+    monkeypatch.setattr(images, "BUILD_LOG", log)
+    monkeypatch.setattr("platform.system", lambda: system)
+    monkeypatch.setattr(engine, "gpus", lambda: gpus)
+    monkeypatch.setattr("importlib.metadata.version", lambda _: version)
+    assert [line.level for line in doctor.builds()] == ["warn"] * warned
+    assert all("make setup" in line.fix for line in doctor.builds())
+    log.write_text("torch's build cu128 cannot be had here, so it is PyPI's\n")
+    assert [line.text for line in doctor.builds()][warned:] == [
+        "of the last image: torch's build cu128 cannot be had here, so it is PyPI's"
+    ]
+
+    def gone(_: str) -> str:
+        raise metadata.PackageNotFoundError
+
+    monkeypatch.setattr("importlib.metadata.version", gone)  # who only submits jobs
+    log.unlink()
+    assert list(doctor.builds()) == []
+
+
+CPU = ["compute.instance_type=ml.m5.large"]
+MADE: list[tuple[list[str], str, str]] = [  # settings, and the line that says what they come to
+    ([], "ok", "AWS does not say which driver ml.g5.xlarge has in training; torch's build cu128 runs .* driver 525 on"),
+    (["images.torch=cu130"], "ok", "torch's build cu130 runs from NVIDIA's driver 580 on"),
+    ([*CPU, "endpoint.instance_type=ml.g5.xlarge"], "ok", "for the endpoint has NVIDIA's driver 580; .*525"),
+    ([*CPU, "endpoint.instance_type=ml.g5.xlarge", "images.packages=[torch]"], "ok", "torch's build is your own"),
+    ([*CPU, "endpoint.instance_type=ml.p3.2xlarge"], "fail", "whose GPUs or driver .470. are too old for torch"),
+    (["compute.instance_type=ml.p2.xlarge"], "fail", "too old for torch"),
+    (["compute.instance_type=ml.p3.2xlarge"], "fail", "for whose V100 torch's build cu128 has no code.*cu126"),
+    (["compute.instance_type=ml.p3.2xlarge", "images.torch=cu126"], "ok", "torch's build cu126 runs .* 525 on"),
+    (["images.torch=cpu"], "fail", "ml.g5.xlarge and images.torch is cpu, which uses no NVIDIA GPU"),
+    ([*CPU, "endpoint.instance_type=ml.c7g.large"], "fail", "whose processors are ARM"),
+    ([*CPU, "endpoint.instance_type=ml.m6gd.large"], "fail", "whose processors are ARM"),
+    ([*CPU, "endpoint.instance_type=ml.p6e-gb200.36xlarge"], "fail", "whose processors are ARM"),
+    ([*CPU, "endpoint.ttl_hours=0.1"], "fail", "endpoint.ttl_hours is 0.1, .*give 0.5 or more"),
+    ([*CPU, "endpoint.type=serverless", "endpoint.capture_percent=5"], "fail", "have no endpoint.capture_percent"),
+    ([*CPU, "endpoint.type=async", "endpoint.capture_percent=5"], "warn", "AWS describes endpoint.capture_percent for"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("overrides", "level", "words"), MADE)
+def test_what_the_settings_come_to_is_said_before_anything_is_made(
+    overrides: list[str], level: str, words: str
+) -> None:
+    lines = list(doctor.chosen(load(["aws.region=us-east-1", *overrides], {})))
+    assert [line.level for line in lines if re.search(words, line.text)] == [level]
+    assert {line.level for line in lines} <= {"ok", level}
+    assert all(line.fix for line in lines if line.level != "ok")
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["ml.g4dn.xlarge", "ml.g6e.xlarge", "ml.g7e.2xlarge", "ml.p4d.24xlarge", "ml.p5en.48xlarge", "ml.p6-b200.48xlarge",
+     "ml.m5.large", "ml.c6i.large", "ml.inf2.xlarge"],
+)  # fmt: skip
+def test_machines_that_serve_are_not_refused(kind: str) -> None:
+    settings = load([f"endpoint.instance_type={kind}", *CPU], {})
+    assert list(limits.endpoint(settings)) == []
+    lines = list(doctor.chosen(settings))
+    assert len(lines) == kind.startswith(("ml.g", "ml.p"))
+
+
+@pytest.mark.parametrize(
+    ("pinned", "build", "warned"),
+    [("2.14.1", "cu128", True), ("2.11.0", "cu128", False), ("2.15.0", "cu126", True), ("2.14.1", "cu126", False),
+     ("2.15.0", "cu130", False), ("3.0.0", "cu128", True)],
+)  # fmt: skip
+def test_a_lock_whose_torch_has_no_such_build(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, pinned: str, build: str, warned: bool
+) -> None:
+    (tmp_path / "uv.lock").write_text(f'[[package]]\nname = "torch"\nversion = "{pinned}"\n')
+    monkeypatch.setattr(images, "LOCK", tmp_path / "uv.lock")
+    lines = [line for line in doctor.chosen(load([f"images.torch={build}"], {})) if "uv.lock" in line.text]
+    assert [(line.level, f"torch {pinned[:-2]}," in line.text) for line in lines] == [("warn", True)] * warned
+    assert not [line for line in doctor.chosen(load([f"images.torch={build}", *CPU], {})) if "uv.lock" in line.text]
+
+
 def test_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     def no_engine() -> None:
         raise engine.EngineError("start it")
@@ -191,6 +303,7 @@ def test_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine, "check", no_engine)
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1e9})())
     monkeypatch.setattr("shutil.which", lambda _: None)
+    monkeypatch.setattr(doctor, "builds", lambda: iter(()))
     lines = list(doctor.here())
     assert [line.level for line in lines] == ["ok", "warn", "warn", "fail"]
     assert all(line.fix for line in lines if line.level != "ok")

@@ -50,13 +50,14 @@ def test_proxies_are_handed_to_the_build(image: str, monkeypatch: pytest.MonkeyP
     subprocess.run(["docker", "image", "rm", name], capture_output=True, check=True)
     history = subprocess.run(["docker", "history", "--no-trunc", image], capture_output=True, text=True).stdout
     assert "proxy.invalid" not in history  # not kept in an image
-    monkeypatch.setattr(images, "DOCKERFILE", images.BUILD_LOG.parent / "Dockerfile")
-    images.DOCKERFILE.write_text("ARG BASE_IMAGE\nFROM ${BASE_IMAGE} AS training\nRUN echo proxy=$HTTPS_PROXY; false\n")
+    recipe = images.BUILD_LOG.parent / "Dockerfile"
+    monkeypatch.setattr(images, "RECIPE", [recipe])
+    recipe.write_text("ARG BASE_IMAGE\nFROM ${BASE_IMAGE} AS training\nRUN echo proxy=$HTTPS_PROXY; false\n")
     try:
         with pytest.raises(engine.EngineError, match="could not be built"):
             images.build(config.load(QUICK), "training")
     finally:
-        images.DOCKERFILE.unlink()
+        recipe.unlink()
     assert "proxy=http://proxy.invalid:3128" in images.BUILD_LOG.read_text()
 
 

@@ -47,7 +47,7 @@ class Job:
             "SM_MODEL_DIR": str(self.root / "model"),
             "SM_OUTPUT_DATA_DIR": str(self.root / "output"),
             "SM_OUTPUT_FAILURE": str(self.root / "failure"),
-            "SM_NUM_GPUS": str(self.ranks),
+            "PROCESSES_PER_HOST": str(self.ranks),
             "SM_HPS": json.dumps(SHORT | hyperparameters),
             "OMP_NUM_THREADS": "1",
         }
@@ -344,7 +344,7 @@ def test_24_a_finished_job_that_is_started_again_trains_no_more(job: Job, undist
         code, text = job.run()
         assert code == 0, text
     assert "resumed after epoch 4 of 4 and 0 steps" in text
-    assert "epoch=" not in text
+    assert "\nepoch=" not in text
     assert json.loads((job.root / "output" / "metrics.json").read_text())["epochs"] == 4
     assert job.weights() == undisturbed[job.ranks].weights()
 

@@ -6,13 +6,17 @@ RAY_PYTHON=... TORCHSERVE_PYTHON=... python -m pytest tests/test_hosting.py     
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
+import shutil
+import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,13 +26,14 @@ import imaging
 from inference import inference
 from pipelines import runs
 from pipelines.local import engine
+from pipelines.local import serve as serve_local
 from tests.conftest import project_image
 from tests.helpers import CLASSES, draw, free_port
 from tests.hosting import CASES, EXCLUDED, NOT_APPLICABLE, NOT_HTTP, Facts, serving
-from tests.test_inference import artifact
-from tests.test_serving import endpoint
+from tests.test_inference import archive, artifact, classifier, photo
+from tests.test_serving import check, expected
 
-__all__ = ["artifact"]  # a fixture
+__all__ = ["archive", "artifact", "classifier"]  # fixtures
 pytestmark = pytest.mark.filterwarnings("ignore")  # the SDK's own
 
 
@@ -47,6 +52,34 @@ def other(name: str, variable: str) -> Callable[[Facts], AbstractContextManager[
         return running
 
     return host
+
+
+@contextmanager
+def endpoint(archive: Path, image: str, folder: Path) -> Iterator[Any]:
+    """An endpoint of SDK V3's local mode, which publishes it on port 8080; gives the client to invoke it with."""
+    from sagemaker.core.local.local_session import LocalSession
+
+    session = LocalSession()
+    session.config = {"local": {"local_code": False, "container_root": str(folder)}}
+    client = session.sagemaker_client
+    own = folder / "model"  # the SDK unpacks the archive beside itself
+    own.mkdir()
+    shutil.copy(archive, own)
+    container = {"Image": image, "ModelDataUrl": f"file://{own / archive.name}", "Environment": {}}
+    client.create_model(ModelName="model", PrimaryContainer=container)
+    variant = {"VariantName": "AllTraffic", "ModelName": "model", "InitialInstanceCount": 1, "InstanceType": "local"}
+    client.create_endpoint_config(EndpointConfigName="config", ProductionVariants=[variant])
+    try:
+        client.create_endpoint(EndpointName="endpoint", EndpointConfigName="config")
+        yield session.sagemaker_runtime_client
+    finally:
+        with suppress(Exception):
+            client.delete_endpoint("endpoint")  # it only stops the container
+        left = ["docker", "ps", "--all", "--quiet", "--filter", f"ancestor={image}"]
+        left += ["--filter", "network=sagemaker-local"]
+        for name in subprocess.check_output(left, text=True).split():
+            subprocess.run(["docker", "rm", "--force", name], check=True, capture_output=True)
+        subprocess.run(["docker", "network", "rm", "sagemaker-local"], capture_output=True, check=False)
 
 
 @contextmanager
@@ -130,3 +163,26 @@ def test_weights_are_saved_for_any_device(artifact: Path) -> None:
     with safe_open(artifact / "model.safetensors", "np") as weights:
         assert all(isinstance(weights.get_tensor(key), np.ndarray) for key in weights.keys())  # noqa: SIM118
     assert "cuda" not in json.dumps(json.loads((artifact / "model.json").read_text())["preprocessing"])
+
+
+@pytest.mark.container
+@pytest.mark.filterwarnings("ignore")  # the SDK's own
+def test_the_sdks_local_endpoint(
+    archive: Path,
+    classifier: inference.Classifier,
+    serving_image: str,
+    tmp_path: Path,
+    nothing_left: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")  # asked for, never called
+    with endpoint(archive, serving_image, tmp_path) as runtime:
+        answer = runtime.invoke_endpoint(Body=photo("up"), EndpointName="endpoint", ContentType="image/png")
+        found = json.loads(answer["Body"].read())
+        assert found["probabilities"][0] == pytest.approx(expected(classifier, "up"), abs=1e-5)
+        answer = runtime.invoke_endpoint(Body=b"up", EndpointName="endpoint", ContentType="text/csv")
+        assert answer["ResponseMetadata"]["HTTPStatusCode"] == 415  # returned, where the cloud's client raises
+        check(8080, classifier)
+    with pytest.raises((OSError, http.client.HTTPException)):
+        serve_local.ask(8080, "GET", "/ping")
+    assert nothing_left

@@ -146,11 +146,13 @@ STRANGERS: list[Row] = [  # principal, action, resource, context: of another pro
     *[("ExecutionRole", f"s3:{action}", s3(OWN, key), {}) for action in ("PutObject", "DeleteObject")
       for key in ("models/a/model.tar.gz", "registry/a/evaluation.json", "source/a/train.py", "raw/a/1.png")],
     ("ExecutionRole", "s3:GetObject", s3(NEIGHBOUR, "data/a"), {}),
-    ("ExecutionRole", "logs:PutLogEvents", log(f"/aws/sagemaker/TrainingJobs:log-stream:{LATER}-1/algo-1"), {}),
-    ("ExecutionRole", "logs:PutLogEvents", log(f"/aws/sagemaker/Endpoints/{LATER}:log-stream:AllTraffic/i-1"), {}),
-    ("ExecutionRole", "cloudwatch:PutMetricData", "*", {"cloudwatch:namespace": "AWS/SageMaker"}),
-    ("ExecutionRole", "ec2:CreateNetworkInterface", arn("ec2", "subnet/subnet-1"), {"ec2:SubnetID": "subnet-1"}),
-    ("ExecutionRole", "ec2:CreateNetworkInterface", arn("ec2", "security-group/sg-1"), {"ec2:SecurityGroupID": "sg-1"}),
+    *[(name, action, resource, context) for name in ("ExecutionRole", "ServingRole") for action, resource, context in [
+        ("logs:PutLogEvents", log(f"/aws/sagemaker/TrainingJobs:log-stream:{LATER}-1/algo-1"), {}),
+        ("logs:PutLogEvents", log(f"/aws/sagemaker/Endpoints/{LATER}:log-stream:AllTraffic/i-1"), {}),
+        ("logs:DescribeLogStreams", log(f"/aws/sagemaker/Endpoints/{LATER}:log-stream:"), {}),
+        ("cloudwatch:PutMetricData", "*", {"cloudwatch:namespace": "AWS/SageMaker"}),
+        ("ec2:CreateNetworkInterface", arn("ec2", "subnet/subnet-1"), {"ec2:SubnetID": "subnet-1"}),
+        ("ec2:CreateNetworkInterface", arn("ec2", "security-group/sg-1"), {"ec2:SecurityGroupID": "sg-1"})]],
     # serving
     *[("ServingRole", f"s3:{action}", s3(OWN, key), {}) for action in ("PutObject", "DeleteObject")
       for key in ("models/a/model.tar.gz", "jobs/a/output/model.tar.gz", "pipeline/1/packed/a", "source/a/inference.py",
@@ -158,7 +160,7 @@ STRANGERS: list[Row] = [  # principal, action, resource, context: of another pro
     *[("ServingRole", action, "*", {}) for action in ("sagemaker:CreateModel", "iam:PassRole", "s3:PutObject",
                                                       "s3:DeleteObject", "ssmmessages:CreateControlChannel")],
     # keys: only through a service
-    *[(name, f"kms:{action}", KEY, {}) for name in ("ExecutionRole", "ServingRole", "PipelineRole")
+    *[(name, f"kms:{action}", KEY, {}) for name in (PERSON, "ExecutionRole", "ServingRole", "PipelineRole")
       for action in ("Decrypt", "GenerateDataKey", "Encrypt")],
     ("ExecutionRole", "kms:Decrypt", KEY, {"kms:ViaService": f"secretsmanager.{REGION}.amazonaws.com"}),
     ("ExecutionRole", "kms:CreateGrant", KEY, THROUGH),
@@ -174,6 +176,14 @@ STRANGERS: list[Row] = [  # principal, action, resource, context: of another pro
     ("SchedulerRole", "sagemaker:DeleteEndpoint", sm(f"endpoint/{NEIGHBOUR}"), tagged(NEIGHBOUR)),
     ("SchedulerRole", "sagemaker:DeleteEndpoint", sm("endpoint/fraudster"), tagged(OWN)),
     ("SchedulerRole", "sagemaker:DeleteModel", sm(f"model/{OWN}-1"), tagged(OWN)),
+    ("SchedulerRole", "application-autoscaling:DeregisterScalableTarget", SCALABLE, OF_SAGEMAKER | tagged(NEIGHBOUR)),
+    ("SchedulerRole", "application-autoscaling:DeregisterScalableTarget", SCALABLE,
+     {"application-autoscaling:service-namespace": "ecs"}),
+    ("SchedulerRole", "application-autoscaling:RegisterScalableTarget", SCALABLE, OF_SAGEMAKER | tagged(OWN)),
+    ("SchedulerRole", "cloudwatch:DeleteAlarms", arn("cloudwatch", f"alarm:{NEIGHBOUR}-drift"), tagged(NEIGHBOUR)),
+    ("SchedulerRole", "cloudwatch:DeleteAlarms", arn("cloudwatch", f"alarm:{LATER}-drift"), {}),
+    ("SchedulerRole", "cloudwatch:PutMetricAlarm", arn("cloudwatch", f"alarm:{OWN}-drift"), tagged(OWN)),
+    ("SchedulerRole", "cloudwatch:DeleteDashboards", arn("cloudwatch", f"dashboard/{LATER}-monitor", ""), {}),
 ]  # fmt: skip
 OURS: list[Row] = [
     *[(PERSON, f"sagemaker:{action}", sm(f"{kind}/{OWN}-1"), {}) for action, kind in [
@@ -209,7 +219,8 @@ OURS: list[Row] = [
       for place, context in [(arn("ec2", "network-interface/*"), {}),
                              (arn("ec2", "subnet/subnet-0b"), {"ec2:SubnetID": "subnet-0b"}),
                              (arn("ec2", "security-group/sg-0a"), {"ec2:SecurityGroupID": "sg-0a"})]],
-    *[(name, "kms:Decrypt", KEY, THROUGH) for name in ("ExecutionRole", "ServingRole", "PipelineRole")],
+    *[(name, "kms:Decrypt", KEY, THROUGH) for name in (PERSON, "ExecutionRole", "ServingRole", "PipelineRole")],
+    (PERSON, "kms:GenerateDataKey", KEY, THROUGH), (PERSON, "kms:DescribeKey", KEY, {}),
     ("ServingRole", "kms:CreateGrant", KEY,
      {"kms:GrantIsForAWSResource": "true", "kms:ViaService": f"sagemaker.{REGION}.amazonaws.com"}),
     *[("PipelineRole", f"sagemaker:Create{kind}Job", sm(f"{kind.lower()}-job/{OWN}-1"), new(OWN) | IN_VPC)
@@ -220,15 +231,20 @@ OURS: list[Row] = [
     ("PipelineRole", "sagemaker:CreateModelPackage", sm(f"model-package-group/{OWN}"), {}),
     ("PipelineRole", "iam:PassRole", role(OWN, "ExecutionRole"), passed()),
     *[("SchedulerRole", "sagemaker:DeleteEndpoint", sm(f"endpoint/{OWN}{rest}"), tagged(OWN)) for rest in ("", "-eu")],
+    *[("SchedulerRole", "application-autoscaling:DeregisterScalableTarget", SCALABLE, OF_SAGEMAKER | tags)
+      for tags in (tagged(OWN), {})],
+    ("SchedulerRole", "cloudwatch:DeleteAlarms", arn("cloudwatch", f"alarm:{OWN}-backlog"), tagged(OWN)),
 ]  # fmt: skip
 OF_FULL: list[tuple[bool, Row]] = [
     (True, ("SchedulerRole", "sagemaker:CreateProcessingJob", sm(f"processing-job/{OWN}-monitor-1"),
             new(OWN) | IN_VPC)),
     (True, ("SchedulerRole", "sagemaker:AddTags", sm(f"processing-job/{OWN}-1"), new(OWN, "CreateProcessingJob"))),
     (True, ("SchedulerRole", "iam:PassRole", role(OWN, "ServingRole"), passed())),
+    (True, ("SchedulerRole", "cloudwatch:DeleteDashboards", arn("cloudwatch", f"dashboard/{OWN}-monitor", ""), {})),
     (True, ("SchedulerRole", "sagemaker:StopTransformJob", sm(f"transform-job/{OWN}-1"), tagged(OWN))),
     (False, ("SchedulerRole", "sagemaker:StopTransformJob", sm(f"transform-job/{NEIGHBOUR}-1"), tagged(NEIGHBOUR))),
-    (False, ("SchedulerRole", "sagemaker:CreateProcessingJob", sm(f"processing-job/{OWN}-1"), new(OWN))),
+    *[(False, ("SchedulerRole", "sagemaker:CreateProcessingJob", sm(f"processing-job/{OWN}-1"), context))
+      for context in (new(OWN), IN_VPC, new(NEIGHBOUR) | IN_VPC)],
     (False, ("SchedulerRole", "sagemaker:AddTags", sm(f"processing-job/{OWN}-1"), new(OWN))),
     (False, ("SchedulerRole", "iam:PassRole", role(OWN, "PipelineRole"), passed())),
     *[(False, (PERSON, f"sagemaker-mlflow:{action}", sm("mlflow-tracking-server/theirs"), tagged(NEIGHBOUR)))
@@ -589,6 +605,7 @@ def test_the_steps_of_the_pipeline_are_allowed_to_its_role(file: str) -> None:
 def test_what_schedules_do_is_allowed_to_their_role() -> None:
     done = 0
     for file in VERBS:
+        scales = any(operation == "RegisterScalableTarget" for operation, _ in asked_of(file))
         for operation, asked in asked_of(file):
             if operation in ("CreateSchedule", "UpdateSchedule"):
                 word = asked["Target"]["Arn"].rpartition(":")[2]
@@ -596,6 +613,8 @@ def test_what_schedules_do_is_allowed_to_their_role() -> None:
                 given = json.loads(given) if isinstance(given, str) else dict(given)
                 made = as_made(bool(found(given, "VpcConfig")))
                 asks = needs(f"{word[0].upper()}{word[1:]}", given)
+                if word == "deleteEndpoint" and scales:  # AWS deregisters in the name of who deletes
+                    asks += needs("DeregisterScalableTarget", {})
                 assert refused_of(made, "SchedulerRole", asks) == [], word
                 done += 1
     assert done > 5

@@ -9,6 +9,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from torch.multiprocessing.spawn import spawn
 
 from model import build_model
 from processing.preprocess import pack
-from training import augment, checkpoint, distributed
+from training import augment, calibrate, checkpoint, distributed
 from training.config import ConfigurationError, Hyperparameters, resolve
 from training.data import DataError, epoch_order, load_channels, load_split
 from training.distributed import World
@@ -211,7 +212,7 @@ def test_both_ways_to_shift_agree() -> None:
     shifts = np.random.default_rng(0).integers(-6, 7, (40, 2))
     shifts[0] = (0, 0)
     shifts[1] = (2, -1)
-    moved = augment.shift_by_gather(images, shifts)
+    moved = augment.warp(images, augment.motion(*-shifts.T))
     assert torch.equal(moved, augment.shift_by_copy(images, shifts))
     assert torch.equal(moved[0], images[0])
     assert torch.equal(moved[1, 2:, :-1], images[1, :-2, 1:])
@@ -224,10 +225,14 @@ def _rank(rank: int, size: int, packed: str, results: str, options: dict[str, An
     torch.distributed.init_process_group("gloo", init_method=f"file://{results}/store", rank=rank, world_size=size)
     world = World(rank=rank, size=size, device=torch.device("cpu"))
     torch.manual_seed(0)
-    untrained = evaluate(build_model("cnn", 3, 12), load_split(Path(packed) / "validation"), world)
+    model, split = build_model("cnn", 3, 12), load_split(Path(packed) / "validation")
+    untrained = evaluate(model, split, world)
+    with patch.object(calibrate, "BATCH", 2):
+        logits = calibrate.answers(model, split, world)
     weights, history = train(Path(packed), world, **options)
     assert (not history) == (rank > 0)
     facts = {"untrained": [untrained.loss, untrained.accuracy, untrained.images], "history": history}
+    facts["temperature"] = calibrate.temperature(logits, torch.from_numpy(split.labels)) if world.is_main else None
     Path(results, f"{rank}.json").write_text(json.dumps(facts))
     torch.save(weights, f"{results}/{rank}.pt")
     distributed.stop()
@@ -242,9 +247,10 @@ def ranks(size: int, packed: Path, results: Path, **options: Any) -> tuple[list[
 
 def test_ranks_agree_and_evaluation_counts_every_image_once(packed: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    alone = evaluate(build_model("cnn", 3, 12), load_split(packed / "validation"), ALONE)
-    for size in (2, 3, 4):
+    alone, temperatures = evaluate(build_model("cnn", 3, 12), load_split(packed / "validation"), ALONE), set()
+    for size in (1, 2, 3, 4):
         facts, weights = ranks(size, packed, tmp_path / str(size), epochs=8)
+        temperatures.add(facts[0]["temperature"])
         for rank in range(size):
             loss, accuracy, images = facts[rank]["untrained"]
             assert (images, accuracy) == (9, alone.accuracy)  # 9 images on 2 ranks: padding would count 10
@@ -252,6 +258,7 @@ def test_ranks_agree_and_evaluation_counts_every_image_once(packed: Path, tmp_pa
             assert same(weights[0], weights[rank])
         history = facts[0]["history"]
         assert history[-1]["train_loss"] < history[0]["train_loss"]
+    assert len(temperatures) == 1
 
 
 @pytest.mark.parametrize("synced", [True, False])
@@ -274,7 +281,7 @@ def test_a_batch_in_parts_is_the_same_batch(packed: Path, tmp_path: Path, option
     assert parts[0]["val_loss"] == pytest.approx(whole[0]["val_loss"], rel=1e-5)
     facts, _ = ranks(2, packed, tmp_path / "two", **common, **options)
     assert facts[0]["history"][0]["val_loss"] == pytest.approx(whole[0]["val_loss"], rel=1e-5)
-    with pytest.raises(ConfigurationError, match=r"a batch of 16 images cannot feed 1 ranks in 17 parts"):
+    with pytest.raises(ConfigurationError, match=r"a batch of 16 images cannot feed 1 process in 17 parts"):
         train(packed, **common, accumulate=17)
 
 
@@ -320,5 +327,5 @@ def test_data_that_cannot_be_trained_on_is_named(packed: Path, tmp_path: Path, r
         np.save(file, np.zeros_like(np.load(file)))
     with pytest.raises(DataError, match="has one class, 'only'"):
         load_channels(tmp_path / "single" / "train", tmp_path / "single" / "validation")
-    with pytest.raises(ConfigurationError, match="a batch of 1 images cannot feed 2 ranks"):
+    with pytest.raises(ConfigurationError, match="a batch of 1 image cannot feed 2 processes"):
         train(packed, World(rank=0, size=2, device=torch.device("cpu")), batch_size=1)

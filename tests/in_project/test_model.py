@@ -35,7 +35,7 @@ def test_every_torchvision_classifier_trains(name: str) -> None:
 def test_unknown_names_get_a_hint() -> None:
     with pytest.raises(ModelError, match=r"unknown model 'resnet19'.*did you mean resnet"):
         build_model("resnet19", 2, 224)
-    with pytest.raises(ModelError, match="model 'vit_b_16' cannot take 100x100 images"):
+    with pytest.raises(ModelError, match="model 'vit_b_16' cannot be built for 100x100 images"):
         build_model("vit_b_16", 2, 100)
 
 

@@ -301,7 +301,8 @@ def broken(good: str) -> dict[str, list[str]]:
         ],
         "not readable as images": [
             but("endpointInput", data=base64.b64encode(b"no image").decode()),
-            but("endpointInput", observedContentType="text/csv"), but("endpointInput", observedContentType=7),
+            but("endpointInput", data=base64.b64encode(b"1,2").decode(), observedContentType="text/csv"),
+            but("endpointInput", data=base64.b64encode(b"1,2").decode(), observedContentType=7),
         ],
         "with another number of images than of predictions": [
             but("endpointOutput", data=json.dumps(answer | {"labels": ["up", "up"]})),
@@ -512,10 +513,12 @@ def test_again_it_is_updated_in_place(captured: Hosting) -> None:
     words = job["AppSpecification"]["ContainerArguments"]
     assert dict(zip(words[::2], words[1::2], strict=True)).items() >= {"--limit": "0.5", "--minimum": "7",
                                                                        "--hours": "24"}.items()  # fmt: skip
-    assert len(boto3.client("scheduler").list_schedules()["Schedules"]) == 2
+    scheduler, ending = boto3.client("scheduler"), [f"{NAME}-end{what}" for what in ("", "-alarms", "-dashboard")]
+    assert {item["Name"] for item in scheduler.list_schedules()["Schedules"]} == {*ending, f"{NAME}-monitor"}
+    assert len({scheduler.get_schedule(Name=name)["ScheduleExpression"] for name in ending}) == 1  # all moved with it
     alarms = boto3.client("cloudwatch").describe_alarms()["MetricAlarms"]
     assert {alarm["Threshold"] for alarm in alarms} == {1.0, 0.05, 20_000.0}
-    ends = boto3.client("scheduler").get_schedule(Name=f"{NAME}-monitor")["EndDate"]
+    ends = scheduler.get_schedule(Name=f"{NAME}-monitor")["EndDate"]
     assert ends - datetime.now(UTC) < timedelta(hours=2)
 
 
@@ -606,7 +609,7 @@ def test_status_shows_it_and_destroy_removes_it(captured: Hosting, monkeypatch: 
     cloudwatch = boto3.client("cloudwatch")
     cloudwatch.put_dashboard(DashboardName=f"{NAME}-mine", DashboardBody="{}")
     items = inventory.everything(Account(settings()))
-    wanted = ["monitoring", "dashboard", "end schedule", *(f"{name}-{what}" for name in both
+    wanted = ["monitoring", "dashboard", "end schedule", "end of alarms", *(f"{name}-{what}" for name in both
                                                            for what in ("drift", "errors", "latency"))]  # fmt: skip
     assert {*attached()} == {*wanted}
     lines = inventory.table(items)

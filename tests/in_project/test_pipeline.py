@@ -44,7 +44,7 @@ EVERYTHING = [
     "aws.subnets=[subnet-0a, subnet-0b]", "aws.security_groups=[sg-0a]", f"aws.kms_key={KEY}",
     "aws.tags={team: vision}", "compute.isolation=true", "compute.encrypt_traffic=true", "compute.spot=false",
     "compute.keep_alive_minutes=10", "compute.input_mode=FastFile", "compute.instance_type=ml.c5.xlarge",
-    "compute.remote_debug=true", "training.epochs=3", "pipeline.cache_days=0",
+    "training.epochs=3", "pipeline.cache_days=0",
 ]  # fmt: skip
 CREATES = {
     "Processing": "CreateProcessingJob", "Training": "CreateTrainingJob", "RegisterModel": "CreateModelPackage",
@@ -77,7 +77,7 @@ def steps(document: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 @pytest.fixture(autouse=True)
 def _commit(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(project, "source_commit", lambda: "abc")
+    monkeypatch.setattr(training_pipeline, "source_commit", lambda: "abc")
     yield
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the folders that the SDK's trainer leaves to the garbage collector
@@ -491,6 +491,16 @@ def test_the_whole_pipeline_in_containers(
     assert account.named("CreateEndpoint")
     owned = {path.lstat().st_uid for path in (project / "artifacts").rglob("*")}
     assert owned == {project.stat().st_uid}
+
+
+def test_a_step_as_a_process_knows_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Evaluation runs the artifact's code."""
+    for name, value in {"AWS_SECRET_ACCESS_KEY": "s3cret", "HF_TOKEN": "s3cret", "OMP_NUM_THREADS": "7"}.items():
+        monkeypatch.setenv(name, value)
+    code = "import os, sys; sys.exit('s3cret' in os.environ.values() or os.environ['OMP_NUM_THREADS'] != '7')"
+    application = {"ContainerEntrypoint": ["python3"], "ContainerArguments": ["-c", code]}
+    execution = Execution({"Parameters": []}, {}, {}, None, "20261121-093000-a1b2", tmp_path)
+    assert execution._call("Evaluate", {"AppSpecification": application}, {}) == 0
 
 
 def test_a_gate_that_is_not_passed_fails_the_command(verb: Verb, project: Path) -> None:

@@ -6,6 +6,8 @@ import contextlib
 import json
 import os
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -13,18 +15,20 @@ from typing import Any, Literal
 import pytest
 import torch
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 import imaging
 import model
-from pipelines import ROOT, config, environment, project
+from pipelines import ROOT, SOURCE, config, environment, project
 from pipelines.cloud import images as image_push
 from pipelines.cloud.account import Account
 from pipelines.local import engine
 from pipelines.local import images as image
 from tests.cloud import STACK
+from tests.helpers import verb_environment
 from tests.programs import put_first
-from training import checkpoint, data, loop, optim, speed
-from training.config import Hyperparameters
+from training import checkpoint, data, distributed, loop, optim, speed
+from training.config import ConfigurationError, Hyperparameters
 from training.distributed import World
 
 APPLE = World(rank=0, size=1, device=torch.device("mps"))
@@ -41,14 +45,16 @@ class OnTheDevice(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if not isinstance(result, torch.Tensor):
-            return result
         if func == torch.Tensor.cpu:
             result = result.clone()
-            result.fetched = True  # type: ignore[attr-defined]
-        strange = [value for value in args if isinstance(value, torch.Tensor) and value.dtype != torch.float64
-                   and not hasattr(value, "fetched")]  # fmt: skip
-        if result.dtype == torch.float64 and strange:
+        given, made = (
+            [leaf for leaf in tree_leaves(each) if isinstance(leaf, torch.Tensor)] for each in (args, result)
+        )
+        strange = [value for value in given if value.dtype != torch.float64 and not hasattr(value, "fetched")]
+        if func == torch.Tensor.cpu or (given and not strange):  # and what is made of fetched ones
+            for each in made:
+                each.fetched = True  # type: ignore[attr-defined]
+        if strange and any(each.dtype == torch.float64 for each in made):
             self.doubles.append(str(func))
         return result
 
@@ -91,7 +97,7 @@ def test_apples_gpus_get_the_usual_order_of_memory_and_no_timing(monkeypatch: py
         settings = Hyperparameters(compile=asked)
         chosen = speed.choose(network, torch.zeros(4, 3, 8, 8), settings, 10**9, APPLE, contextlib.nullcontext)
         assert chosen == {"channels_last": False, "compile": False}
-    assert loop.has_fast_bf16(APPLE.device) is False
+    assert speed.has_fast_bf16(APPLE.device) is False
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     assert model.best_device().type == "mps"
@@ -144,7 +150,7 @@ def test_the_cloud_gets_images_for_its_processors(
     monkeypatch.setenv("ARCH", machine)
     settings = config.load([])
     image.image(settings, "training")
-    name = image.image_for(settings, "training", image_push.ARCHITECTURE)
+    name = image.image_for(settings, "training", image_push.ARCHITECTURE, False)
     assert name == image.image_name(settings, "training") + ("-amd64" if foreign else "")
     here, there = builds(docker)[:2]
     assert "--platform" not in here
@@ -158,7 +164,9 @@ def test_an_image_for_other_processors_is_pushed_from_its_own_name(
     monkeypatch.setenv("ARCH", "aarch64")
     monkeypatch.setenv("FACTS", json.dumps([{"Architecture": "amd64"}]))
     token = {"authorizationData": [{"authorizationToken": "QVdTOng="}]}
-    client = type("Client", (), {"get_authorization_token": lambda _self: token})()
+    there = {"imageDetails": [{"imageManifestMediaType": image_push.TAKEN}]}
+    answers = {"get_authorization_token": lambda _self: token, "describe_images": lambda _self, **_: there}
+    client = type("Client", (), answers)()
     monkeypatch.setattr(Account, "client", lambda *_: client)
     monkeypatch.setattr(engine, "check", lambda: None)
     settings = config.load([])
@@ -176,6 +184,14 @@ def test_a_base_image_by_digest_reaches_the_build_and_is_another_image(
     assert image.image_name(plain, "training") != image.image_name(pinned, "training")
     image.build(pinned, "training")
     assert f"--build-arg BASE_IMAGE={DIGEST} " in builds(docker)[0]
+
+
+def test_a_stage_that_is_not_wanted_installs_nothing(docker: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without BuildKit all stages before the wanted one are built, and their defaults are gigabytes."""
+    monkeypatch.setenv("ARCH", "x86_64")
+    for target, words in (("training", "--build-arg SERVING= "), ("serving", "--build-arg PACKAGES= ")):
+        image.build(config.load([]), target)  # type: ignore[arg-type]
+        assert words in builds(docker)[-1]
 
 
 @pytest.mark.parametrize(("facts", "said"), [([{"RepoDigests": [DIGEST]}], True), ([{"RepoDigests": []}], False)])
@@ -205,36 +221,62 @@ def test_the_artifacts_requirements_and_the_image_follow_the_groups() -> None:
     assert {*listed} <= {*container, *serving}
     settings = config.load([])
     if settings.images.packages == "auto":
-        assert image.packages(settings) == container
-    recipe = image.DOCKERFILE.read_text(encoding="utf-8")
-    for argument, group in (("PACKAGES", container), ("SERVING", serving)):
+        assert image.packages(settings, "training") == container
+    recipe = image.RECIPE[0].read_text(encoding="utf-8")
+    for argument, group in (("PACKAGES", container), ("SERVING", container + serving)):
         found = re.search(rf'(?m)^ARG {argument}="(.*)"$', recipe)
         assert found is not None
         assert found[1].split() == [re.split("[>=<]", words)[0] for words in group], argument
+
+
+LOCKED = {"numpy": "2.4.6", "torch": "2.14.1", "torchvision": "0.29.0", "torchmetrics": "1.0", "triton": "3.9.0",
+          "nvidia-cublas": "13.4", "cuda-bindings": "13.5"}  # fmt: skip
 
 
 @pytest.fixture
 def uv(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A program called uv in a folder with an environment and a lock; `pip freeze` knows two packages."""
     script = (
-        f'echo "$@" >> {tmp_path}/calls\n[ "$2" = freeze ] && printf "six==1.0\\ntorch==2.13.0+cpu\\n"\n'
+        f'echo "$@" >> {tmp_path}/calls\ncase "$*" in *torch-backend*) [ ! -e {tmp_path}/offline ] || exit 2;; esac\n'
+        '[ "$2" = freeze ] && printf "six==1.0\\ntorch==2.13.0+cpu\\n"\n'
         'if [ "$1" = tool ]; then exit 3; fi\n:\n'
     )
     put_first("uv", script, tmp_path, monkeypatch)
     (tmp_path / ".venv").mkdir()
-    (tmp_path / "uv.lock").touch()
+    (tmp_path / "uv.lock").write_text("".join(f'[[package]]\nname = "{name}"\nversion = "{version}"\n\n'
+                                              for name, version in LOCKED.items()))  # fmt: skip
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
+@pytest.mark.parametrize("offline", [False, True])
 @pytest.mark.parametrize(
     ("options", "begins"), [([], "sync --locked"), (["--resolution", "lowest-direct", "--upgrade"], "pip install")]
 )
-def test_a_resolution_goes_past_the_lock(uv: Path, options: list[str], begins: str) -> None:
+def test_a_resolution_goes_past_the_lock(
+    uv: Path, options: list[str], begins: str, offline: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if offline:
+        (uv / "offline").touch()
     assert environment.main(options) == 0
-    last = (uv / "calls").read_text().splitlines()[-1]
-    assert last.startswith(begins)
-    assert last.endswith(" ".join(options))
+    calls = [line for line in (uv / "calls").read_text().splitlines() if not line.startswith("venv")]
+    assert all(line.startswith(begins) == (" torch==" not in line) for line in calls)
+    assert " ".join(options) in calls[0]
+    assert ("torch-backend" in calls[-1]) is not offline
+    assert ("does not answer, so torch is PyPI's build" in capsys.readouterr().err) is offline
+
+
+def test_torchs_build_is_chosen_and_its_version_locked(uv: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All but torch and what only PyPI's build of it needs comes from the lock."""
+    monkeypatch.setenv("IMAGES__TORCH", "cpu")
+    assert environment.main([]) == 0
+    synced, installed = (uv / "calls").read_text().splitlines()
+    left_out = re.findall(r"--no-install-package (\S+)", synced)
+    assert {*left_out} == {"torch", "torchvision", "nvidia-cublas", "cuda-bindings", "triton"}
+    assert installed.endswith(" torch==2.14.1 torchvision==0.29.0 --torch-backend cpu --quiet")
+    (uv / "calls").unlink()
+    assert environment.main(["--group", "laptop"]) == 0  # which holds no torch
+    assert (uv / "calls").read_text() == "sync --locked --inexact --group laptop\n"
 
 
 def test_an_audit_asks_about_every_version_and_fails_without_an_answer(uv: Path) -> None:
@@ -244,3 +286,78 @@ def test_an_audit_asks_about_every_version_and_fails_without_an_answer(uv: Path)
     assert "--strict" in asked.split()
     assert asked.endswith("--requirement .cache/audit-requirements.txt --desc")
     assert (uv / ".cache" / "audit-requirements.txt").read_text() == "six==1.0\ntorch==2.13.0\n"
+
+
+@pytest.mark.parametrize(
+    ("variables", "refused"),
+    [
+        ({}, False),
+        ({"SM_NUM_GPUS": "0", "SM_CURRENT_INSTANCE_TYPE": "ml.m5.large"}, False),
+        ({"SM_NUM_GPUS": "4", "SM_CURRENT_INSTANCE_TYPE": "ml.g5.12xlarge"}, True),
+        ({"SM_NUM_GPUS": "0", "SM_CURRENT_INSTANCE_TYPE": "ml.p5.48xlarge"}, True),
+        ({"SM_NUM_GPUS": "1", "SM_CURRENT_INSTANCE_TYPE": "local_gpu"}, True),
+        ({"SM_NUM_GPUS": "1", "CUDA_VISIBLE_DEVICES": ""}, False),  # as it was asked for
+    ],
+)
+def test_gpus_that_bill_and_cannot_be_used_are_named(
+    variables: dict[str, str], refused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", "13.2")
+    (tmp_path / "version").write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.183.01  Sun May 12 2024\n")
+    for driver, words in (("none", "there is no NVIDIA driver"), ("version", "the driver is 535.183.01")):
+        monkeypatch.setattr(distributed, "DRIVER", tmp_path / driver)
+        with pytest.raises(ConfigurationError) if refused else contextlib.nullcontext() as error:
+            distributed.check_gpus(variables)
+        if error:
+            assert "built for CUDA 13.2, cannot use them" in str(error.value)
+            assert words in str(error.value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    distributed.check_gpus(variables)
+
+
+def test_the_job_ends_before_the_data_is_read(tmp_path: Path) -> None:
+    folders = {f"SM_{name}": str(tmp_path / "none") for name in
+               ("CHANNEL_TRAIN", "CHANNEL_VALIDATION", "MODEL_DIR", "OUTPUT_DATA_DIR")}  # fmt: skip
+    environment = verb_environment() | folders | {"SM_CURRENT_INSTANCE_TYPE": "ml.g5.xlarge"}
+    command = [sys.executable, str(SOURCE / "training" / "launch.py")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "error: ml.g5.xlarge has GPUs, and torch" in done.stderr
+    assert str(tmp_path) not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("wanted", "gpu", "build"),
+    [("auto", False, "cpu"), ("auto", True, "cu128"), ("cpu", True, "cpu"), ("cuda", False, "cu128"),
+     ("cu126", False, "cu126")],
+)  # fmt: skip
+def test_torchs_build_follows_the_machine(wanted: str, gpu: bool, build: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = config.load([f"images.torch={wanted}"], {})
+    assert image.torch_build(settings, gpu) == build
+    assert image.torch_build(config.load([f"images.torch={wanted}", "images.packages=[torch]"], {}), gpu) == ""
+    monkeypatch.setattr(image, "container_gpus", lambda: int(gpu))
+    assert image.torch_build(settings, None) == build
+    named = {other: image.image_name(config.load([f"images.torch={other}"], {}), "serving") for other in
+             ("cpu", "cu126", "cu128")}  # fmt: skip
+    assert image.image_name(settings, "serving", gpu) == named[build]
+    assert len({*named.values()}) == 3
+
+
+@pytest.mark.parametrize(
+    ("more", "on_gpu"),
+    [
+        ({"compute.instance_type": "ml.g5.xlarge", "endpoint.instance_type": "ml.m5.large"}, (True, False)),
+        ({"compute.instance_type": "ml.c5.xlarge", "endpoint.instance_type": "ml.g6.xlarge"}, (False, True)),
+        ({"endpoint.type": "serverless", "endpoint.instance_type": "ml.g6.xlarge"}, (True, False)),
+    ],
+)
+def test_the_cloud_gets_torchs_build_for_each_instance_type(more: dict[str, str], on_gpu: tuple[bool, bool]) -> None:
+    account = Account(config.load([f"{name}={value}" for name, value in more.items()], {}), STACK)
+    for target, gpu in zip(image.TARGETS, on_gpu, strict=True):
+        assert image_push.on_gpu(account, target) == gpu
+        tag = image.image_name(account.settings, target, gpu).partition(":")[2]
+        assert image_push.uri(account, target) == f"{STACK.repository}:{tag}"
+    kinds = [config.load([f"endpoint.instance_type={kind}"], {}) for kind in ("ml.g5.xlarge", "ml.m5.large")]
+    first, second = (image_push.uri(Account(each, STACK), "serving") for each in kinds)
+    assert first != second

@@ -15,8 +15,9 @@ import pytest
 import imaging
 from pipelines import SOURCE
 from processing import preprocess
+from processing.divide import assign, automatic_size
 from processing.preprocess import pack
-from processing.scan import Item, PackingError, assign, automatic_size, scan
+from processing.scan import Item, PackingError, scan
 from tests.helpers import CLASSES, draw
 from training.data import load_split
 

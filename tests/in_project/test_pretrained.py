@@ -24,7 +24,7 @@ from tests.helpers import Verb
 from training import checkpoint, speed
 from training.config import Hyperparameters
 from training.distributed import World
-from training.pretrained import find_weights, freeze, load_weights, published_weights, read_weights, train_mode
+from training.pretrained import find_weights, freeze, initialise, load_weights, read_weights, train_mode
 
 ALONE = World(rank=0, size=1, device=torch.device("cpu"))
 
@@ -33,7 +33,7 @@ def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor], names:
     return all(torch.equal(first[name], second[name]) for name in names)
 
 
-@pytest.mark.parametrize("kind", ["safetensors", "pth", "lightning", "parallel", "folder"])
+@pytest.mark.parametrize("kind", ["safetensors", "pth", "lightning", "folder"])
 def test_weights_come_from_files_of_every_usual_kind(tmp_path: Path, kind: str) -> None:
     state = build_model("cnn", 3, 12).state_dict()
     place = tmp_path / ("weights.safetensors" if kind in ("safetensors", "folder") else "weights.pth")
@@ -42,7 +42,7 @@ def test_weights_come_from_files_of_every_usual_kind(tmp_path: Path, kind: str) 
     elif kind == "lightning":
         torch.save({"state_dict": state, "epoch": 3}, place)
     else:
-        torch.save({f"module.{key}": value for key, value in state.items()} if kind == "parallel" else state, place)
+        torch.save(state, place)
     read = read_weights(find_weights(tmp_path if kind == "folder" else place))
     assert set(read) == set(state)
     assert same(read, state, list(state))
@@ -58,7 +58,7 @@ class Evil:
 @pytest.mark.parametrize(
     ("make", "sentence"),
     [
-        (Path.exists, "must hold one file of weights (.safetensors .pth .pt); found: none"),
+        (Path.exists, "must hold one file of weights (.safetensors .pth .pt .ckpt .bin); found: none"),
         (lambda folder: [(folder / name).touch() for name in ("a.pt", "b.pth")], "found: a.pt, b.pth"),
         (lambda folder: (folder / "a.pt").write_bytes(b"junk"), "holds no weights that can be read"),
         (lambda folder: (folder / "a.safetensors").write_bytes(b"junk"), "holds no weights that can be read"),
@@ -97,15 +97,15 @@ def test_other_classes_get_a_new_head_and_keep_the_rest(name: str, caplog: pytes
 def test_weights_of_another_model_are_refused_by_name() -> None:
     with pytest.raises(ModelError, match=r"the weights do not fit the model: .* set model to the one"):
         load_weights(build_model("resnet18", 3, 32), build_model("cnn", 3, 32).state_dict())
-    with pytest.raises(ModelError, match=r"model cnn has no published weights"):
-        published_weights("cnn")
+    with pytest.raises(ModelError, match=r"the published weights of cnn cannot be had \(there are none\)"):
+        initialise(build_model("cnn", 3, 32), "cnn", "default", None)
 
 
 def test_published_weights_that_cannot_be_had_are_one_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
     with pytest.raises(ModelError, match=r"the published weights of resnet18 cannot be had .*data.pretrained"):
-        published_weights("resnet18")
+        initialise(build_model("resnet18", 3, 32), "resnet18", "default", None)
 
 
 def test_frozen_stages_do_not_move_and_keep_their_statistics() -> None:

@@ -43,7 +43,10 @@ def predict_fn(batch, classifier, context=None):
     if isinstance(batch, list) and any(len(image) == 7 for image in batch):
         raise RuntimeError("the secret of " + __file__)
     if isinstance(batch, list) and any(len(image) == 9 for image in batch):
-        __import__("time").sleep(2)
+        import time
+        end = time.monotonic() + 40
+        while not os.path.exists(os.environ["SEEN"] + ".refused") and time.monotonic() < end:
+            time.sleep(0.05)
     return _predict_fn(batch, classifier, context)
 """
 PNG = {"Content-Type": "image/png"}
@@ -158,8 +161,15 @@ def test_no_batch_outgrows_what_one_request_may_hold(host: Host) -> None:
 
 def test_more_requests_than_may_wait_are_refused(host: Host) -> None:
     slow = imaging.encode_png(np.zeros((9, 9, 3), np.uint8))
-    answers, _, _ = host.ask_together([(slow, PNG)] * 150)
-    statuses = [status for status, _, _ in answers]
+
+    def ask(_: int) -> int:
+        status = host.ask(slow)[0]
+        if status == 503:  # the others are held until then, however slowly these requests come
+            host.seen.with_name("seen.refused").touch()
+        return status
+
+    with ThreadPoolExecutor(150) as pool:
+        statuses = list(pool.map(ask, range(150)))
     assert set(statuses) == {200, 503}
     assert statuses.count(200) >= 64
     assert host.ask(photo())[0] == 200

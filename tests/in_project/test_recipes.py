@@ -90,7 +90,7 @@ def test_every_page_is_tested() -> None:
     """And says what was tried, what it needs, and nothing that this test does not run."""
     text = Path(__file__).read_text(encoding="utf-8")
     pages = sorted(PAGES.glob("*.md"))
-    assert len(pages) == 7
+    assert len(pages) == 8
     assert "test_ray.py" in (PAGES / "ray-serve.md").read_text(encoding="utf-8")
     for path in (OWN_LOOP, *(page for page in pages if page.stem != "ray-serve")):
         content = path.read_text(encoding="utf-8")
@@ -162,6 +162,15 @@ def test_custom_driver(aws: Recorder, page: Callable[[str], dict[str, Any]], pac
     assert facts["hyperparameters"]["epochs"] == 1
 
 
+def test_the_check_of_a_gpu_is_one_short_job(aws: Recorder, page: Callable[[str], dict[str, Any]]) -> None:
+    Path("template", "benchmarks").mkdir(parents=True)
+    Path("template", "benchmarks", "gpu.py").touch()
+    page("gpu-check")
+    check_golden("recipe_gpu_check", wanted(aws, "CreateTrainingJob"))
+    uploaded = [request["Key"] for request in aws.named("PutObject")]
+    assert any("benchmarks" in key or key.endswith((".tar.gz", "gpu.py")) for key in uploaded), uploaded
+
+
 def test_shadow_variant(aws: Recorder, page: Callable[[str], dict[str, Any]]) -> None:
     """Moto stores no shadow: what it is asked for is validated, and the endpoint then says that it is done."""
     sagemaker = boto3.client("sagemaker")
@@ -198,7 +207,7 @@ def test_own_loop(
         hyperparameters = Hyperparameters(epochs=8, batch_size=8, ema_decay=0.0)
         splits = load_channels(folders.train, folders.validation)
         script.train(hyperparameters, folders, *splits, World(0, 1, torch.device("cpu")))
-    lines = [line for line in caplog.messages if re.match(r"epoch=\d+ step=\d+ .*val_accuracy=[0-9.]+ images_", line)]
+    lines = [line for line in caplog.messages if re.match(r"epoch=\d+ step=\d+ .*val_accuracy=[0-9.]+ ", line)]
     assert len(lines) == 8
     assert json.loads((tmp_path / "output" / "metrics.json").read_text())["val_accuracy"] > 0.8
     assert len((tmp_path / "output" / "metrics.jsonl").read_text().splitlines()) == 8

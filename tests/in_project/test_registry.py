@@ -16,7 +16,6 @@ import pytest
 from botocore.exceptions import ClientError
 from moto.sagemaker.models import SageMakerModelBackend
 
-from inference.export import checksums
 from pipelines import runs
 from pipelines.cloud import artifact as source
 from pipelines.cloud import destroy, packages, pull, status, storage
@@ -28,6 +27,7 @@ from pipelines.terminal import UserError
 from tests.cloud import STACK, Recorder, aws, check_golden
 from tests.test_deploy import NAME, Hosting, hosting, run, settings, written
 from tests.test_inference import archive, artifact, classifier
+from tests.test_trust import changed
 
 __all__ = ["archive", "artifact", "aws", "classifier", "hosting"]  # fixtures
 FIRST, SECOND = "20261121-093000-a1b2", "20261121-103000-a1b2"
@@ -310,7 +310,7 @@ SWAPS = [
 @pytest.mark.parametrize("swap", SWAPS)
 @pytest.mark.parametrize("versions", [True, False])
 def test_what_was_approved_is_what_is_deployed(
-    calls: Recorder, tmp_path: Path, archive: Path, swap: str, versions: bool
+    calls: Recorder, tmp_path: Path, artifact: Path, archive: Path, swap: str, versions: bool
 ) -> None:
     s3 = boto3.client("s3")
     if versions:
@@ -323,14 +323,7 @@ def test_what_was_approved_is_what_is_deployed(
     chosen = Namespace(run=None, job=None, artifact=None, package="1")
     (tmp_path / "good").mkdir()
     assert source.find(account, chosen, tmp_path / "good").package == package.arn
-    folder, other = tmp_path / "swapped", tmp_path / "swapped.tar.gz"
-    source.checked(archive, folder)
-    with (folder / "code" / "inference.py").open("a") as code:
-        code.write("# swapped\n")
-    if swap == "other content":
-        facts = json.loads((folder / "model.json").read_text())
-        (folder / "model.json").write_text(json.dumps(facts | {"files": checksums(folder)}))
-    runs.pack(folder, other)
+    other = changed(artifact, tmp_path, "# swapped\n", honest=swap == "other content")
     body = other.read_bytes()
     if swap == "the same size":
         body = archive.read_bytes()[:-1] + bytes([archive.read_bytes()[-1] ^ 1])
@@ -351,23 +344,16 @@ def test_what_was_approved_is_what_is_deployed(
 
 @pytest.mark.parametrize("made", ["other content", "other code, the same model.json"])
 def test_its_content_is_compared_where_the_package_names_no_object(
-    calls: Recorder, tmp_path: Path, archive: Path, monkeypatch: pytest.MonkeyPatch, made: str
+    calls: Recorder, tmp_path: Path, artifact: Path, monkeypatch: pytest.MonkeyPatch, made: str
 ) -> None:
     """As the SageMaker Pipeline registers: an execution knows what the artifact holds, not how S3 calls it."""
     monkeypatch.setattr(storage, "identity", lambda *_: {})
     package = put(run=SECOND)
     account = Account(settings())
     account.client("sagemaker").update_model_package(ModelPackageArn=package.arn, ModelApprovalStatus="Approved")
-    folder = tmp_path / "swapped"
-    source.checked(archive, folder)
-    with (folder / "code" / "inference.py").open("a") as code:
-        code.write("# swapped\n")
-    if made == "other content":
-        facts = json.loads((folder / "model.json").read_text())
-        (folder / "model.json").write_text(json.dumps(facts | {"files": checksums(folder)}))
-    runs.pack(folder, tmp_path / "swapped.tar.gz")
+    other = changed(artifact, tmp_path, "# swapped\n", honest=made == "other content")
     bucket, key = package.uri.removeprefix("s3://").split("/", 1)
-    boto3.client("s3").upload_file(str(tmp_path / "swapped.tar.gz"), bucket, key)
+    boto3.client("s3").upload_file(str(other), bucket, key)
     message = "holds another artifact than the one" if made == "other content" else "does not match its checksum"
     calls.clear()
     with pytest.raises(UserError, match=message):

@@ -164,7 +164,8 @@ def test_numbers_are_those_of_the_evaluation(run: Path) -> None:
     assert numbers[0] == f"{accuracy['value']:.4f}"
     assert f"{error['value']:.4f}" in numbers
     assert "0.7500" in numbers
-    assert f"95 %: {accuracy['ci_low']:.4f} to {accuracy['ci_high']:.4f}" in parsed.of("small")
+    interval = f"95 %: {accuracy['ci_low']:.4f} to {accuracy['ci_high']:.4f}"
+    assert f"{interval}; majority class: {found['metrics']['majority']['value']:.4f}" in parsed.of("small")
     bars = [attributes for name, attributes in parsed.elements if name == "rect"]
     assert len(bars) == len(found["calibration"]["bins"])
     assert "1 process, an unknown device" in cells
@@ -172,6 +173,21 @@ def test_numbers_are_those_of_the_evaluation(run: Path) -> None:
         assert value in cells
     assert document.count("<polyline") == 4
     assert not parsed.of("p")[0].startswith("Not evaluated")
+
+
+def test_a_model_that_is_no_better_than_a_guess_and_losses_that_differ_are_explained(run: Path) -> None:
+    facts, found = json.loads((run / "run.json").read_text()), evaluation(["a", "b"])
+    _, parsed = rendered(run, found)
+    assert not [text for text in parsed.of("p") if "harder task" in text or "not clearly above" in text]
+    settings = {"label_smoothing": 0.1, "mixup": 0.0, "augment": "trivial", "class_weights": "none"}
+    warning = "The accuracy of 0.5 is not clearly above <b>."
+    (run / "run.json").write_text(json.dumps(facts | {"hyperparameters": settings, "warning": warning}))
+    (run / "metrics.json").write_text(json.dumps({"val_accuracy": 0.5, "majority": 0.5425, "epoch": 7}))
+    _, parsed = rendered(run, found | {"warning": warning})
+    assert {f"Validation: {warning}", f"Test: {warning}"} <= set(parsed.of("p"))
+    assert [text for text in parsed.of("p") if "a harder task (label_smoothing 0.1, augment trivial) than" in text]
+    assert "majority class: 0.5425" in parsed.of("small")
+    assert "7" in parsed.of("td")
 
 
 def test_what_is_missing_or_damaged_is_said(run: Path) -> None:
@@ -442,7 +458,7 @@ def test_verbs(verb: Verb, project: Path, raw: Path) -> None:
     compared = verb("compare", "--a", folder.name)
     assert compared.returncode == 0, compared.stderr
     assert "differences: none" in compared.stdout
-    assert "is not evaluated; `make evaluate RUN=<name>` does it" in compared.stdout
+    assert "is not evaluated; `make evaluate RUN=<name>` does it" in " ".join(compared.stdout.split())
     shutil.rmtree(project / "data")
     rest = verb("report")
     assert rest.returncode == 0, rest.stderr

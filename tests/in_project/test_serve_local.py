@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 
-from pipelines import project, runs
+from inference.artifact import digest_of
+from pipelines import project
 from pipelines.local import serve as serve_local
 from tests.helpers import Verb, containers_and_networks, free_port, verb_environment
 from tests.test_inference import archive, artifact, photo
@@ -29,7 +30,7 @@ def note(project: Path, archive: Path) -> None:
     file = project / ".cache" / "trusted"
     file.parent.mkdir(exist_ok=True)
     with file.open("a") as lines:
-        lines.write(f"{runs.digest(archive)} by a test\n")
+        lines.write(f"{digest_of(archive)} by a test\n")
 
 
 @pytest.fixture
@@ -106,6 +107,10 @@ def test_a_stop_leaves_nothing(served: Path, request: pytest.FixtureRequest, mod
         lines.append(output.readline())
         assert lines[-1], f"it ended: {lines}"
     assert f"127.0.0.1:{port}/invocations" in lines[-1]
+    assert f"AWS_ENDPOINT_URL_SAGEMAKER_RUNTIME=http://127.0.0.1:{port}\n" in lines[-2]
+    path = "/endpoints/any/invocations"
+    assert json.loads(serve_local.ask(port, "POST", path, photo("up"))[1])["labels"] == ["up"]
+    assert serve_local.ask(port, "POST", "/endpoints/any/async-invocations", photo("up"))[0] == 202
     deep = json.dumps({"instances": [[[[1]]]]}).encode()
     assert b"nested" in serve_local.ask(port, "POST", "/invocations", deep, "application/json")[1]  # handed on
     if mode == "container":
@@ -115,7 +120,8 @@ def test_a_stop_leaves_nothing(served: Path, request: pytest.FixtureRequest, mod
         assert facts["HostConfig"]["ReadonlyRootfs"]
         assert facts["HostConfig"]["CapDrop"] == ["ALL"]
         assert facts["Config"]["User"] == f"{os.getuid()}:{os.getgid()}"
-        assert [mount["RW"] for mount in facts["Mounts"]] == [False]
+        written = {mount["Destination"] for mount in facts["Mounts"] if mount["RW"]}
+        assert written == {str(served / "artifacts" / "async")}
     verb.send_signal(number)
     assert verb.wait(timeout=40) == 0
     output.close()

@@ -10,6 +10,8 @@ import json
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +23,7 @@ import pytest
 
 import imaging
 from inference import inference
-from inference.batcher import split
+from inference.batcher import processors, split
 from tests.helpers import CLASSES, draw
 from tests.hosting import ANY_IMAGE, JSON, NPY, Running, ask, edited, instances, near, npy, probed, serving, started
 from tests.test_inference import artifact, classifier, photo
@@ -79,7 +81,9 @@ def handlers(artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def probe(handlers: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Probe]:
     folder = tmp_path_factory.mktemp("probe")
-    with serving(handlers, folder / "log", PROBE=str(folder), INFERENCE_MERGED="8", INFERENCE_THREADS="1") as running:
+    settings = {"MERGED": "8", "THREADS": "1", "WORKERS": "1"}
+    named = {f"INFERENCE_{name}": value for name, value in settings.items()}
+    with serving(handlers, folder / "log", PROBE=str(folder), **named) as running:
         yield Probe(running, folder)
 
 
@@ -87,8 +91,8 @@ def probe(handlers: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 def small(handlers: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Probe]:
     """The same with narrow limits, and in bfloat16."""
     folder = tmp_path_factory.mktemp("small")
-    settings = {"QUEUE": "3", "TIMEOUT": "2", "MAX_BYTES": "200000", "PRECISION": "bf16"}
-    named = {f"INFERENCE_{name}": value for name, value in settings.items()}
+    settings = {"QUEUE": "3", "TIMEOUT": "2", "MAX_BYTES": "200000", "PRECISION": "bf16", "WORKERS": "1"}
+    named: dict[str, Any] = {f"INFERENCE_{name}": value for name, value in settings.items()}
     with serving(handlers, folder / "log", 0, PROBE=str(folder), **named) as running:
         yield Probe(running, folder)
 
@@ -144,7 +148,39 @@ def test_requests_that_wait_are_merged_and_not_mixed(probe: Probe, classifier: i
     assert sorted(probe.sizes_after(before)) == [1, 4, 8]
     for answer, image, label in zip(answers, images, labels, strict=True):
         assert answer.labels() == [label]
+        assert answer.json()["classes"] == list(CLASSES)
         near(answer.json()["probabilities"], inference.predict_fn([image], classifier)["probabilities"])
+
+
+def test_batches_are_computed_side_by_side(handlers: Path, tmp_path: Path) -> None:
+    """Each with its share of the threads and of what waits: nothing waits for a batch while a worker is free."""
+    settings = {"MERGED": "16", "THREADS": "2", "WORKERS": "2"}
+    named = {f"INFERENCE_{name}": value for name, value in settings.items()}
+    with (
+        serving(handlers, tmp_path / "log", PROBE=str(tmp_path), **named) as running,
+        ThreadPoolExecutor(8) as pool,
+    ):
+        probe, gate = Probe(running, tmp_path), tmp_path / "gate"
+        gate.touch()  # a quick network would have one worker
+        first = pool.submit(ask, running.url, photo("up"), ANY_IMAGE)
+        probe.until("sizes", 1)
+        time.sleep(0.1)
+        gate.unlink()
+        assert first.result().labels() == ["up"]
+        gate.touch()
+        calls = []
+        for number in range(2):
+            calls.append(pool.submit(ask, running.url, photo("up"), ANY_IMAGE))
+            probe.until("sizes", number + 2)
+        assert probe.notes("threads") == ["2", "2", "1"]
+        calls += [pool.submit(ask, running.url, photo(label), ANY_IMAGE) for label in ("left", "down") * 3]
+        probe.until("inputs", 9)
+        time.sleep(0.2)
+        assert probe.notes("sizes") == ["1", "1", "1"]
+        gate.unlink()
+        assert [call.result().labels()[0] for call in calls] == ["up", "up", *["left", "down"] * 3]
+        assert max(probe.sizes_after(3)) <= 3
+        assert sum(probe.sizes_after(3)) == 6
 
 
 def test_kinds_and_sizes_of_batches_are_kept_apart(probe: Probe, classifier: inference.Classifier) -> None:
@@ -295,6 +331,10 @@ def test_an_answer_that_cannot_be_split_is_asked_for_again_alone(small: Probe) -
     (small.folder / "whole").unlink()
     assert [answer.json()["images"] for answer in answers] == [1, 1]
     assert split({"a": [1, 2, 3], "b": [4, 5, 6]}, [1, 2]) == [{"a": [1], "b": [4]}, {"a": [2, 3], "b": [5, 6]}]
+    names = ("x", "y", "z")  # as many as images
+    assert split({"a": [1, 2, 3], "classes": names}, [1, 2]) == [
+        {"a": [1], "classes": names}, {"a": [2, 3], "classes": names}
+    ]  # fmt: skip
     for prediction in ([1, 2, 3], {"a": [1, 2, 3], "b": [1, 2]}, {"a": [1, 2, 3], "b": "one"}):
         assert split(prediction, [1, 2]) is None
 
@@ -367,7 +407,7 @@ def test_leaving_does_not_wait_for_a_model_that_loads(handlers: Path, tmp_path: 
         assert running.process.wait(10) == 0
 
 
-def ended(model_dir: Path, log: Path, **environment: str) -> tuple[int, str]:
+def ended(model_dir: Path, log: Path, **environment: Any) -> tuple[int, str]:
     """Exit code and output of a server that cannot start."""
     with started(model_dir, log, 0, **environment) as running:
         return running.process.wait(60), running.text()
@@ -414,7 +454,7 @@ def test_what_cannot_be_served_ends_the_server_with_a_sentence(artifact: Path, t
 
 
 def test_settings_that_are_no_numbers_end_the_server(artifact: Path, tmp_path: Path) -> None:
-    server = {"QUEUE": "0", "MERGED": "-1", "THREADS": "x", "TIMEOUT": "1.5", "MAX_BYTES": ""}
+    server = {"QUEUE": "0", "MERGED": "-1", "THREADS": "x", "WORKERS": "-0", "TIMEOUT": "1.5", "MAX_BYTES": ""}
     settings = {f"INFERENCE_{name}": value for name, value in server.items()}
     settings |= {"SAGEMAKER_BIND_TO_PORT": "9" * 19}
     for name, value in settings.items():
@@ -445,3 +485,40 @@ def test_leaving_waits_for_half_a_body_but_not_for_ever(leaving: Any) -> None:
     code, seconds = leaving.result()
     assert code == 0
     assert seconds < 25
+
+
+@pytest.mark.parametrize(
+    ("own", "files", "expected"),
+    [
+        ("0::/\n", {"cpu.max": "150000 100000"}, 2),  # a container
+        ("0::/\n", {"cpu.max": "max 100000"}, 64),
+        ("0::/\n", {"cpu.max": "50000 100000"}, 1),
+        ("0::/a/b\n", {"a/cpu.max": "300000 100000", "a/b/cpu.max": "max 100000"}, 3),  # a service of systemd
+        ("0::/a/b\n", {"a/cpu.max": "300000 100000", "a/b/cpu.max": "200000 100000"}, 2),
+        ("3:cpu,cpuacct:/x\n0::/\n", {"cpu/cpu.cfs_quota_us": "400000", "cpu/cpu.cfs_period_us": "100000"}, 4),
+        ("3:cpu:/x\n", {"cpu/x/cpu.cfs_quota_us": "-1", "cpu/x/cpu.cfs_period_us": "100000"}, 64),
+        ("0::/\n", {"cpu.max": "strange"}, 64),
+        ("0::/\n", {}, 64),
+        (None, {}, 64),
+    ],
+)
+def test_a_quota_of_processors_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own: str | None, files: dict[str, str], expected: int
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(64))
+    monkeypatch.setattr("os.cpu_count", lambda: 128)
+    found = {f"sys/fs/cgroup/{name}": text for name, text in files.items()} | ({"proc/self/cgroup": own} if own else {})
+    for name, text in found.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text + "\n")
+    assert processors(tmp_path) == expected
+
+
+def test_threads_follow_what_may_be_used() -> None:
+    """In a process that may use one processor of this machine's."""
+    code = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); import sys; sys.path.insert(0, 'src');"
+    code += "from inference.serve import Settings; from inference.batcher import processors;"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code} print(processors(), Settings().threads)"], capture_output=True, text=True
+    )
+    assert done.stdout.split() == ["1", "1"], done.stderr

@@ -91,10 +91,10 @@ def test_a_class_with_such_a_name_is_refused(tmp_path: Path, name: str) -> None:
 
 def test_a_class_with_a_name_that_people_write_is_packed(tmp_path: Path) -> None:
     names = sorted(name.replace("/", "") for name in HARMLESS)
-    for label in names:
+    for place, label in enumerate(names):
         (tmp_path / "photos" / label).mkdir(parents=True)
         for number in range(4):
-            draw(CLASSES[0], number).save(tmp_path / "photos" / label / f"{number}.png")
+            draw(CLASSES[0], 4 * place + number).save(tmp_path / "photos" / label / f"{number}.png")
     assert pack(tmp_path / "photos", tmp_path / "packed")["classes"] == sorted(
         {unicodedata.normalize("NFC", name) for name in names}
     )
@@ -249,7 +249,7 @@ DEEP = "[" * 5000
 
 
 @pytest.mark.parametrize("value", [MANY, DEEP, "0x" + "f" * 6000, "1:" * 3000 + "1", "{a: " * 3000, "- " * 5000,
-                                   "2026-13-45", "0b" + "1" * 60000, "[" * 900 + "]" * 900])  # fmt: skip
+                                   "2026-13-45", "0b" + "1" * 60000, "[" * 900 + "]" * 900, "x" * 6000])  # fmt: skip
 def test_values_that_python_cannot_read_are_one_sentence(tmp_path: Path, value: str) -> None:
     for way in ("set", "environment", "training", "infrastructure"):
         for name in ("training.yaml", "infrastructure.yaml"):
@@ -287,6 +287,13 @@ def test_a_run_that_python_cannot_read_is_one_sentence(run: Path, file: str, con
             said = str(error)
         assert len(said.splitlines()) <= 1
         assert len(said) < 1000
+
+
+@pytest.mark.parametrize("content", [f'{{"images": {MANY}}}', f'{{"a": {"[" * 100_000}', "[]", "\xff"], ids=range(4))
+def test_a_file_of_a_run_that_python_cannot_read_is_one_sentence(tmp_path: Path, content: str) -> None:
+    (tmp_path / "run.json").write_bytes(content.encode("latin-1"))
+    with pytest.raises(UserError, match=r"run.json cannot be read: "):
+        runs.read(tmp_path / "run.json")
 
 
 def test_a_printed_command_gives_a_shell_exactly_the_value() -> None:
@@ -369,7 +376,7 @@ def test_pictures_are_uploaded_and_nothing_else(
     used = account.Account(config.load((), {}), STACK)
     storage.raw(used, str(folder), folder)
     keys = [item["Key"] for item in s3.list_objects_v2(Bucket=STACK.bucket)["Contents"]]
-    names = sorted(key.split("/", 2)[2] for key in keys if not key.endswith(storage.DONE))
+    names = sorted(key.split("/", 2)[2] for key in keys if not key.startswith(storage.DONE))
     assert names == sorted([*(f"{label}/{number}.png" for label in CLASSES[:2] for number in range(4)),
                             f"{CLASSES[0]}/inside.png"])  # fmt: skip
     printed = capsys.readouterr().out

@@ -92,13 +92,13 @@ def test_bars_and_tables_on_a_terminal(project: Path, raw: Path) -> None:
     written, lines = on_a_terminal(project, "train-local", *words, **NO_ENGINE)
     epochs = [line for line in lines if "epoch=" in line]
     assert epochs, lines
-    assert all(re.fullmatch(r"epoch=\d+( \w+=[\d.]+){3} \d+ images/s", line) for line in epochs), epochs
+    assert all(re.fullmatch(r"(exported: )?epoch=\d+( \w+=[\d.]+){3,4}", line) for line in epochs), epochs
     assert all(len(line) <= COLUMNS for line in lines if str(raw) not in line), lines
     steps = int(re.findall(r"(\d+)/\1 \[", written)[-1])
     shown = bar("training", steps, "steps", lines, r", val_accuracy=[\d.]+")
     assert lines.index(shown) > lines.index(epochs[-1])
     assert lines.index("next:") == len(lines) - 4
-    assert lines[-3] == "  make evaluate"
+    assert lines[-3] == "  make report"
     assert "waiting for the first step of training, 2 s" in written or "3 s" in written  # importing torch takes longer
     assert not [line for line in lines if line.startswith("waiting")]  # and is gone when the wait is over
     _, lines = on_a_terminal(project, "evaluate")

@@ -25,7 +25,7 @@ from typing import Any
 
 import pytest
 
-from inference.artifact import ENTRIES, ArtifactError, open_artifact, peek, unpack, verify
+from inference.artifact import ENTRIES, ArtifactError, digest_of, open_artifact, peek, unpack, verify
 from inference.export import checksums
 from pipelines import runs
 from pipelines.local import sandbox
@@ -102,8 +102,10 @@ HEADERS = {
     "a sparse file of POSIX": raw(extended(record("GNU.sparse.major", "1") + record("GNU.sparse.minor", "0")),
                                   header("hole", size=512), b"9" * 512),
     "a size below zero": raw(header("a", field=b"\xff" * 12)),
+    "a size below zero, in whole blocks": raw(header("a", field=b"\xff" + (2**88 - 512).to_bytes(11, "big"))),
     "a size below zero in a record": raw(extended(record("size", "-512")), header("a")),
     "a size that is no number": raw(extended(record("size", "1e9")), header("a")),
+    "a size that only Python reads": raw(extended(record("size", "1_0")), header("a"), bytes(512)),
     "an empty record": raw(extended(b"0 a=b\n"), header("a")),
     "a record that goes on": raw(extended(b"999 a=b\n"), header("a")),
     "a record of digits": raw(extended(b"1" * 8000), header("a")),
@@ -165,6 +167,8 @@ def test_what_packers_write_is_unpacked(form: int, tmp_path: Path) -> None:
         unpack(tmp_path / "x.tar.gz", folder)
         files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
         assert files == {"a": b"1" * 513, "code/b c.py": b"x", long: b"x", "empty": b""}
+        with pytest.raises(ArtifactError, match="File exists"):  # nothing that is there is written over
+            unpack(tmp_path / "x.tar.gz", folder)
     assert peek(tmp_path / "x.tar.gz", "a") == b"1" * 513
     assert peek(tmp_path / "x.tar.gz", "z") == b""
 
@@ -215,6 +219,19 @@ def test_a_broken_model_json_is_one_sentence(text: str, tmp_path: Path) -> None:
         verify(tmp_path)
 
 
+def test_a_large_model_json_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, path = tmp_path / "model", tmp_path / "model.tar.gz"
+    folder.mkdir()
+    (folder / "model.json").write_text('{"files": {}}')
+    runs.pack(folder, path)
+    assert (verify(folder), peek(path, "model.json")) == ({"files": {}}, b'{"files": {}}')
+    monkeypatch.setattr("inference.artifact.FACTS", 9)
+    with pytest.raises(ArtifactError, match=r"model.json is missing or broken"):
+        verify(folder)
+    with pytest.raises(ArtifactError, match=r"holds model.json of 13 bytes, more than 9"):
+        peek(path, "model.json")
+
+
 def changed(artifact: Path, folder: Path, code: str, file: str = "inference.py", honest: bool = True) -> Path:
     """An artifact with more code, whose checksums are right if it is honest."""
     shutil.copytree(artifact, folder / "changed")
@@ -234,6 +251,16 @@ def test_no_code_is_imported_before_it_is_checked(file: str, artifact: Path, tmp
     with pytest.raises(ArtifactError, match=r"checksum|not among the files"), open_artifact(path):
         pass
     assert not (tmp_path / "ran").exists()
+
+
+def test_no_server_starts_on_what_does_not_match(
+    artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runs, "WORK", tmp_path / "work")
+    monkeypatch.setattr(subprocess, "Popen", pytest.fail)
+    path = changed(artifact, tmp_path, "# changed\n", honest=False)
+    with pytest.raises(UserError, match=r"inference.py is missing or does not match its checksum"):
+        serve_local.server(path, None, free_port()).__enter__()
 
 
 def test_a_report_reads_no_archive_that_explodes(tmp_path: Path) -> None:
@@ -451,7 +478,7 @@ def test_a_stop_ends_the_container_too(stranger: Path, artifact: Path, serving_i
 
 def test_trust_is_of_the_content(archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the run or the project is called, and whoever wrote what into the list."""
-    digest, file = runs.digest(archive), tmp_path / ".cache" / "trusted"
+    digest, file = digest_of(archive), tmp_path / ".cache" / "trusted"
     monkeypatch.setattr(runs, "TRUSTED", file)
     assert not runs.trusted(archive)  # no list
     file.parent.mkdir()
@@ -483,9 +510,12 @@ def test_trust_is_of_the_content(archive: Path, tmp_path: Path, monkeypatch: pyt
 def test_a_list_that_cannot_be_written_costs_no_run(
     archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(runs, "TRUSTED", tmp_path)
-    runs._trust(archive.parent)
-    assert "is not noted as trusted" in capsys.readouterr().out
+    (tmp_path / "link").symlink_to(tmp_path / "mine")  # what it leads to is no list of this project's
+    for place in (tmp_path, tmp_path / "link"):
+        monkeypatch.setattr(runs, "TRUSTED", place)
+        runs._trust(archive.parent)
+        assert "is not noted as trusted" in capsys.readouterr().out
+    assert not (tmp_path / "mine").exists()
 
 
 def test_a_copied_run_is_a_stranger_s_in_another_project(served: Path, verb: Verb) -> None:
@@ -517,4 +547,4 @@ def test_an_answer_that_is_none_is_one_sentence(tmp_path: Path, monkeypatch: pyt
     for body in (b"", b"[]", b'{"labels": []}', b"null", b'{"labels": ["a"], "probabilities": [3]}', b"\xff"):
         monkeypatch.setattr(serve_local, "ask", lambda *_, body=body: (200, body))
         with pytest.raises(UserError, match="is no classification"):
-            serve_local.ask_about(tmp_path / "photo.png", 1)
+            serve_local.ask_about(tmp_path / "photo.png", b"", 1)

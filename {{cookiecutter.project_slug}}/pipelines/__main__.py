@@ -50,9 +50,10 @@ VERBS: Table = {
         ),
         "serve-local": (
             "local.serve",
-            "a run behind HTTP on 127.0.0.1:8080, in a container; IMAGE=<file> asks once and stops (RUN= LOCAL_MODE= "
-            "TRUST=)",
+            "a run behind HTTP on 127.0.0.1:8080, in a container; IMAGE=<file> asks once and stops, "
+            "CORS=<origin> lets another page ask (RUN= LOCAL_MODE= TRUST=)",
         ),
+        "notebook": ("report.notebook", "open notebooks/explore.ipynb: a run's curves, its mistakes, a model to ask"),
         "batch-local": (
             "batch.local", "classify every image of DATA=<folder> into a JSON-lines file (RUN= LOCAL_MODE= TRUST=)"
         ),
@@ -200,7 +201,8 @@ def refuse(names: Iterable[str], goals: Sequence[str]) -> None:
         if name in known or OTHERS.fullmatch(name) or section in sections:
             continue
         close = difflib.get_close_matches(name.upper(), [*known, *(f"{other}__{key}" for other in sections)], 1)
-        hint = f"did you mean {close[0]}?" if close else (
+        setting = terminal.setting(f"{name}={terminal.given.get(name, '')}") if _sections(rows) else ""
+        hint = setting or f"did you mean {close[0]}?" if setting or close else (
             f"it takes {', '.join([*known, 'ARGS'])}; a variable of the environment goes before make: {name}=... make"
         )  # fmt: skip
         raise UserError(f"make {' '.join(goals)} takes no {name}; {hint}", 2)

@@ -6,9 +6,9 @@ Unknown keys are refused with the nearest known one.
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
-import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -17,15 +17,19 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from pipelines import ROOT
-from pipelines.schema import PARTS, Range, Settings, Tuning
+from pipelines import ROOT, schema
 from pipelines.terminal import UserError
 from progress import plain
 from training.config import ConfigurationError, Hyperparameters, nearest, parse, shown
 
-__all__ = ["Range", "Settings", "Tuning", "load", "number"]
+try:
+    from pipelines.sections import Settings  # type: ignore[import-not-found,unused-ignore]
+except ModuleNotFoundError:  # in the scope `local`
+    from pipelines.schema import Settings  # type: ignore[assignment,unused-ignore]
 
+__all__ = ["Settings", "load"]
 
+FOLDERS = {"aws": "cloud"}  # of a section that is not called as its part
 UNREADABLE = (ValueError, OverflowError, RecursionError)  # numbers, dates and brackets that Python does not take
 
 
@@ -78,38 +82,26 @@ def load(
         _override(document, known, path.strip(), value, f"--set {override}")
     try:
         document["training"] = parse(document["training"])  # the same checks as in the container
-        settings = Settings.model_validate(document)
+        return Settings.model_validate(document)
     except ConfigurationError as error:
         raise UserError(f"configs: training.{error}") from None
     except ValidationError as error:
         raise UserError(_explain(error, known)) from None
-    for name, choice in settings.tuning.ranges.items() if "tuning" in known else ():
-        _check_range(name, choice, settings.training.as_dict())
-    return settings
 
 
 def sections() -> list[str]:
-    """The sections that this project has."""
-    return [name for name in Settings.model_fields if (ROOT / "pipelines" / PARTS.get(name, "")).is_dir()]
+    """The sections that this project has: those of AWS where it has the part of `pipelines/` that they are for."""
+    folders = {name: ROOT / "pipelines" / FOLDERS.get(name, name) for name in Settings.model_fields}
+    return [name for name, folder in folders.items() if name in schema.Settings.model_fields or folder.is_dir()]
 
 
-def number(name: str) -> type | None:
-    """The type of a hyperparameter that is a number, int or float; None for text and switches."""
-    kind = typing.get_type_hints(Hyperparameters)[name]
-    return next((choice for choice in (int, float) if choice in (kind, *typing.get_args(kind))), None)
-
-
-def _check_range(name: str, choice: Range | list[Any], training: dict[str, Any]) -> None:
-    """Make sure that training takes every value of a range, by the container's own checks."""
-    try:
-        for value in choice if isinstance(choice, list) else (choice.min, choice.max):
-            parse(training | {name: value})
-    except ConfigurationError as error:
-        raise UserError(f"configs: tuning.ranges: {error}") from None
-    if isinstance(choice, list) and not 1 < len(set(map(str, choice))) == len(choice) <= 30:
-        raise UserError(f"configs: tuning.ranges: {name} is {shown(choice)}; give 2 to 30 different values")
-    if not isinstance(choice, list) and number(name) is None:
-        raise UserError(f"configs: tuning.ranges: {name} is no number, so it has no min and max; give a list of values")
+def meant(text: str) -> str:
+    """The setting that `epochs=3`, `--epochs 3` or the like names, as `training.epochs=3`; nothing where it is none."""
+    name, value = [*re.split(r"[=\s]+", text.strip().lstrip("-"), maxsplit=2), ""][:2]
+    sections_of = {key: section for section in (*sections(), "training") for key in _keys(section)}
+    close = difflib.get_close_matches(name.rpartition(".")[2].lower().replace("-", "_"), sections_of, 1, 0.8)
+    said = value if re.fullmatch(r"[\w.:/+-]+", value, re.ASCII) else "..."
+    return f"{sections_of[close[0]]}.{close[0]}={said}" if close else ""
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -135,7 +127,8 @@ def _override(document: dict[str, Any], known: dict[str, list[str]], path: str, 
     section, separator, key = path.partition(".")
     origin = plain(origin if len(origin) <= 200 else f"{origin[:160]}... ({len(origin)} characters)")
     if not separator or section not in known:
-        raise UserError(f"{origin}: unknown section {shown(section)}; {nearest(section, known)}")
+        near = f"did you mean {meant(f'{path}={text}')}?" if not separator and meant(path) else nearest(section, known)
+        raise UserError(f"{origin}: unknown section {shown(section)}; {near}")
     try:
         value = _parsed(text)
     except yaml.YAMLError:

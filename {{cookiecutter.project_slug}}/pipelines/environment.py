@@ -7,7 +7,8 @@
 
 It runs on the system's Python, so it uses the standard library only. A committed `uv.lock` is respected; without one
 the newest versions inside the ranges of pyproject.toml are installed. `--resolution lowest-direct --upgrade` installs
-the lowest ones, and `--resolution highest --upgrade` the newest, whatever the lock says.
+the lowest ones, and `--resolution highest --upgrade` the newest, whatever the lock says. `images.torch` names the build
+of torch; where that cannot be had, it is PyPI's.
 """
 
 import os
@@ -20,6 +21,8 @@ from pathlib import Path
 GROUPS = ("container", "serving", "laptop", "dev")
 MINIMUM = (3, 11)
 CACHES = (".mypy_cache", ".pytest_cache", ".ruff_cache")
+# Of a lock that was made with PyPI's torch: what only that build needs.
+LOCKED = re.compile(r'(?m)^name = "((?:nvidia|cuda)-[\w-]+|triton|torch|torchvision)"\nversion = "([^"]+)"')
 AUDITOR = "pip-audit>=2.9,<3"  # in an environment of its own, that uv makes and keeps
 
 
@@ -52,6 +55,19 @@ def certificates() -> "str | None":
     names = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "PIP_CERT", "CURL_CA_BUNDLE")
     found = [os.environ[name] for name in names if Path(os.environ.get(name, "")).is_file()]
     return found[0] if found else None
+
+
+def locked_versions(lock: Path) -> "dict[str, str]":
+    """The versions that a lock has of torch, torchvision, and what only PyPI's build needs; without one, none."""
+    return dict(LOCKED.findall(lock.read_text(encoding="utf-8"))) if lock.is_file() else {}
+
+
+def torch_build() -> str:
+    """What `images.torch` asks uv for; `auto` is what this machine's driver runs, and the CPU's build without any."""
+    file = Path("configs", "infrastructure.yaml")  # which the template, whose environment this makes too, has not
+    found = re.search(r"(?m)^  torch: *([\w.]+)", file.read_text(encoding="utf-8")) if file.is_file() else None
+    wanted = os.environ.get("IMAGES__TORCH") or (found[1] if found else "auto")
+    return "auto" if wanted == "cuda" else wanted
 
 
 def audit(uv: str, environment: Path, settings: "dict[str, str]", options: "list[str]") -> int:
@@ -88,16 +104,40 @@ def main(arguments: "list[str]") -> int:
     if "--audit" in arguments:
         return audit(uv, environment, settings, [word for word in arguments if word != "--audit"])
     groups = [] if "--group" in arguments else [word for group in GROUPS for word in ("--group", group)]
-    if Path("uv.lock").exists() and not any(word.startswith("--resolution") for word in arguments):
-        commands = [[uv, "sync", "--locked", "--inexact", *groups, *arguments]]
+    install = [uv, "pip", "install", "--python", str(environment)]
+    build = ["--torch-backend", torch_build()]
+    venv = [] if (environment / "bin" / "python").exists() else [[uv, "venv", "--allow-existing", str(environment)]]
+    wanted = [*install, "-r", "pyproject.toml", *groups, *arguments]
+    ways = [[*venv, [*wanted, *build]], [*venv, wanted]]  # the second where the first fails
+    if any(word.startswith("--torch-backend") for word in arguments):
+        ways = ways[1:]
+    elif Path("uv.lock").exists() and not any(word.startswith("--resolution") for word in arguments):
+        sync = [uv, "sync", "--locked", "--inexact", *groups, *arguments]
+        locked = locked_versions(Path("uv.lock"))
+        torch = [f"{name}=={locked[name]}" for name in ("torch", "torchvision") if name in locked]
+        rest = [word for name in locked for word in ("--no-install-package", name)]
+        ways = [[[*sync, *rest], [*install, *torch, *build]], [sync]] if "container" in sync else [[sync]]
+    sys.dont_write_bytecode = True  # the template makes its own environment with this file, and would bake that
+    sys.path.append(str(Path(__file__).resolve().parent.parent / "src"))
+    from progress import waiting
+
+    quiet = [] if arguments else ["--quiet"]  # not two hundred names; what is wrong is said all the same
+    print("installing what pyproject.toml names into .venv; the first time this takes minutes", file=sys.stderr)
+    for number, commands in enumerate(ways):
+        with waiting("uv", alone=False):
+            errors = None if number == len(ways) - 1 else subprocess.PIPE  # what is wrong is said by the last way
+            for command in commands:
+                done = subprocess.run([*command, *quiet], env=settings, stderr=errors, text=True)
+                if done.returncode:
+                    break
+        if not done.returncode:
+            sys.stderr.write(done.stderr or "")
+            break
     else:
-        commands = [[uv, "pip", "install", "--python", str(environment), "-r", "pyproject.toml", *groups, *arguments]]
-        if not (environment / "bin" / "python").exists():
-            commands.insert(0, [uv, "venv", "--quiet", str(environment)])
-    for command in commands:
-        if subprocess.run(command, env=settings).returncode:
-            print("error: the environment is not complete (see above); nothing else was changed", file=sys.stderr)
-            return 1
+        print("error: the environment is not complete (see above); nothing else was changed", file=sys.stderr)
+        return 1
+    if number:
+        print(f"the index of PyTorch's builds ({build[1]}) does not answer, so torch is PyPI's build", file=sys.stderr)
     (environment / ".ready").touch()
     return 0
 

@@ -41,19 +41,6 @@ def git_commit() -> str:
         return ""
 
 
-def source_commit() -> str:
-    """The commit that last changed `src/`, with `-dirty` when files there differ from it; empty without any."""
-    try:
-        words = (("log", "-1", "--format=%H"), ("status", "--porcelain"))
-        last, changed = (
-            subprocess.run(["git", *part, "--", SOURCE], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-            for part in words
-        )
-    except OSError:
-        return ""
-    return f"{last}-dirty" if last and changed else last
-
-
 def source_hash() -> str:
     """A hash of the source that jobs run."""
     digest = hashlib.sha256()

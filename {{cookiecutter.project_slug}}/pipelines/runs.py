@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import hashlib
 import json
 import os
 import re
@@ -15,10 +14,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from inference.artifact import ArtifactError, verify
+from inference.artifact import ArtifactError, digest_of, verify
 from pipelines import ROOT, project, terminal
 from pipelines.terminal import UserError
-from progress import plain
+from progress import duration, plain, several
 from training import board
 from training.config import shown
 
@@ -94,19 +93,18 @@ def publish(name: str, model: Path, output: Path, facts: dict[str, Any], trust: 
     (temporary / "run.json").write_text(json.dumps({"run": name} | run | facts, indent=2) + "\n", encoding="utf-8")
     pack(model, temporary / "model.tar.gz")
     temporary.rename(ARTIFACTS / name)
-    link = ARTIFACTS / f".{LATEST}.{name}.tmp"
-    link.unlink(missing_ok=True)
-    link.symlink_to(name)
-    link.replace(ARTIFACTS / LATEST)
+    point(name)
     if trust:
         _trust(ARTIFACTS / name)
     return ARTIFACTS / name
 
 
-def digest(file: Path) -> str:
-    """The SHA-256 of a file."""
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
+def point(name: str) -> None:
+    """Let `artifacts/latest` lead to a run."""
+    link = ARTIFACTS / f".{LATEST}.{name}.tmp"
+    link.unlink(missing_ok=True)
+    link.symlink_to(name)
+    link.replace(ARTIFACTS / LATEST)
 
 
 def trusted(archive: Path) -> bool:
@@ -114,7 +112,7 @@ def trusted(archive: Path) -> bool:
     if TRUSTED.is_symlink() or not TRUSTED.is_file() or not archive.is_file():
         return False
     lines = TRUSTED.read_text(encoding="utf-8", errors="replace").splitlines()
-    return digest(archive) in {line.partition(" ")[0] for line in lines}
+    return digest_of(archive) in {line.partition(" ")[0] for line in lines}
 
 
 def _trust(folder: Path) -> None:
@@ -124,7 +122,7 @@ def _trust(folder: Path) -> None:
             raise OSError("it is no file")
         TRUSTED.parent.mkdir(parents=True, exist_ok=True)
         with TRUSTED.open("a", encoding="utf-8") as file:
-            file.write(f"{digest(folder / 'model.tar.gz')} {folder.name}\n")
+            file.write(f"{digest_of(folder / 'model.tar.gz')} {folder.name}\n")
     except OSError as error:
         print(f"{folder.name} is not noted as trusted, so its code runs in a container only: {TRUSTED}: {error}")
 
@@ -179,11 +177,12 @@ def _described(folder: Path) -> str:
         *([("image", facts["image"])] if facts.get("image") else []),
         ("data set", f"{facts['data']}"),
         ("validation accuracy", f"{metrics['val_accuracy']:.4f}"),
+        *([("majority class", f"{metrics['majority']:.4f}, by always naming it")] if "majority" in metrics else []),
         ("validation loss", f"{metrics['val_loss']:.4f}"),
-        ("training", f"{metrics['epochs']} epochs, {metrics['train_images_per_second']:,.0f} images/s, "
-                     f"{metrics['world_size']} process{'es' * (metrics['world_size'] > 1)}"
+        ("training", f"{several(metrics['epochs'], 'epoch')}, {metrics['train_images_per_second']:,.0f} images/s, "
+                     f"{several(metrics['world_size'], 'process')}"
                      + (f", {facts['device']}" if "device" in facts else "")),
-        ("seconds", f"{facts['seconds']:.1f} in all" + ("" if first is None else f", {first:.1f} to the first step")),
+        ("time", duration(facts["seconds"]) + ("" if first is None else f", {duration(first)} to the first step")),
     ]  # fmt: skip
     evaluation = folder / "evaluation.json"
     if evaluation.exists():
@@ -201,7 +200,7 @@ def after(folder: Path) -> str:
     """What to do next with a finished run: at most three commands."""
     run = {} if (ARTIFACTS / LATEST).resolve() == folder.resolve() else {"RUN": folder.name}
     commands = [
-        *([] if (folder / "evaluation.json").exists() else [terminal.command("evaluate", **run)]),
+        *([] if (folder / "evaluation.json").exists() else [terminal.command("report", **run)]),
         terminal.command("predict", IMAGE=example_image(folder), **run),
         terminal.command("serve-local", **run),
         terminal.command("train-local", DATA="folder/of/images"),

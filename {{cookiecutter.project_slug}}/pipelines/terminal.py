@@ -86,6 +86,10 @@ class Parser(argparse.ArgumentParser):
             action.help = f"{action.help} [{variable}={'1' if action.nargs == 0 else ''}]"
         return action
 
+    def add_mode(self, shown: str = "default: compute.local_mode") -> None:
+        """The option of verbs that run in a container or as a process, with what the help shows of it."""
+        self.add_argument("--mode", variable="LOCAL_MODE", choices=["auto", "container", "process"], help=shown)
+
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As argparse's, with the values of make's variables before the words of the command line."""
         return super().parse_known_args([*self._from_make(), *sys.argv[1:]] if args is None else args, namespace)
@@ -107,8 +111,18 @@ class Parser(argparse.ArgumentParser):
             message = re.sub(
                 rf"{action.option_strings[0]}(?![\w-])", f"{action.option_strings[0]} ({variable}=)", message
             )
+        if "--set" in self._option_string_actions and (hint := setting(message.partition("arguments: ")[2])):
+            raise UserError(f"{message}; {hint}", 2)
         shows = f"make {self.prog.rpartition(' ')[2]} ARGS=--help" if given else f"{self.prog} --help"
         raise UserError(f"{message}; `{shows}` shows the options", 2)
+
+
+def setting(text: str) -> str:
+    """How to give a setting that came as a variable or an option, as `epochs=3`; nothing for what is none."""
+    from pipelines.config import meant
+
+    words = f"--set {meant(text)}"
+    return "a setting is given with " + (f'ARGS="{words}"' if given else words) if meant(text) else ""
 
 
 def parser(description: str, settings: bool = False) -> Parser:

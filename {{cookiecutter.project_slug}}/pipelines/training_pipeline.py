@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+import subprocess
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from pipelines import ROOT, project, terminal
+from pipelines import ROOT, SOURCE, project, terminal
 from pipelines.cloud import images, train
 from pipelines.cloud import processing as cloud_processing
 from pipelines.cloud.account import Account, Stack
@@ -147,7 +148,7 @@ def _pipeline(account: Account, inputs: Inputs, staged: Path) -> Any:
     )
     trainer = train.trainer(account, request, image, session)
     trainer.compute.instance_type, trainer.compute.instance_count = kind, count
-    trainer.environment = trainer.environment | {"GIT_COMMIT": project.source_commit()}
+    trainer.environment = trainer.environment | {"GIT_COMMIT": source_commit()}
     asked = trainer.train(input_data_config=train.inputs(settings, request))
     training = flow.TrainingStep(name="Train", step_args=asked, **common)
     artifact = training.properties.ModelArtifacts.S3ModelArtifacts
@@ -205,7 +206,7 @@ def _package(account: Account) -> dict[str, Any]:
         run=later("run"),
         model={name: later(f"package.{name}") for name in facts}
         | {"classes": [later("package.classes")], "dataset_fingerprint": later("dataset_fingerprint"), "metrics": {}}
-        | {"git_commit": project.source_commit()},
+        | {"git_commit": source_commit()},
         facts={"hyperparameters": chosen | {"epochs": later("epochs")}, "data": later("data")}
         | {"image": images.uri(account, "training")},
         evaluation={"metrics": {"accuracy": accuracy} | tested, "images": later("images")},
@@ -228,7 +229,9 @@ def _filled(value: Any, later: Callable[[str], Any]) -> Any:
     if len(parts) < 2:
         return value
     texts = [later(part) if index % 3 else part for index, part in enumerate(parts) if part]
-    whole = len(texts) == 1 and not isinstance(texts[0], JsonGet)  # which gives a number where a text is due
+    # JsonGet gives a number where a text is due. A Join around it makes that a text: so does the SDK's own `to_string`,
+    # https://github.com/aws/sagemaker-python-sdk/blob/master/sagemaker-core/src/sagemaker/core/helper/pipeline_variable.py
+    whole = len(texts) == 1 and not isinstance(texts[0], JsonGet)
     return texts[0] if whole else Join(on="", values=texts)
 
 
@@ -246,3 +249,16 @@ def _register(request: dict[str, Any]) -> Any:
             raise NotImplementedError
 
     return Register("Register", step_type=StepTypeEnum.REGISTER_MODEL)
+
+
+def source_commit() -> str:
+    """The commit that last changed `src/`, with `-dirty` when files there differ from it; empty without any."""
+    try:
+        words = (("log", "-1", "--format=%H"), ("status", "--porcelain"))
+        last, changed = (
+            subprocess.run(["git", *part, "--", SOURCE], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+            for part in words
+        )
+    except OSError:
+        return ""
+    return f"{last}-dirty" if last and changed else last

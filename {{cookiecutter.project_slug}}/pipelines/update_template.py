@@ -20,7 +20,7 @@ import tempfile
 from pipelines import ROOT, terminal
 from pipelines.environment import certificates, find_uv
 from pipelines.terminal import UserError
-from progress import plain
+from progress import plain, several
 
 STATE = ROOT / ".cruft.json"  # written when the project was made: template, commit, answers
 CRUFT = "cruft>=2.16,<3"
@@ -150,8 +150,8 @@ def update(scope: str | None, yes: bool = False) -> str:
                         f"{', '.join(both)}; settle them as after `git merge`, then commit")  # fmt: skip
     if now == before["commit"][:12] and not more:
         return f"nothing is new since {now}"
-    changed = len(git("status", "--porcelain").splitlines())
-    return f"merged with the template's {now}, {changed} files: look at `git diff HEAD`, run `make test`, then commit"
+    files = several(len(git("status", "--porcelain").splitlines()), "file")
+    return f"merged with the template's {now}, {files}: look at `git diff HEAD`, run `make test`, then commit"
 
 
 def main() -> int:

@@ -9,236 +9,176 @@ from __future__ import annotations
 import io
 import math
 import re
-import struct
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import weakref
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
+from bounds import FORMATS, ROOM, Data, ImageError, NoRoom, check_work, memory_of, opened
+
 if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
 MAX_PIXELS = 100_000_000  # 300 MB once decoded; a larger header is refused before any pixel is read
-AGAIN = "save it again with another program"
 BACKGROUND = (255, 255, 255)  # what transparent pixels are blended on
+DEEP = (0, 65535)  # the least and the largest value of 16 bits, where nobody knows which of them are used
 
-# What a picture may ask of a decoder, far above what cameras and editors write: a few kB can ask for hours. A request
-# may hold many pictures, so each limit follows the picture's size in bytes or pixels, or costs little beside them.
-MAX_READS = 4000  # by which Pillow takes a header apart, and one more for each so many bytes of the rest:
-BYTES_A_READ = 128
-MAX_PASSES = 20  # of a progressive JPEG, where ten are usual; up to five times as many of a small one
-MAX_STRIPS, BYTES_A_STRIP = 512, 64  # or tiles of a TIFF that is not compressed; more, if each has so many bytes
-PNG_CHUNKS = (b"IHDR", b"PLTE", b"tRNS", b"eXIf", b"IDAT", b"IEND")  # others can be bombs, and change no pixel, but
-PNG_TEXTS = (b"XML:com.adobe.xmp\0", b"Raw profile type exif\0")  # these may say which side is up
-
-_MARKER = re.compile(rb"\xff([\x01-\xcf\xd8-\xfe])")  # of JPEG; 0 and the restart markers belong to the pixels
-_TRANSPOSE = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}  # fmt: skip  # what makes a picture of this EXIF orientation upright
+EXIF_IN = {"exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp"}  # in Pillow's facts of an image then
+# An entry of EXIF as it stands in the file, in either order of bytes.
+_ORIENTATION = re.compile(rb"\x12\x01\x03\0\x01\0\0\0([\1-\x08])\0|\x01\x12\0\x03\0\0\0\x01\0([\1-\x08])")
+_UNTURNED: dict[int, Callable[[NDArray[Any]], NDArray[Any]]] = {
+    2: lambda pixels: pixels[:, ::-1], 3: lambda pixels: pixels[::-1, ::-1], 4: lambda pixels: pixels[::-1],
+    5: lambda pixels: pixels.swapaxes(0, 1), 6: np.rot90, 7: lambda pixels: pixels[::-1, ::-1].swapaxes(0, 1),
+    8: lambda pixels: np.rot90(pixels, -1),
+}  # fmt: skip  # the upright pixels as a picture of this EXIF orientation has them in its file
+STRIP = 2**18  # pixels that are converted or scaled at a time, which saves memory and lets other threads work
 
 Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit warns or raises, by size; `decode` has one limit that raises
 
 _constants: dict[tuple[object, ...], tuple[torch.Tensor, torch.Tensor]] = {}  # of `normalise`, by its arguments
 
 
-class ImageError(ValueError):
-    """The bytes are not an image that this project can read; the message says why."""
-
-
-class _Metered(io.BytesIO):
-    """Bytes that can be read so many times only: whatever loop over the parts of a file Pillow has, it ends."""
-
-    def __init__(self, data: bytes) -> None:
-        super().__init__(data)
-        self.reads, self.bytes = MAX_READS, 4 * len(data) + 2**20  # what is left of them
-
-    def read(self, size: int | None = -1, /) -> bytes:
-        data = super().read(size)
-        self.reads, self.bytes = self.reads - 1, self.bytes - len(data)
-        if self.reads < 0 or self.bytes < 0:
-            raise ImageError(f"the image consists of too many parts; {AGAIN}")
-        return data
-
-
-def decode(data: bytes, max_pixels: int = MAX_PIXELS, max_aspect: float = math.inf) -> NDArray[np.uint8]:
-    """Decode one encoded image to upright RGB.
+def decode(
+    data: Data, max_pixels: int = MAX_PIXELS, max_aspect: float = math.inf, patience: float | None = None
+) -> NDArray[Any]:
+    """Decode one encoded image to upright RGB. All that are decoded at a time, or not yet done with, share `ROOM`.
 
     Args:
         data: the bytes of a JPEG, PNG, WebP, BMP or TIFF file. Of several frames the first counts.
         max_pixels: the largest accepted width times height.
         max_aspect: the largest accepted ratio of the longer to the shorter side.
+        patience: seconds to wait for room; None: as long as it takes.
 
     Returns:
-        uint8 array of shape (height, width, 3). EXIF orientation is applied, 16-bit grey is scaled to 8 bits,
-        transparency is blended on white.
+        uint8 array of shape (height, width, 3), upright, with transparency blended on white; of 16 bits, uint16 of
+        this shape, or (height, width) where it is grey, for `fit` to scale.
 
     Raises:
         ImageError: when the bytes are no such image, are damaged, or hold too many pixels.
+        NoRoom: when there is too little memory.
     """
+    taken = kept = 0
     try:
         with opened(data) as image:
             width, height = image.size
-            if width * height > max_pixels:
-                raise ImageError(f"the image has {width}x{height} pixels, more than the limit of {max_pixels}")
+            low = [_low_bytes(tile) for tile in image.tile] or [None]  # WebP has no such parts
+            if width * height * (1 + all(low)) > max_pixels:
+                bits = " of 16 bits, which count twice" * all(low)
+                raise ImageError(f"the image has {width}x{height} pixels{bits}, more than the limit of {max_pixels}")
             if max(width, height) > max_aspect * min(width, height):
                 raise ImageError(f"the image has {width}x{height} pixels, more than {max_aspect} times as long as wide")
-            _check_work(image, data)
-            image.load()
-            turn = _TRANSPOSE.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-            return np.ascontiguousarray(_to_rgb(image if turn is None else image.transpose(turn)))
-    except ImageError:
+            check_work(image, data)
+            size = memory_of(image, data, all(low))
+            ROOM.take(size, patience)
+            taken = size
+            pixels = _pixels(image)
+            done = not all(low) or (image.has_transparency_data and image.histogram()[-1] < width * height)
+        if not done:
+            with opened(data) as image:
+                image.tile = low
+                wide = np.left_shift(pixels, 8, dtype=np.uint16)
+                lows = _pixels(image, lambda part: np.asarray(part.convert("RGB")))  # whatever the low bytes of alpha
+                pixels = np.bitwise_or(wide, lows[..., 1:2] if low[0].args[0] == "RGBA" else lows, out=wide)
+        kept = pixels.nbytes
+        weakref.finalize(pixels, ROOM.give, kept)
+        return pixels
+    except (ImageError, NoRoom):
         raise
     except UnidentifiedImageError:
-        known = ", ".join(FORMATS)
-        raise ImageError(f"{len(data)} bytes that are not a readable image (formats: {known})") from None
+        raise ImageError(f"{len(data)} bytes that are not a readable image (formats: {', '.join(FORMATS)})") from None
     except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, EOFError, MemoryError and more
         raise ImageError(f"the image is damaged: {error}") from error
+    finally:
+        ROOM.give(taken - kept)
 
 
-@contextmanager
-def opened(data: bytes) -> Iterator[ImageFile.ImageFile]:
-    """Pillow's image of which the header is read: its size is known, and no pixel is decoded.
-
-    Raises:
-        Exception: as `Image.open` does, and an ImageError when the header alone would be too much work.
-    """
-    if data.startswith(b"\x89PNG"):
-        data = _without_extras(data)
-    elif data[:2] in (b"II", b"MM"):
-        _check_directory(data)
-    stream = _Metered(data)
-    with Image.open(stream, formats=FORMATS) as image:
-        if len(image.tile) > max(MAX_STRIPS, len(data) // BYTES_A_STRIP):
-            raise ImageError(f"the image has {len(image.tile)} strips or tiles in {len(data)} bytes; {AGAIN}")
-        stream.reads += len(data) // BYTES_A_READ + 4 * len(image.tile)
-        yield image
-
-
-def _without_extras(data: bytes) -> bytes:
-    """A PNG file with nothing but what its pixels need."""
-    kept, place, texts = [data[:8]], 8, 4
-    for _ in range(MAX_READS + len(data) // BYTES_A_READ):
-        end, name = place + 12 + int.from_bytes(data[place : place + 4], "big"), data[place + 4 : place + 8]
-        texts -= (text := texts > 0 and data.startswith(PNG_TEXTS, place + 8))
-        if text or name in PNG_CHUNKS:
-            kept.append(data[place:end])
-        if (place := end) >= len(data) or name == b"IEND":
-            return b"".join(kept)
-    raise ImageError(f"the image consists of too many parts; {AGAIN}")
-
-
-def _check_directory(data: bytes) -> None:
-    """Refuse a TIFF whose first directory Pillow would not read as libtiff does, or names very many strips or tiles."""
-    order, big = "<" if data[:2] == b"II" else ">", data[2:3] == b"+"
-    offset, first, field = (f"{order}Q", 8, f"{order}HHQ8x") if big else (f"{order}L", 4, f"{order}HHL4x")
-    try:
-        (start,) = struct.unpack_from(offset, data, first)
-        (count,) = struct.unpack_from(offset if big else f"{order}H", data, start)
-    except (struct.error, OverflowError):
-        return  # for Pillow to refuse
-    start, size = start + (8 if big else 2), struct.calcsize(field)
-    fields = data[start : start + min(count, MAX_READS) * size]
-    entries = [*struct.iter_unpack(field, fields[: len(fields) // size * size])]
-    if len({tag for tag, _, _ in entries}) < len(entries):  # one takes the first of them, the other the last
-        raise ImageError(f"the image has a field twice; {AGAIN}")
-    if any(number > 2**16 for tag, _, number in entries if tag in (273, 324)):
-        raise ImageError(f"the image has more than {2**16} strips or tiles; {AGAIN}")
-
-
-def _check_work(image: ImageFile.ImageFile, data: bytes) -> None:
-    """Refuse what would keep a decoder busy for long although the image is small enough."""
-    if image.tile and image.tile[0].codec_name == "bmp_rle":  # Pillow decodes it in Python, pixel by pixel
-        raise ImageError(f"a BMP with run-length encoding is not supported; {AGAIN}")
-    pixels, tags = image.width * image.height, getattr(image, "tag_v2", {})
-    part = tags[322] * tags[323] if 322 in tags else min(tags.get(278, image.height), image.height) * image.width
-    if part > max(pixels, 2**20):  # a tile may be larger than its image
-        raise ImageError(f"the image has tiles of {part} pixels; {AGAIN}")
-    if image.format in ("JPEG", "MPO") or "jpeg" in str(image.info.get("compression")):
-        limit = MAX_PASSES * min(max(2**18 // part, 1), 5) * math.ceil(pixels / part)
-        if (_scans_of_strips(data, tags) if tags else _scans(data, limit)) > limit:
-            raise ImageError(f"the image has more than {limit} passes over {part} pixels; {AGAIN}")
-
-
-def _scans(data: bytes, limit: int) -> int:
-    """How many passes a JPEG has: scans outside of other segments, and before what may follow the image."""
-    scans, place = 0, 2
-    while scans <= limit and (marker := _MARKER.search(data, place)):
-        code, place = marker[1][0], marker.end()
-        if code == 0xD9 and scans:  # the end of the image
-            break
-        scans += code == 0xDA
-        if code >= 0xC0 and code not in (0xD8, 0xD9):  # others have no segment
-            place += int.from_bytes(data[place : place + 2], "big")
-    return scans
-
-
-def _scans_of_strips(data: bytes, tags: Mapping[int, Any]) -> int:
-    """How many passes the strips or tiles of a TIFF's first image have at most; other pages do not count."""
-    places, sizes = ([*tags.get(strips, ()), *tags.get(tiles, ())] for strips, tiles in ((273, 324), (279, 325)))
-    if len(places) != len(sizes) or 0 in sizes or sum(sizes) > 2 * len(data):  # each may be anything
-        return len(places) * data.count(b"\xff\xda")
-    return sum(data.count(b"\xff\xda", place, place + size) for place, size in zip(places, sizes, strict=True))
-
-
-def _to_rgb(image: Image.Image) -> NDArray[np.uint8]:
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        values = np.asarray(image)
-        if image.mode == "F" or values.min() < 0 or values.max() > 65535:
-            raise ImageError(f"pixel mode {image.mode!r} has values outside 0 to 65535; save it as 8 or 16 bits")
-        grey = (values.astype(np.uint32) >> 8).astype(np.uint8)  # convert("RGB") would clip all of it to white
-        return np.repeat(grey[:, :, None], 3, axis=2)
-    if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
-        return _on_background(image)
-    return np.asarray(image.convert("RGB"))
-
-
-def _on_background(image: Image.Image) -> NDArray[np.uint8]:
-    """Blend strip by strip: the blending lets no other thread work meanwhile."""
-    pixels = np.empty((image.height, image.width, 3), dtype=np.uint8)
-    rows = max(1, 2**20 // image.width)
-    for top in range(0, image.height, rows):
-        strip = image.crop((0, top, image.width, min(top + rows, image.height))).convert("RGBA")
-        canvas = Image.new("RGBA", strip.size, (*BACKGROUND, 255))
-        canvas.alpha_composite(strip)
-        pixels[top : top + rows] = np.asarray(canvas.convert("RGB"))
+def _pixels(image: ImageFile.ImageFile, rgb: Callable[[Image.Image], NDArray[Any]] | None = None) -> NDArray[Any]:
+    """Load an image, and turn it upright."""
+    if image.format != "TIFF":  # Pillow turns these while it loads them; of PNG, EXIF may follow the pixels
+        image.load()
+    orientation = _orientation(image)
+    image.load()
+    depth: tuple[type[Any], list[int]] = (np.uint16, []) if _is_deep(image) else (np.uint8, [3])
+    width, height = image.im.size  # `image.size` of a TIFF is that of the upright picture already
+    pixels = np.empty([*((width, height) if orientation > 4 else (height, width)), *depth[1]], depth[0])
+    lines = _UNTURNED[orientation](pixels) if orientation in _UNTURNED else pixels
+    for top in range(0, height, rows := max(1, STRIP // width)):
+        lines[top : top + rows] = (rgb or _to_rgb)(image.crop((0, top, width, min(top + rows, height))))
     return pixels
 
 
-def fit(image: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
-    """Cut the largest centred square and scale it, with antialiasing, to `size` pixels a side.
+def _low_bytes(tile: Any) -> Any:
+    """A part of a colour image with 16 bits so that Pillow, which keeps the high bytes, takes the low ones; or None."""
+    raw, *more = tile.args if isinstance(tile.args, tuple) else (tile.args,)
+    if raw == "LA;16B":  # both bytes of grey, and both of alpha
+        return tile._replace(args=("RGBA", *more))
+    low = str(raw)[:-1] + ("L" if str(raw).endswith("B") else "B")
+    return tile._replace(args=(low, *more)) if low.startswith(("RGB;16", "RGBA;16")) else None
 
-    Args:
-        image: uint8 array of shape (height, width, 3).
-        size: pixels of a side of the result.
 
-    Returns:
-        uint8 array of shape (size, size, 3).
+def _orientation(image: Image.Image) -> int:
+    """Read this tag, and forget EXIF: whatever else is in there, or broken, is nobody's business."""
+    if image.format != "TIFF" and EXIF_IN.isdisjoint(image.info):
+        return 1
+    with suppress(Exception):
+        tags, value = [*(exif := image.getexif())], exif.get(ExifTags.Base.Orientation, 1)
+        for tag in tags:
+            del exif[tag]
+        if tags:
+            return int(value[0] if isinstance(value, tuple) else value)
+    found = _ORIENTATION.search(bytes(image.info.get("exif", b"")))
+    return max(found[1] or found[2]) if found else 1
+
+
+def _is_deep(image: Image.Image) -> bool:
+    return image.mode in ("I", "F") or image.mode.startswith("I;16")
+
+
+def _to_rgb(image: Image.Image) -> NDArray[Any]:
+    if _is_deep(image):
+        values = np.asarray(image)
+        if image.mode == "F" or values.min() < 0 or values.max() > 65535:
+            raise ImageError(f"pixel mode {image.mode!r} has values outside 0 to 65535; save it as 8 or 16 bits")
+        return values  # convert("RGB") would clip all of it to white
+    if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
+        canvas = Image.new("RGBA", image.size, (*BACKGROUND, 255))
+        canvas.alpha_composite(image.convert("RGBA"))
+        image = canvas
+    return np.asarray(image.convert("RGB"))
+
+
+def fit(image: NDArray[Any], size: int, deep: Sequence[int] = DEEP) -> NDArray[np.uint8]:
+    """Cut the largest centred square of what `decode` gives, and scale it, with antialiasing, to `size` pixels a side.
+
+    The least and the largest value that 16-bit pictures of the data set have, `deep`, become 0 and 255.
     """
-    height, width, _ = image.shape
-    if height == width == size:
-        return image
+    height, width = image.shape[:2]
     side = min(height, width)
     left, top = (width - side) // 2, (height - side) // 2
     square = image[top : top + side, left : left + side]
-    return np.asarray(Image.fromarray(square).resize((size, size), Image.Resampling.BILINEAR))
+    if height == width == size and image.dtype == np.uint8:
+        return square
+    low, high = deep
+    grey = ((np.clip(np.arange(65536), low, high) - low) * 256 // (high - low + 1)).astype(np.uint8)
+    narrow = np.empty((side, size, 3), np.uint8)  # as Pillow does it: first the lines, rounded, and then the columns
+    for first in range(0, side, rows := max(1, STRIP // side)):
+        lines = square[first : first + rows]
+        if image.dtype == np.uint16:
+            lines = grey[lines] if lines.ndim > 2 else np.repeat(grey[lines][:, :, None], 3, axis=2)
+        strip = Image.fromarray(lines)
+        narrow[first : first + rows] = strip.resize((size, strip.height), Image.Resampling.BILINEAR)
+    return np.asarray(Image.fromarray(narrow).resize((size, size), Image.Resampling.BILINEAR))
 
 
 def normalise(batch: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
-    """Turn stored pixels into the model's input.
+    """Turn stored pixels, uint8 (N, height, width, 3), into the model's input, float32 (N, 3, height, width).
 
-    Args:
-        batch: uint8 tensor of shape (N, height, width, 3).
-        mean, std: per channel, of pixels scaled to 0..1.
-
-    Returns:
-        float32 tensor of shape (N, 3, height, width) with zero mean and unit deviation over the data set,
-        in channels_last memory order (not on Apple's GPUs).
+    By the mean and deviation of each channel, of pixels scaled to 0..1, these become 0 and 1 over the data set. The
+    order in memory is channels_last (not on Apple's GPUs).
     """
     pixels = batch.flatten(2).float()  # whole lines: a vector of 3 channels is no work for vector instructions
     width = batch.shape[2]

@@ -1,11 +1,10 @@
 """What a request holds and may hold: images, JSON or .npy, within limits that come before anything is unpacked.
 
-This file travels inside the artifact (`code/payload.py`), so it imports nothing else of the project but `imaging`.
+This file travels inside the artifact (`code/payload.py`), so it imports nothing of the project but what is there.
 """
 
 from __future__ import annotations
 
-import base64
 import io
 import json
 import math
@@ -14,34 +13,28 @@ import re
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Self
+from typing import IO, Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 import imaging
+import spelling
+from bounds import IN_MEMORY, PIECE, Data, ImageError, NoRoom, Stored
+from spelling import FORM_START, IMAGE_START, JSON_TYPE, NPY_START, RequestError
+
+__all__ = ["JSON_TYPE", "RequestError"]  # which others take from here
 
 IMAGE_TYPES = ("application/x-image", "image/jpeg", "image/png", "image/webp", "image/bmp", "image/tiff")
-JSON_TYPE = "application/json"
 NPY_TYPE = "application/x-npy"
+FORM = '{"instances": [...]}'
 NO_INSTANCES = 'instances must all be {"b64": "..."}, or lists of numbers of one shape'
 STRINGS = 64  # of JSON for each instance; so many lists beside the model's rows; and so many values beside instances
-Batch = list[NDArray[np.uint8]] | NDArray[np.float32]
+Batch = list[NDArray[Any]] | NDArray[np.float32]
 _PARSING = threading.Lock()  # more than one at a time would gain nothing, and keep others from what lies between
+PATIENCE = 20.0  # seconds that an image waits for memory
 UNKNOWN_SIDE = 1024  # where no model was loaded yet
 side = 0  # pixels a side of what the loaded model takes, of several the largest; `takes` sets it
-
-
-class RequestError(ValueError):
-    """The request cannot be answered.
-
-    Attributes:
-        status: the HTTP status that says so: 400 content, 406 accept, 413 size, 415 type.
-    """
-
-    def __init__(self, status: int, message: str) -> None:
-        super().__init__(message)
-        self.status = status
 
 
 @dataclass(frozen=True)
@@ -88,44 +81,53 @@ def takes(size: int) -> None:
     side = max(side, size)
 
 
-def read(body: bytes | bytearray | str, content_type: str | None) -> Batch:
+def read(body: bytes | bytearray | str | IO[bytes], content_type: str | None) -> Batch:
     """Turn a request body into a batch; arguments, results and errors are those of `inference.input_fn`."""
-    kind = (content_type or JSON_TYPE).split(";")[0].strip().lower()
-    if kind not in (JSON_TYPE, NPY_TYPE, *IMAGE_TYPES):
-        known = ", ".join((JSON_TYPE, NPY_TYPE, *IMAGE_TYPES))
-        raise RequestError(415, f"content type {kind[:80]!r} is not supported; use one of {known}")
-    if len(body) > LIMITS.max_bytes:
-        raise RequestError(413, f"the body has {len(body)} bytes, more than the limit of {LIMITS.max_bytes}")
-    if kind == JSON_TYPE:
-        return _from_json(body)
+    body = body or b""  # of a form TorchServe hands on nothing
+    data: Data = b""
     if isinstance(body, str):
-        raise RequestError(400, f"the body is text; {kind} needs bytes")
-    return _from_npy(bytes(body)) if kind == NPY_TYPE else [_decode(bytes(body), LIMITS.max_pixels)]
+        data = body.encode(errors="surrogatepass")
+    else:
+        data = bytes(body) if isinstance(body, bytes | bytearray) else Stored(body)
+    kind = (content_type or JSON_TYPE).split(";")[0].strip().lower()
+    if len(data) > LIMITS.max_bytes:
+        raise RequestError(413, f"the body has {len(data)} bytes, more than the limit of {LIMITS.max_bytes}")
+    if kind == "multipart/form-data" or FORM_START.match(data):
+        data = spelling.one_file(data)
+    data = spelling.unpacked(data, LIMITS.max_bytes)
+    if IMAGE_START.match(data):
+        return [_decode(data, LIMITS.max_pixels)]
+    if data.startswith(NPY_START):
+        return _from_npy(data)
+    text = spelling.utf8(data)
+    if text[:PIECE].lstrip().startswith((b"{", b"[")):
+        return _from_json(text)
+    if (image := spelling.encoded_image(text)) is not None or kind in IMAGE_TYPES:
+        return [_decode(data if image is None else image, LIMITS.max_pixels)]
+    if kind == NPY_TYPE:
+        return _from_npy(data)
+    if kind == JSON_TYPE:
+        raise RequestError(400, f"the body is not valid JSON of the form {FORM}; {spelling.seen(data)}")
+    known = ", ".join((JSON_TYPE, NPY_TYPE, *IMAGE_TYPES))
+    seen = f"content type {kind[:80]!r} is not supported, and {spelling.seen(data)}"
+    raise RequestError(415, f"{seen}; use one of {known}")
 
 
-def accepts(accept: str | None) -> bool:
-    """Whether JSON is acceptable, by RFC 9110, 12.5.1: the most specific range that fits decides; q=0 forbids."""
-    specificity = {JSON_TYPE: 2, "application/*": 1, "*/*": 0}
-    fitting = [(-1, 0.0)]
-    for part in (accept or "*/*").lower().split(","):
-        name, *parameters = (word.strip() for word in part.split(";"))
-        weights = [word[2:] for word in parameters if word.startswith("q=")] or ["1"]
-        if name in specificity and re.fullmatch(r"[01](\.[0-9]{0,3})?", weights[0]):
-            fitting.append((specificity[name], float(weights[0])))
-    return max(fitting)[1] > 0
-
-
-def _decode(body: bytes, max_pixels: int) -> NDArray[np.uint8]:
+def _decode(body: Data, max_pixels: int) -> NDArray[Any]:
     try:
-        return imaging.decode(body, max_pixels, LIMITS.max_aspect)
-    except imaging.ImageError as error:
-        raise RequestError(400, str(error)) from error
+        return imaging.decode(body, max_pixels, LIMITS.max_aspect, PATIENCE)
+    except NoRoom as error:
+        raise RequestError(503, str(error)) from error
+    except ImageError as error:
+        seen = "" if not body or IMAGE_START.match(body) else f"; {spelling.seen(body)}"
+        raise RequestError(400, f"{error}{seen}") from error
 
 
-def _from_json(body: bytes | bytearray | str) -> Batch:
+def _from_json(data: Data) -> Batch:
     """Parse one instance after the other: what is in the way of other threads for long is a single call in C."""
-    data = body.encode(errors="surrogatepass") if isinstance(body, str) else bytes(body)
-    outline, spans = _outline(data)
+    spans = _outline(data)
+    if (beside := len(data) - sum(span.stop - span.start for span in spans)) > IN_MEMORY:
+        raise RequestError(413, f"the JSON has {beside} bytes beside its instances, more than the limit of {IN_MEMORY}")
     rest, end = [], 0
     for number, span in enumerate(spans):
         rest += [data[end : span.start], b'{"": %d}' % number]
@@ -133,18 +135,19 @@ def _from_json(body: bytes | bytearray | str) -> Batch:
     document = _parse(b"".join([*rest, data[end:]]))
     instances = document.get("instances") if isinstance(document, dict) else None
     if not isinstance(instances, list) or not instances:
-        raise RequestError(400, 'the JSON body must be {"instances": [...]} with at least one instance')
+        seen = f"it has the keys {str(list(document))[:80]}" if isinstance(document, dict) else "it is no object"
+        raise RequestError(400, f"the JSON body must be {FORM} with at least one instance; {seen}")
     _check_count(len(instances))
     chosen = [instance[""] for instance in instances if isinstance(instance, dict)]
     for number in {*range(len(spans))} - {*chosen}:  # what is no instance must be JSON all the same
         _parse(data[spans[number]])
     found = [spans[number] for number in chosen]
-    texts, kinds = (data[span] for span in found), {outline[span.start] for span in found}
+    texts, kinds = (data[span] for span in found), {data[span.start] for span in found}
     if len(found) < len(instances) or len(kinds) > 1:
         raise RequestError(400, NO_INSTANCES)
     if kinds == {ord("{")}:
         return _images(_parse(text) for text in texts)
-    if any(outline.find(b'"', span.start, span.stop) >= 0 for span in found):  # numpy would make all of it strings
+    if any(data.find(b'"', span.start, span.stop) >= 0 for span in found):  # numpy would make all of it strings
         raise RequestError(400, NO_INSTANCES)
     try:
         return np.stack([_rows(text) for text in texts])
@@ -161,36 +164,43 @@ def _rows(text: bytes) -> NDArray[np.float32]:
 
 def _parse(text: bytes) -> Any:
     try:
-        return json.loads(text.decode("utf-8"))
+        return json.loads(text.decode("utf-8"), strict=False)  # a shell puts wrapped base64 in as it is
     except (ValueError, RecursionError) as error:
         raise RequestError(400, f"the body is not valid JSON: {str(error)[:200]}") from error
 
 
-def _outline(data: bytes) -> tuple[bytes, list[slice]]:
+def _outline(data: Data) -> list[slice]:
     """Look through JSON before anything is parsed: a fixed number of passes over the bytes, whatever they are.
 
     Returns:
-        The text with blanks in its strings, and where the lists and objects are that may be instances.
+        Where the lists and objects are that may be instances.
 
     Raises:
         RequestError: for more strings, lists, levels or numbers than a request can need.
     """
-    outline = data.replace(b"\\\\", b"  ").replace(b'\\"', b"  ")
-    if (quotes := outline.count(b'"')) % 2:
+    quotes = lists = commas = start = 0
+    found = [(np.empty(0, np.int64), np.empty(0, np.bool_), np.empty(0, np.int64))]
+    while start < len(data):
+        piece = data[start : start + PIECE]
+        if (len(piece) - len(piece.rstrip(b"\\"))) % 2 and start + PIECE < len(data):  # what it escapes comes next
+            piece = piece[:-1]
+        texts = piece.replace(b"\\\\", b"  ").replace(b'\\"', b"  ").split(b'"')
+        blank = slice(1 - quotes % 2, None, 2)
+        texts[blank] = [b" " * len(text) for text in texts[blank]]
+        text = np.frombuffer(b'"'.join(texts), np.uint8)
+        braces = text | 32  # "[" and "]" become "{" and "}"
+        places = np.flatnonzero((braces == ord("{")) | (braces == ord("}")))
+        between = np.flatnonzero(text == ord(","))
+        found.append((places + start, braces[places] == ord("{"), np.searchsorted(between, places) + commas))
+        quotes, lists, commas = quotes + len(texts) - 1, lists + len(places), commas + len(between)
+        start += len(piece)
+        for count, name, each in (quotes, "strings", STRINGS), (lists, "lists", 3 * (side or UNKNOWN_SIDE) + STRINGS):
+            if count > 2 * each * (LIMITS.max_batch + 1):
+                many = f"{count // 2} {name}, more than {LIMITS.max_batch} instances can need"
+                raise RequestError(400, f"the JSON has {many}")
+    if quotes % 2:
         raise RequestError(400, "the body is not valid JSON: a string does not end")
-    if quotes > 2 * STRINGS * (LIMITS.max_batch + 1):
-        raise RequestError(400, f"the JSON has {quotes // 2} strings, more than {LIMITS.max_batch} instances can need")
-    pieces = outline.split(b'"')
-    pieces[1::2] = [b" " * len(piece) for piece in pieces[1::2]]
-    outline = b'"'.join(pieces)
-    text = np.frombuffer(outline, np.uint8)
-    braces = text | 32  # "[" and "]" become "{" and "}"
-    brackets = (braces == ord("{")) | (braces == ord("}"))
-    lists = int(np.count_nonzero(brackets)) // 2
-    if lists > (3 * (side or UNKNOWN_SIDE) + STRINGS) * (LIMITS.max_batch + 1):
-        raise RequestError(400, f"the JSON has {lists} lists, more than {LIMITS.max_batch} instances can need")
-    places = np.flatnonzero(brackets)
-    opening = braces[places] == ord("{")
+    places, opening, before = map(np.concatenate, zip(*found, strict=True))
     depth = np.cumsum(np.where(opening, 1, -1))
     if depth.max(initial=0) > LIMITS.max_depth:
         raise RequestError(400, f"the JSON is nested deeper than the limit of {LIMITS.max_depth}")
@@ -200,13 +210,12 @@ def _outline(data: bytes) -> tuple[bytes, list[slice]]:
     if len(starts) > 4 * LIMITS.max_batch:  # a request may say something of each instance beside them
         _check_count(len(starts))
     spans = [slice(start, end + 1) for start, end in zip(starts.tolist(), ends.tolist(), strict=True)]
-    commas = text == ord(",")
-    inside = [int(np.count_nonzero(commas[span])) for span in spans]
+    inside = (before[~opening & (depth == 2)] - before[opening & (depth == 3)]).tolist()
     for number, count in enumerate(inside):
         _check_size(number, count + 1)
-    if (beside := int(np.count_nonzero(commas)) - sum(inside)) > STRINGS * LIMITS.max_batch:
+    if (beside := commas - sum(inside)) > STRINGS * LIMITS.max_batch:
         raise RequestError(413, f"the JSON has {beside} values, more than {LIMITS.max_batch} instances can need")
-    return outline, spans
+    return spans
 
 
 def _check_size(instance: int, numbers: int) -> None:
@@ -215,19 +224,17 @@ def _check_size(instance: int, numbers: int) -> None:
         raise RequestError(400, f"instance {instance} has {numbers} numbers; the model takes shape {shape}")
 
 
-def _images(instances: Iterator[Any]) -> list[NDArray[np.uint8]]:
+def _images(instances: Iterator[Any]) -> list[NDArray[Any]]:
     """Decode them one after the other; all together may have as many pixels as one alone."""
-    images: list[NDArray[np.uint8]] = []
+    images: list[NDArray[Any]] = []
     room = LIMITS.max_pixels
     for index, instance in enumerate(instances):
         if not isinstance(instance.get("b64"), str):
             raise RequestError(400, NO_INSTANCES)
         try:
-            images.append(_decode(base64.b64decode(instance["b64"], validate=True), room))
+            images.append(_decode(spelling.from_base64(instance["b64"]), room))
         except RequestError as error:
             raise RequestError(error.status, f"instance {index}: {error}") from error
-        except ValueError as error:
-            raise RequestError(400, f"instance {index}: b64 is not base64: {error}") from error
         room -= images[-1].shape[0] * images[-1].shape[1]
     return images
 
@@ -237,9 +244,9 @@ def _check_count(instances: int) -> None:
         raise RequestError(413, f"the request has {instances} instances, more than the limit of {LIMITS.max_batch}")
 
 
-def _from_npy(body: bytes) -> NDArray[np.float32]:
+def _from_npy(body: Data) -> NDArray[np.float32]:
     """Read the header, compare it with the body's size, and only then look at the numbers; nothing is unpickled."""
-    stream = io.BytesIO(body)
+    stream = io.BytesIO(body[: 2**17])
     try:
         version = np.lib.format.read_magic(stream)
         known = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}

@@ -162,6 +162,11 @@ def regularly(call: Callable[[], object]) -> Iterator[None]:
         thread.join()
 
 
+def several(count: int, what: str) -> str:
+    """Such as `1 class` or `2 classes`."""
+    return f"{count} {what}{'' if count == 1 else 'es' if what.endswith('s') else 's'}"
+
+
 def duration(seconds: float) -> str:
     """As a person says it: 8 s, 3 min 20 s, 2 h 5 min."""
     minutes, rest = divmod(round(seconds), 60)

@@ -26,11 +26,12 @@ from pipelines.cloud import artifact, jobs, prices, storage
 from pipelines.cloud import images as cloud_images
 from pipelines.cloud.account import Account, explained, failure, unless_missing, volume_key
 from pipelines.config import load
-from pipelines.endpoint import expiry, rollout
+from pipelines.endpoint import expiry
 from pipelines.endpoint import model as endpoint_model
 from pipelines.local import data
 from pipelines.terminal import UserError
 from progress import plain, progress
+from training.config import GPU_INSTANCE
 
 MEGABYTE = 2**20
 USUAL, MOST = 6, 100  # megabytes of a request; AWS: so many at most, and of all concurrent ones together
@@ -46,9 +47,9 @@ def start(account: Account, options: Namespace) -> str:
     """
     settings = account.settings
     chosen, hours = settings.endpoint, settings.compute.max_hours
-    if rollout.GPU.match(chosen.instance_type) and settings.images.serving == "project":
-        raise UserError(f"endpoint.instance_type is {chosen.instance_type}, and batch transform's GPU machines have a "
-                        "driver (535) that is too old for this torch; choose a type without a GPU")  # fmt: skip
+    if GPU_INSTANCE.match(chosen.instance_type) and settings.images.serving == "project":
+        raise UserError(f"endpoint.instance_type is {chosen.instance_type}, and batch transform's GPU machines have "
+                        "driver 470 or 535, where PyPI's torch does not run; choose a type without a GPU")  # fmt: skip
     name, only_plan = f"{project.name()}-{runs.new_name()}", options.plan
     stack = prices.stack(account, only_plan)
     local = None if only_plan or options.data.startswith("s3://") else data.raw(options.data)
@@ -113,9 +114,9 @@ def _create(account: Account, name: str, place: str, payload: int) -> None:
     disk = {"volume_kms_key_id": disk_key} if disk_key else {}
     images = shapes.TransformS3DataSource(s3_data_type="ManifestFile", s3_uri=f"{place}/images.manifest")
     resources.TransformJob.create(
-        transform_job_name=name, model_name=name, region=account.region, batch_strategy="SingleRecord",
-        max_payload_in_mb=payload, max_concurrent_transforms=min(CONCURRENT, MOST // payload),
-        environment={"INFERENCE_MAX_BYTES": str(payload * MEGABYTE)},
+        transform_job_name=name, model_name=name, session=account.session, region=account.region,
+        batch_strategy="SingleRecord", max_concurrent_transforms=min(CONCURRENT, MOST // payload),
+        max_payload_in_mb=payload, environment={"INFERENCE_MAX_BYTES": str(payload * MEGABYTE)},
         transform_input=shapes.TransformInput(
             data_source=shapes.TransformDataSource(s3_data_source=images), content_type="application/x-image",
             split_type="None",

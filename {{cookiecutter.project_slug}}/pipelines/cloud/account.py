@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import os
 import re
 import sys
 import threading
@@ -14,41 +15,14 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from pipelines import project
+from pipelines.cloud import errors
+from pipelines.cloud.errors import ATTEMPTS, missing
 from pipelines.config import Settings
 from pipelines.terminal import UserError
 from progress import plain, waiting
+from training.config import nearest
 
 OWN_DISK = re.compile(r"ml\.(g[4-9]|p[4-9]|p3dn|trn|[a-z]+\d+[a-z]*d)")  # machines with disks of their own
-ATTEMPTS = 5  # of a request, with growing pauses (botocore's standard mode)
-REASONS = {
-    "no credentials": (
-        "NoCredentials",
-        "PartialCredentials",
-        "ProfileNotFound",
-        "UnauthorizedSSOToken",
-        "SSOTokenLoad",
-    ),
-    "expired": ("ExpiredToken", "ExpiredTokenException", "RequestExpired", "TokenRefreshRequired"),
-    "invalid": ("InvalidClientTokenId", "UnrecognizedClientException", "SignatureDoesNotMatch", "AuthFailure"),
-    "denied": ("AccessDenied", "AccessDeniedException", "UnauthorizedOperation", "AuthorizationError"),
-    "quota": ("ResourceLimitExceeded", "LimitExceeded", "LimitExceededException", "ServiceQuotaExceededException"),
-    "capacity": ("CapacityError", "InsufficientCapacity", "InsufficientInstanceCapacity"),
-    "throttled": ("Throttling", "ThrottlingException", "TooManyRequestsException", "RequestLimitExceeded", "SlowDown"),
-    "network": ("EndpointConnection", "ConnectTimeout", "ReadTimeout", "ConnectionClosed", "SSL", "ProxyConnection"),
-}
-MISSING = ("ResourceNotFoundException", "ResourceNotFound", "RepositoryNotFoundException", "NoSuchBucket", "NoSuchKey",
-           "404")  # the last is S3's answer to a HEAD  # fmt: skip
-STEPS = {
-    "no credentials": "there are no AWS credentials; run `aws configure` or `aws sso login`, or set AWS_PROFILE",
-    "expired": "the AWS credentials have expired; get new ones, for instance with `aws sso login`",
-    "invalid": "AWS does not accept these credentials; check AWS_PROFILE, the keys, and this machine's clock",
-    "denied": "these credentials may not do that; `make doctor` shows what is missing",
-    "quota": "a quota of the account is reached; ask for more at Service Quotas, or choose another instance type",
-    "capacity": "AWS has no such machines free right now; try again later, another instance type or another region",
-    "trust": "SageMaker may not use the execution role; `make bootstrap` puts its trust policy right",
-    "throttled": f"too many requests, {ATTEMPTS} attempts were refused; try again in a minute",
-    "network": "AWS cannot be reached; check the network, the proxy and aws.region",
-}
 
 T = TypeVar("T")
 
@@ -92,21 +66,44 @@ class Account:
 
     @functools.cached_property
     def session(self) -> Any:
-        """The boto3 session that all clients come from."""
-        import boto3
+        """The boto3 session that all clients come from, those of the SDK too; they give up after bounded attempts.
 
-        return boto3.Session(region_name=self.region)
+        Credentials are fetched here: a profile may fail in many ways.
+
+        Raises:
+            errors.ProfileError: when they are chosen, and cannot be had; where none are, the first request says so.
+                Or when there is no such region.
+        """
+        import boto3
+        import botocore.session
+        from botocore.config import Config
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        for name, value in {"AWS_RETRY_MODE": "standard", "AWS_MAX_ATTEMPTS": str(ATTEMPTS)}.items():
+            os.environ.setdefault(name, value)  # not in a Config, instead of which the SDK has one of its own
+        own = botocore.session.get_session()
+        own.set_default_client_config(Config(connect_timeout=10, read_timeout=60))
+        try:
+            session = boto3.Session(botocore_session=own, region_name=self.region)
+            if credentials := session.get_credentials():
+                credentials.get_frozen_credentials()
+        except (BotoCoreError, ClientError, OSError, ValueError, EOFError) as error:
+            raise errors.ProfileError(errors.of_profile(error)) from error
+        names = [name for part in session.get_available_partitions()
+                 for name in session.get_available_regions("sagemaker", part)]  # fmt: skip
+        if self.region not in names:
+            raise errors.ProfileError(
+                f"aws.region is {self.region}, which has no SageMaker that boto3 knows of; "
+                f"{nearest(self.region, names)} `make setup ARGS=--upgrade` brings new ones"
+            )
+        return session
 
     def client(self, service: str, region: str | None = None) -> Any:
-        """A boto3 client, in `aws.region` unless told otherwise, that gives up after a bounded number of attempts."""
-        from botocore.config import Config
-
+        """A boto3 client, in `aws.region` unless told otherwise."""
         key = service, region or self.region
-        retries = {"mode": "standard", "total_max_attempts": ATTEMPTS}
-        limits = Config(retries=retries, connect_timeout=10, read_timeout=60)
         with self._one:
             if key not in self._clients:
-                self._clients[key] = self.session.client(*key, config=limits)
+                self._clients[key] = self.session.client(*key)
             return self._clients[key]
 
     def stack(self) -> Stack:
@@ -176,35 +173,14 @@ def explained(doing: str) -> Iterator[None]:
     """
     from boto3.exceptions import Boto3Error
     from botocore.exceptions import BotoCoreError, ClientError
+    from pydantic import ValidationError  # SDK V3 checks requests and answers
 
     try:
         yield
-    except (Boto3Error, BotoCoreError, ClientError) as error:
-        cause = error.__context__ if isinstance(error, Boto3Error) and error.__context__ else error  # of a transfer
-        if isinstance(cause, ClientError):
-            details = cause.response.get("Error", {})
-            message = plain(" ".join(str(details.get("Message", cause)).split()))
-            reason = "trust" if "could not assume role" in message.lower() else _reason(details.get("Code", ""))
-            step = f"; {STEPS[reason]}" if reason else ""
-            raise UserError(f"{doing} failed: {message.rstrip('.')} ({details.get('Code')}){step}") from error
-        reason = _reason(type(cause).__name__.removesuffix("Error"))
-        text = STEPS.get(reason or "", plain(" ".join(str(cause).split())))
-        raise UserError(f"{doing} failed: {text}") from error
-
-
-def _reason(code: str) -> str | None:
-    return next((reason for reason, codes in REASONS.items() if code in codes), None)
-
-
-def missing(error: Any) -> bool:
-    """Whether a `ClientError` says that the thing asked for does not exist."""
-    details = error.response["Error"]
-    gone = ("does not exist", "could not find", "not found", "cannot find")
-    return (
-        details["Code"] in MISSING
-        or (details["Code"] == "ValidationException" and any(w in details["Message"].lower() for w in gone))
-        or (details["Code"] == "ValidationError" and "does not exist" in details["Message"])
-    )
+    except (Boto3Error, BotoCoreError, ClientError, ValidationError) as error:
+        text, reason = errors.said(error)
+        kind = errors.ProfileError if reason in errors.HOPELESS else UserError
+        raise kind(f"{doing} failed: {text}") from error
 
 
 def unless_missing(call: Callable[..., Any], **request: Any) -> Any:

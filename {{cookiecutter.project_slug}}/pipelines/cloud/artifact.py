@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from inference.artifact import ArtifactError, unpack, verify
+from inference.artifact import ArtifactError, digest_of, unpack, verify
 from pipelines import runs, terminal
 from pipelines.cloud import packages, storage
 from pipelines.cloud.account import Account, explained
@@ -60,7 +60,7 @@ def find(account: Account, options: Namespace, folder: Path) -> Source:
         UserError: when there is none, it is damaged, its job failed, or its package is not approved.
     """
     only_one(options)
-    uri = arn = package = version = None
+    uri = arn = package = None
     if options.job:
         with explained(f"looking up the training job {options.job}"):
             facts = account.client("sagemaker").describe_training_job(TrainingJobName=options.job)
@@ -80,12 +80,10 @@ def find(account: Account, options: Namespace, folder: Path) -> Source:
         label = f"run {archive.parent.name}"
     if uri:
         archive = folder / "model.tar.gz"
-        if package:
-            version = _recorded(account, package)
-        storage.download(account, uri, archive, version)
+        storage.download(account, uri, archive, _recorded(account, package) if package else None)
     samples = checked(archive, folder / "unpacked")
     approved = package.metadata.get("artifact") if package else None
-    if approved and runs.digest(folder / "unpacked" / "model.json") != approved:
+    if approved and digest_of(folder / "unpacked" / "model.json") != approved:
         raise UserError(f"{uri} holds another artifact than the one that {package} was registered with; {RESTORE}")
     return Source(label, archive, samples, uri, arn)
 

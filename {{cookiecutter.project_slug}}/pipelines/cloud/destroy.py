@@ -17,7 +17,8 @@ from collections.abc import Callable
 from pipelines import project, terminal
 from pipelines.cloud import inventory, stack
 from pipelines.cloud import packages as cloud_packages
-from pipelines.cloud.account import REASONS, Account, ask, confirm, explained, missing, unless_missing, until
+from pipelines.cloud.account import Account, ask, confirm, explained, unless_missing, until
+from pipelines.cloud.errors import REASONS, missing
 from pipelines.cloud.inventory import Item
 from pipelines.config import load
 from pipelines.terminal import UserError

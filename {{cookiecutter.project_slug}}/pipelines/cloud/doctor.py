@@ -7,6 +7,7 @@ Without credentials it checks this machine only.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import platform
@@ -14,15 +15,19 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from importlib import metadata
 from typing import Any, Literal, NamedTuple
 
 from pipelines import ROOT, project, terminal
-from pipelines.cloud import permissions, stack
-from pipelines.cloud.account import STEPS, Account, explained, pages
-from pipelines.config import load
+from pipelines.cloud import images as cloud_images
+from pipelines.cloud import limits, permissions, stack
+from pipelines.cloud.account import Account, explained, pages
+from pipelines.cloud.errors import STEPS
+from pipelines.config import Settings, load
 from pipelines.local import engine
 from pipelines.local import images as local_images
 from pipelines.terminal import UserError
+from training.config import GPU_INSTANCE
 
 GB = 1e9
 SKEW = 240  # seconds; AWS refuses requests from 300 on
@@ -44,28 +49,62 @@ def here() -> Iterator[Line]:
     try:
         engine.check()
         yield Line("ok", "Docker engine and compose answer")
+        if "containerd.snapshotter" in engine.docker("info").stdout:
+            yield Line("warn", "this Docker pushes images in a form that SageMaker refuses",
+                       "`make image-push` converts them; `docker push` by hand does not")  # fmt: skip
+        try:
+            engine.check_sees()
+        except engine.EngineError as error:
+            yield Line("warn", "no containers: local verbs run as processes", str(error))
     except engine.EngineError as error:
         yield Line("warn", "no containers: local verbs run as processes, `make image-push` cannot", str(error))
     free = shutil.disk_usage(ROOT).free / GB
     level: Literal["ok", "warn", "fail"] = "ok" if free > 20 else "warn" if free > 2 else "fail"
     yield Line(level, f"{free:.0f} GB of disk are free", "" if level == "ok" else "images take 10 GB; make room")
+    yield from builds()
+
+
+def builds() -> Iterator[Line]:
+    """Whether PyTorch's index of builds gave what it was asked for, here and for the last image."""
+    again = "let this machine reach PyTorch's index (see docs/setup.md about proxies), then "
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        version = metadata.version("torch")
+        if platform.system() == "Linux" and "+" not in version and not engine.gpus():
+            yield Line("warn", f"torch {version} in .venv is PyPI's build: 5 GB of CUDA on a machine without a GPU",
+                       f"{again}`make setup ARGS='--reinstall-package torch'`")  # fmt: skip
+    if local_images.BUILD_LOG.is_file():
+        log = local_images.BUILD_LOG.read_text(encoding="utf-8", errors="replace")
+        if found := local_images.OTHER_BUILD.search(log):
+            yield Line("warn", f"of the last image: {found[0]}", f"{again}`make image ARGS=--no-cache`")
+
+
+def chosen(settings: Settings) -> Iterator[Line]:
+    """What AWS would refuse of the settings, and which drivers torch's builds meet."""
+    compute, endpoint = settings.compute, settings.endpoint
+    refused = [*limits.machine(settings, "compute", compute.instance_type), *limits.endpoint(settings)]
+    gpus = {use: kind for use, kind in (("compute", compute.instance_type), ("endpoint", endpoint.instance_type))
+            if GPU_INSTANCE.match(kind) and (use == "compute" or endpoint.type != "serverless")
+            and not any(kind in text for text in refused)}  # fmt: skip
+    yield from (Line("fail", text, "change the settings in configs/infrastructure.yaml") for text in refused)
+    yield from (Line("warn", text, "set endpoint.capture_percent to 0") for text in limits.doubts(settings))
+    yield from (Line("ok", limits.driver(settings, use, kind)) for use, kind in gpus.items())
+    if gpus and (text := limits.locked(settings)):
+        yield Line("warn", text, "set images.torch to a build that it has, such as cu130 for drivers from 580 on")
 
 
 def there(account: Account) -> Iterator[Line]:
     """What is in AWS."""
-    import boto3
+    import botocore.session
 
-    with explained("looking for credentials"):
-        session = boto3.Session()
-        if session.get_credentials() is None:
-            yield Line("warn", "no AWS credentials: nothing in AWS was checked", STEPS["no credentials"])
-            return
+    if account.session.get_credentials() is None:
+        yield Line("warn", "no AWS credentials: nothing in AWS was checked", STEPS["no credentials"])
+        return
     yield from clock(account)
     with explained("asking who these credentials are"):
         caller = account.client("sts").get_caller_identity()
     yield Line("ok", f"credentials of {caller['Arn']}")
-    if session.region_name not in (None, account.region):
-        yield Line("warn", f"the shell's region is {session.region_name}, aws.region is {account.region}",
+    if (shell := botocore.session.get_session().get_config_variable("region")) not in (None, account.region):
+        yield Line("warn", f"the shell's region is {shell}, aws.region is {account.region}",
                    "the verbs use aws.region; set AWS_DEFAULT_REGION to it for other programs")  # fmt: skip
     yield from _try("quotas", lambda: quotas(account))
     try:
@@ -182,13 +221,15 @@ def images(account: Account) -> Iterator[Line]:
     """Whether the images of the project as it is now are in ECR: a stale image has another name."""
     ecr, name = account.client("ecr"), account.stack().repository.partition("/")[2]
     listed = pages(ecr, "describe_images", "imageDetails", repositoryName=name)
-    there = {tag for image in listed for tag in image.get("imageTags", [])}
-    targets: tuple[local_images.Target, ...] = ("training", "serving")
-    for target in targets:
+    there = {tag: image.get("imageManifestMediaType") for image in listed for tag in image.get("imageTags", [])}
+    for target in local_images.TARGETS:
         if getattr(account.settings.images, target) == "project":
-            tag = local_images.image_name(account.settings, target).partition(":")[2]
+            tag = cloud_images.uri(account, target).rpartition(":")[2]
             old = any(other.startswith(f"{target}-") for other in there)
-            if tag in there:
+            if tag in there and not cloud_images.is_taken(there[tag]):
+                yield Line("fail", f"the image {tag} in ECR has a manifest ({there[tag]}) that SageMaker refuses",
+                           f"{cloud_images.removal(account, name, tag)}, then `make image-push`")  # fmt: skip
+            elif tag in there:
                 yield Line("ok", f"the image {tag} is in ECR")
             else:
                 yield Line("warn", f"the {target} image in ECR is {'stale' if old else 'missing'}", "`make image-push`")
@@ -198,7 +239,7 @@ def main() -> int:
     """Command line; see the module's docstring."""
     settings = load(terminal.parser("What is missing, with its fix.", settings=True).parse_args().set)
     failed = False
-    for lines in (here(), there(Account(settings))):
+    for lines in (here(), chosen(settings), there(Account(settings))):
         try:
             for line in lines:
                 failed |= line.level == "fail"

@@ -14,7 +14,8 @@ from typing import Any
 
 from pipelines import project
 from pipelines.cloud import prices
-from pipelines.cloud.account import REASONS, Account, explained, missing, pages, unless_missing
+from pipelines.cloud.account import Account, explained, pages, unless_missing
+from pipelines.cloud.errors import REASONS, missing
 
 THREADS = 8
 ACTIVE = ("InProgress", "Stopping")
@@ -198,8 +199,10 @@ def _attached(account: Account, ours: set[str], all_names: set[str], running: se
     scheduler, cloudwatch = account.client("scheduler"), account.client("cloudwatch")
     for prefix in sorted({own, *(name for name in ours if not name.startswith(own))}):
         for schedule in pages(scheduler, "list_schedules", "Schedules", NamePrefix=prefix):
-            starts = schedule["Target"]["Arn"].partition(":sagemaker:")[2]
+            starts = schedule["Target"]["Arn"].rpartition(":")[2]
             ended = {"deleteEndpoint": ours, "stopTransformJob": running}.get(starts, set())
+            beside = schedule["Name"].rpartition("-end-")[0] if starts in ("deleteAlarms", "deleteDashboards") else ""
+            ended = ended or ({beside} if belongs(beside) else set())
             if not ended and starts != "createProcessingJob":
                 continue
             where = {"Name": schedule["Name"], "GroupName": schedule["GroupName"]}
@@ -208,8 +211,9 @@ def _attached(account: Account, ours: set[str], all_names: set[str], running: se
             when = facts["ScheduleExpression"].removeprefix("at(").removesuffix(")")
             if starts == "createProcessingJob" and {"Key": "project", "Value": own} in request.get("Tags", []):
                 items.append(_monitoring(account, facts, request, removal))
-            elif ended and (endpoint := next(iter(request.values()))) in ended:
-                items.append(Item("end schedule", schedule["Name"], facts["CreationDate"], when, removal, of=endpoint))
+            elif ended and (endpoint := beside or next(iter(request.values()))) in ended:
+                kind = "end of alarms" if beside else "end schedule"
+                items.append(Item(kind, schedule["Name"], facts["CreationDate"], when, removal, of=endpoint))
         for alarm in pages(cloudwatch, "describe_alarms", "MetricAlarms", AlarmNamePrefix=prefix):
             names = [entry["Value"] for entry in alarm.get("Dimensions", []) if entry["Name"] == "EndpointName"]
             if names and belongs(names[0]):

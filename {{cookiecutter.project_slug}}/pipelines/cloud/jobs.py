@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from pipelines import project, terminal
-from pipelines.cloud.account import Account, explained, failure, missing, unless_missing, until
+from pipelines.cloud.account import Account, explained, failure, pages, unless_missing, until
+from pipelines.cloud.errors import missing
 from pipelines.config import load
 from pipelines.local.job import Interrupted, interruptible
 from pipelines.terminal import UserError
@@ -34,10 +35,13 @@ PAGES = {
 
 def newest(account: Account, part: str) -> str | None:
     """The newest training job whose name contains `part`."""
-    order = {"SortBy": "CreationTime", "SortOrder": "Descending", "MaxResults": 1}
-    with explained("looking for training jobs"):
-        found = account.client("sagemaker").list_training_jobs(NameContains=part, **order)["TrainingJobSummaries"]
-    return str(found[0]["TrainingJobName"]) if found else None
+    order = {"SortBy": "CreationTime", "SortOrder": "Descending"}
+    with explained("looking for training jobs"):  # a page may be empty, and a later one not
+        listed = pages(
+            account.client("sagemaker"), "list_training_jobs", "TrainingJobSummaries", NameContains=part, **order
+        )
+        found = next(listed, None)
+    return str(found["TrainingJobName"]) if found else None
 
 
 def find(account: Account, name: str | None, kinds: tuple[str, ...] = KINDS) -> tuple[str, dict[str, Any]]:
@@ -118,8 +122,8 @@ def _print_new_lines(
     lines = []
     with explained(f"reading the log of {name}"):
         try:
-            pages = cloudwatch.get_paginator("describe_log_streams")
-            streams = pages.paginate(logGroupName=group, logStreamNamePrefix=f"{name}/").search("logStreams[]")
+            paginator = cloudwatch.get_paginator("describe_log_streams")
+            streams = paginator.paginate(logGroupName=group, logStreamNamePrefix=f"{name}/").search("logStreams[]")
             for stream in [found["logStreamName"] for found in streams]:
                 host = stream.removeprefix(f"{name}/").rpartition("-")[0]  # algo-1-1700000000
                 while True:

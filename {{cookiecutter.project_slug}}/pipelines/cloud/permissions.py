@@ -40,7 +40,7 @@ def refused(account: Account, principal: str, needs: Iterator[Need]) -> list[str
 def needs(account: Account, number: str, owner: str) -> Iterator[Need]:
     """What the template gives an owner: `ExecutionRole` to jobs, `VerbsPolicy` and `AroundPolicy` to people.
 
-    Statements that depend on a setting are left out.
+    Statements that depend on another setting than `aws.kms_key` are left out.
     """
     stack, region, own = account.stack(), account.region, project.name()
     partition = stack.partition
@@ -50,13 +50,16 @@ def needs(account: Account, number: str, owner: str) -> Iterator[Need]:
         "Bucket.Arn": f"arn:{partition}:s3:::{stack.bucket}", "ExecutionRole.Arn": stack.role,
         "SchedulerRole.Arn": stack.scheduler_role, "PipelineRole.Arn": stack.pipeline_role,
         "ServingRole.Arn": stack.serving_role, "ShortProject": project.tuning_prefix(),
+        "KmsKey": account.kms_arn() or "",
         "Subnets": next(iter(account.settings.aws.subnets), ""),
         "SecurityGroups": next(iter(account.settings.aws.security_groups), ""),
         "ImageRepository.Arn": f"arn:{partition}:ecr:{region}:{number}:repository/{stack.repository.split('/')[-1]}",
     }  # fmt: skip
 
     def concrete(value: Any) -> str:
-        """One example of what a pattern stands for."""
+        """One example of what a pattern stands for; of two, the first."""
+        if isinstance(value, dict) and "Fn::If" in value:
+            value = value["Fn::If"][1]
         if isinstance(value, dict) and "Fn::GetAtt" in value:
             return values[".".join(value["Fn::GetAtt"])]
         if isinstance(value, dict) and "Ref" in value:
@@ -68,7 +71,7 @@ def needs(account: Account, number: str, owner: str) -> Iterator[Need]:
     document = joined()["Resources"][owner]["Properties"]
     policies = document.get("Policies", [document])
     for statement in (entry for policy in policies for entry in policy["PolicyDocument"]["Statement"]):
-        if "Action" not in statement:
+        if "Action" not in statement or ("Fn::If" in statement["Resource"] and not values["KmsKey"]):
             continue
         actions, resources = _list(statement["Action"]), _list(statement["Resource"])
         condition = statement.get("Condition", {})

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from pipelines import ROOT
 from pipelines.cloud.account import NO_STACK, Account, Stack, confirm
+from pipelines.cloud.errors import ProfileError
 from pipelines.config import Settings
 from pipelines.terminal import Finished, Parser, UserError
 
@@ -100,7 +101,7 @@ def look(find: Callable[[], T], instead: T, only_plan: bool) -> T:
     try:
         return find()
     except UserError as error:
-        if not only_plan:
+        if not only_plan or isinstance(error, ProfileError):
             raise
         print(f"note: {error}", flush=True)
         return instead

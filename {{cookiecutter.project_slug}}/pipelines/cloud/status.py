@@ -15,6 +15,7 @@ from pipelines.cloud import inventory, packages
 from pipelines.cloud.account import Account, explained, pages
 from pipelines.config import load
 from pipelines.terminal import UserError
+from progress import several
 
 GB = 1e9
 
@@ -58,7 +59,7 @@ def _bucket(account: Account, bucket: str) -> str:
 def _images(account: Account, repository: str) -> str:
     ecr, name = account.client("ecr"), repository.partition("/")[2]
     sizes = [image["imageSizeInBytes"] for image in pages(ecr, "describe_images", "imageDetails", repositoryName=name)]
-    return f"{len(sizes)} images, {sum(sizes) / GB:.1f} GB"
+    return f"{several(len(sizes), 'image')}, {sum(sizes) / GB:.1f} GB"
 
 
 def _packages(account: Account) -> str:

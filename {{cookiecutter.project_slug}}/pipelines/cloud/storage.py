@@ -12,17 +12,18 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
 
-from pipelines import runs
+from inference.artifact import digest_of
 from pipelines.cloud.account import Account, explained, pages, place, unless_missing
 from pipelines.local import data
 from pipelines.terminal import UserError
-from progress import plain, progress
+from progress import plain, progress, several
 
 THREADS = 8
 LISTED = 20  # links that are named when they are left out
 SPLITS = ("train", "validation")  # what a training job is given of a data set
 IDENTITY = ("artifact_etag", "artifact_version")  # what a package says of the object that it was registered with
-DONE = ".complete"  # beside the folder's prefix: everything is there
+# Before a folder's prefix: everything is there. It must not begin as that does: a channel is all that begins so.
+DONE = "complete/"
 
 
 def upload(account: Account, folder: Path, prefix: str, sizes: Mapping[str, int] | None = None) -> str:
@@ -40,14 +41,14 @@ def upload(account: Account, folder: Path, prefix: str, sizes: Mapping[str, int]
     s3, bucket, encryption = account.client("s3"), account.stack().bucket, account.encryption()
     uri = f"s3://{bucket}/{prefix}"
     with explained(f"uploading {folder} to {uri} (do it again to continue)"):
-        if s3.list_objects_v2(Bucket=bucket, Prefix=f"{prefix}{DONE}")["KeyCount"]:
+        if s3.list_objects_v2(Bucket=bucket, Prefix=f"{DONE}{prefix}")["KeyCount"]:
             print(f"{uri} is there already", flush=True)
             return uri
         listed = pages(s3, "list_objects_v2", "Contents", Bucket=bucket, Prefix=f"{prefix}/")
         there = {item["Key"]: item["Size"] for item in listed}
         files = {f"{prefix}/{name}": size for name, size in (below(folder) if sizes is None else sizes.items())}
         todo = sorted(name for name, size in files.items() if there.get(name) != size)
-        print(f"uploading {len(todo)} of {len(files)} files to {uri}", flush=True)
+        print(f"uploading {len(todo)} of {several(len(files), 'file')} to {uri}", flush=True)
 
         with progress(sum(files[name] for name in todo), "uploading", "B") as tick, ThreadPoolExecutor(THREADS) as pool:
 
@@ -56,7 +57,7 @@ def upload(account: Account, folder: Path, prefix: str, sizes: Mapping[str, int]
                 s3.upload_file(path, bucket, name, ExtraArgs=encryption, Callback=tick)
 
             list(pool.map(put, todo))
-        s3.put_object(Bucket=bucket, Key=f"{prefix}{DONE}", Body=b"", **encryption)
+        s3.put_object(Bucket=bucket, Key=f"{DONE}{prefix}", Body=b"", **encryption)
     return uri
 
 
@@ -79,7 +80,7 @@ def pretrained(account: Account) -> str | None:
         folder = data.weights(account.settings, Path(temporary, "pretrained"))
         if folder is None:
             return None
-        return upload(account, folder, f"pretrained/{runs.digest(next(folder.iterdir()))}") + "/"
+        return upload(account, folder, f"pretrained/{digest_of(next(folder.iterdir()))}") + "/"
 
 
 def pictures(folder: Path) -> dict[str, int]:
@@ -165,7 +166,7 @@ def artifact(account: Account, archive: Path) -> str:
 
     What lies there already is read: that it has the right name and size proves nothing.
     """
-    digest, s3 = runs.digest(archive), account.client("s3")
+    digest, s3 = digest_of(archive), account.client("s3")
     uri = f"s3://{account.stack().bucket}/models/{digest}/model.tar.gz"
     with explained(f"uploading {archive} to {uri}"):
         there = unless_missing(s3.head_object, **place(uri)) or {}

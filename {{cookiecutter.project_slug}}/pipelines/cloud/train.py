@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines import ROOT, SOURCE, project, runs, terminal
-from pipelines.cloud import images, jobs, prices, storage
+from pipelines.cloud import images, jobs, limits, prices, storage
 from pipelines.cloud.account import Account, volume_key
 from pipelines.config import Settings, load
 from pipelines.local import data
@@ -24,6 +24,7 @@ from training.config import parse
 NUMBER = "=([0-9.eE+-]+)"
 METRICS = {
     "train:loss": "train_loss", "validation:loss": "val_loss", "validation:accuracy": "val_accuracy",
+    "validation:f1": "val_f1", "validation:worst_recall": "val_worst_recall",
     "train:images_per_second": "images_per_second",
 }  # fmt: skip
 LIVE = "/opt/ml/output/tensorboard"  # what is written there SageMaker puts into the bucket, while the job runs
@@ -145,6 +146,8 @@ def trainer(account: Account, request: Request, image: str, session: Any = None)
     times = {"max_runtime_in_seconds": round(compute.max_hours * 3600)}
     if compute.spot:
         times["max_wait_time_in_seconds"] = round(compute.max_wait_hours * 3600)
+    for reason in limits.machine(settings, "compute", compute.instance_type):
+        raise UserError(reason)
     made = ModelTrainer(
         sagemaker_session=session or Session(account.session, default_bucket=stack.bucket),
         role=stack.role,
@@ -170,7 +173,8 @@ def trainer(account: Account, request: Request, image: str, session: Any = None)
         ),
         output_data_config=OutputDataConfig(s3_output_path=f"s3://{stack.bucket}/jobs", kms_key_id=key),
         hyperparameters=request.hyperparameters,
-        environment={"GIT_COMMIT": project.git_commit(), "PYTHONUNBUFFERED": "1", "TENSORBOARD_FOLDER": LIVE},
+        environment={"GIT_COMMIT": project.git_commit(), "PYTHONUNBUFFERED": "1", "TENSORBOARD_FOLDER": LIVE}
+        | ({"NETWORK_ISOLATION": "1"} if compute.isolation else {}),
         tags=[Tag(key=tag["Key"], value=tag["Value"]) for tag in account.tags()],
     )  # fmt: skip
     made.with_tensorboard_output_config(

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines import runs, terminal
-from pipelines.cloud import artifact, images, prices, storage
+from pipelines.cloud import artifact, images, limits, prices, storage
 from pipelines.cloud.account import Account, explained, failure
 from pipelines.config import Settings, load
 from pipelines.endpoint import expiry, invoke, rollout, scaling, state
@@ -42,7 +42,7 @@ def deploy(account: Account, options: Namespace) -> None:
         missing = artifact.Source("an artifact that is not there yet", Path(), [])
         model = prices.look(lambda: artifact.find(account, options, Path(folder)), missing, only_plan)
         facts = prices.look(lambda: state.describe(account, name), None, only_plan)
-        old = _config(account, name, facts, options.weight) if facts else {"ProductionVariants": []}
+        old = _config(account, name, facts) if facts else {"ProductionVariants": []}
         _check_limits(settings, old, options.weight)
         image, config = images.uri(account, "serving"), f"{name}-{runs.new_name()}"
         plan = Plan(name, config, image, model.uri or "", model.package, old, options.weight)
@@ -87,6 +87,8 @@ def _see(account: Account, plan: Plan, samples: list[dict[str, Any]], remove: st
     facts = state.wait(account, plan.name)
     if facts["EndpointStatus"] != "InService" or facts["EndpointConfigName"] != plan.config:
         healthy = facts["EndpointStatus"] == "InService"
+        if healthy:
+            scaling.scale(account, plan.name, [variant["VariantName"] for variant in facts["ProductionVariants"]])
         what = "went back to what it was" if healthy else f"is {facts['EndpointStatus']}"
         raise UserError(f"{plan.name} {what}: {failure(facts)}; {remove}")
     back = remove
@@ -106,7 +108,7 @@ def _see(account: Account, plan: Plan, samples: list[dict[str, Any]], remove: st
     return difference
 
 
-def _config(account: Account, name: str, facts: dict[str, Any], weight: int | None) -> dict[str, Any]:
+def _config(account: Account, name: str, facts: dict[str, Any]) -> dict[str, Any]:
     """The configuration of an endpoint that can be updated.
 
     Raises:
@@ -126,27 +128,23 @@ def _config(account: Account, name: str, facts: dict[str, Any], weight: int | No
             )
             raise UserError(f"{name} is {facts['EndpointStatus']}, so it cannot be updated; {step}")
         config: dict[str, Any] = sagemaker.describe_endpoint_config(EndpointConfigName=facts["EndpointConfigName"])
-    kind = account.settings.endpoint.type
-    if ("AsyncInferenceConfig" in config) != (kind == "async"):
-        raise UserError(f"{name} would become {kind}, and its clients could not ask it any more; "
-                        "deploy beside it: ENDPOINT=<another name>")  # fmt: skip
-    if weight:
-        counts = {item["VariantName"]: item.get("DesiredInstanceCount") for item in facts["ProductionVariants"]}
-        for variant in config["ProductionVariants"]:
-            variant["InitialInstanceCount"] = counts[variant["VariantName"]] or variant.get("InitialInstanceCount")
+    kind, serverless = account.settings.endpoint.type, "ServerlessConfig" in config["ProductionVariants"][0]
+    now = "async" if "AsyncInferenceConfig" in config else "serverless" if serverless else "realtime"
+    if kind != now:  # https://docs.aws.amazon.com/sagemaker/latest/dg/serverless-endpoints.html, feature exclusions
+        raise UserError(f"{name} is {now} and would become {kind}: AWS does not do that, or its clients could not ask "
+                        "it any more; deploy beside it: ENDPOINT=<another name>")  # fmt: skip
+    counts = {item["VariantName"]: item.get("DesiredInstanceCount") for item in facts["ProductionVariants"]}
+    for variant in config["ProductionVariants"]:  # what runs: its scaling may have made it more than was asked for
+        if (count := counts[variant["VariantName"]]) is not None:
+            variant["InitialInstanceCount"] = max(count, 1)
     return config
 
 
 def _check_limits(settings: Settings, old: dict[str, Any], weight: int | None) -> None:
     """Refuse what AWS would refuse, or silently leave out."""
     chosen, serverless = settings.endpoint, settings.endpoint.type == "serverless"
-    refused = {
-        "endpoint.capture_percent": serverless and chosen.capture_percent > 0,
-        "aws.subnets": serverless and bool(settings.aws.subnets),
-        "compute.isolation": serverless and settings.compute.isolation,
-    }
-    for setting in (key for key, value in refused.items() if value):
-        raise UserError(f"AWS's serverless endpoints have no {setting}; unset it, or choose TYPE=realtime")
+    for reason in limits.endpoint(settings):
+        raise UserError(reason)
     if weight is not None:
         if not 1 <= weight <= 99:
             raise UserError(f"WEIGHT is {weight}; the new variant can get from 1 to 99 percent of the requests")
@@ -178,6 +176,7 @@ def _agree(account: Account, plan: Plan, label: str, yes: bool, only_plan: bool)
         f"{'the image of the package' if plan.package else plan.image}",
         f"  {prices.usd(hourly)} an hour at most, {prices.usd(hourly, hours)} {end if chosen.ttl_hours else 'a month'}",
     ]
+    lines += [f"  note: {text}" for text in limits.doubts(settings)]
     if kind == "serverless":
         lines.append("  it bills while it answers: that is the price of so many requests at once all the time")
     if not chosen.ttl_hours:

@@ -15,11 +15,11 @@ from pipelines import terminal
 from pipelines.cloud.account import Account, explained, place, unless_missing, until
 from pipelines.config import load
 from pipelines.endpoint import state
+from pipelines.endpoint.model import MOST_BYTES
 from pipelines.terminal import UserError
 from progress import plain
 
 ASYNC_POLL, ASYNC_PATIENCE = 2.0, 20 * 60  # seconds; the first instance after none takes minutes to come
-MOST_BYTES = 6 * 2**20  # of a request that is answered at once
 
 
 def ask(account: Account, facts: dict[str, Any], body: bytes, kind: str, variant: str | None = None) -> Any:
@@ -39,18 +39,17 @@ def ask(account: Account, facts: dict[str, Any], body: bytes, kind: str, variant
     from sagemaker.core.resources import Endpoint
 
     endpoint, waits = Endpoint(endpoint_name=facts["EndpointName"]), "AsyncInferenceConfig" in facts
-    if not waits and len(body) > MOST_BYTES:
-        raise UserError(
-            f"the request has {len(body):,} bytes, this endpoint takes {MOST_BYTES:,}; TYPE=async takes more"
-        )
+    own = {"session": account.session, "region": account.region}
+    serverless = any(item.get("CurrentServerlessConfig") for item in facts.get("ProductionVariants", []))
+    most = MOST_BYTES["async" if waits else "serverless" if serverless else "realtime"]
+    if len(body) > most:
+        raise UserError(f"the request has {len(body):,} bytes, this endpoint takes {most:,}; TYPE=async takes more")
     with explained(f"asking {endpoint.endpoint_name}"):
         if waits:
             return json.loads(_ask_async(account, endpoint, facts, body, kind))
         options = {"target_variant": variant} if variant else {}
         try:
-            answer = endpoint.invoke(
-                body=body, content_type=kind, accept="application/json", region=account.region, **options
-            )
+            answer = endpoint.invoke(body=body, content_type=kind, accept="application/json", **own, **options)
         except ClientError as error:
             if error.response["Error"]["Code"] != "ModelError":
                 raise
@@ -66,7 +65,9 @@ def _ask_async(account: Account, endpoint: Any, facts: dict[str, Any], body: byt
     uri = f"{folder}/input/{uuid.uuid4().hex}"
     s3.put_object(**place(uri), Body=body, **account.encryption())
     try:
-        made = endpoint.invoke_async(input_location=uri, content_type=kind, region=account.region)
+        made = endpoint.invoke_async(
+            input_location=uri, content_type=kind, session=account.session, region=account.region
+        )
         if not any(variant.get("CurrentInstanceCount") for variant in facts["ProductionVariants"]):
             print(
                 f"{endpoint.endpoint_name} has no instance right now; the first one comes in some minutes", flush=True

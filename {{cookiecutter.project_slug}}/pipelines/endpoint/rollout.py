@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import dataclass
 from typing import Any
 
 from pipelines import terminal
+from pipelines.cloud import limits
 from pipelines.cloud.account import Account, explained, failure, unless_missing
 from pipelines.config import Settings
 from pipelines.endpoint import expiry, model, scaling
 from pipelines.endpoint import state as endpoint_state
+from pipelines.sections import Endpoint
 from pipelines.terminal import UserError
+from training.config import GPU_INSTANCE
 
 BAKE = 300  # seconds between two steps of an update, in which an alarm takes it back
 UPDATE_HOURS = 1  # at most, in which old and new machines bill
 FIRST, SECOND = "AllTraffic", "challenger"
-GPU = re.compile(r"ml\.[gp]\d")
-GPU_MACHINE = "al2023-ami-sagemaker-inference-gpu-4-1"  # driver 580: the default's is too old for torch's CUDA 13
 
 
 @dataclass(frozen=True)
@@ -48,15 +48,33 @@ class Plan:
         """The variants that stay as they are."""
         return [old for old in self.old["ProductionVariants"] if self.weight and old["VariantName"] != SECOND]
 
+    @property
+    def variant(self) -> str:
+        """The one that the new model is."""
+        return SECOND if self.weight else FIRST
+
+    def instances(self, settings: Settings) -> int:
+        """Of the new model: as many as run, where load has made them more than were asked for."""
+        chosen = settings.endpoint
+        running = sum(old.get("InitialInstanceCount", 0) for old in self.replaced)
+        return max(chosen.instances, min(running, chosen.max_instances))
+
+    @property
+    def replaced(self) -> list[dict[str, Any]]:
+        """The variants whose place the new model takes."""
+        return [old for old in self.old["ProductionVariants"] if old not in self.beside]
+
 
 def create(account: Account, plan: Plan) -> None:
     """Create the model and the endpoint's configuration."""
     from sagemaker.core import resources, shapes
 
     settings, stack = account.settings, account.stack()
-    model.create(account, plan.config, plan.image, plan.uri, plan.package)
-    region, key = account.region, account.kms_arn()
-    options: dict[str, Any] = {"tags": model.tags(account), "region": region}
+    model.create(account, plan.config, plan.image, plan.uri, plan.package, settings.endpoint.type)
+    key = account.kms_arn()
+    options: dict[str, Any] = {"tags": model.tags(account), "session": account.session, "region": account.region}
+    # A serverless endpoint takes a key too, for the copy of its image:
+    # https://docs.aws.amazon.com/sagemaker/latest/dg/serverless-endpoints-create-config.html
     encryption = {"kms_key_id": key} if key else {}
     if settings.endpoint.type == "async":
         place = f"s3://{stack.bucket}/async/{plan.name}"
@@ -84,14 +102,15 @@ def _variants(settings: Settings, plan: Plan) -> list[Any]:
 
     utils.SPECIAL_SNAKE_TO_PASCAL_MAPPINGS["memory_size_in_mb"] = "MemorySizeInMB"  # the SDK would send InMb
     chosen = settings.endpoint
-    machine: dict[str, Any] = {"instance_type": chosen.instance_type, "initial_instance_count": chosen.instances}
+    count = plan.instances(settings)
+    machine: dict[str, Any] = {"instance_type": chosen.instance_type, "initial_instance_count": count}
     if chosen.type == "serverless":
         serverless = {"memory_size_in_mb": chosen.memory_mb, "max_concurrency": chosen.max_concurrency}
         machine = {"serverless_config": ProductionVariantServerlessConfig(**serverless)}
-    elif GPU.match(chosen.instance_type):
-        machine["inference_ami_version"] = GPU_MACHINE
-    variant, weight = SECOND if plan.weight else FIRST, float(plan.weight or 100)
-    new = ProductionVariant(variant_name=variant, model_name=plan.config, initial_variant_weight=weight, **machine)
+    elif GPU_INSTANCE.match(chosen.instance_type):
+        machine["inference_ami_version"] = limits.GPU_MACHINE
+    weight = float(plan.weight or 100)
+    new = ProductionVariant(variant_name=plan.variant, model_name=plan.config, initial_variant_weight=weight, **machine)
     total = sum(old["InitialVariantWeight"] for old in plan.beside) or 1.0
     return [
         *(
@@ -111,26 +130,33 @@ def _variants(settings: Settings, plan: Plan) -> list[Any]:
 
 def start(account: Account, plan: Plan) -> None:
     """Create the endpoint, or update it to the new configuration."""
-    from sagemaker.core.resources import Endpoint
+    from sagemaker.core import resources
 
-    region, chosen = account.region, account.settings.endpoint
+    chosen, own = account.settings.endpoint, {"session": account.session, "region": account.region}
     before = {variant["VariantName"] for variant in plan.old["ProductionVariants"]}
     if not before:
-        Endpoint.create(
-            endpoint_name=plan.name, endpoint_config_name=plan.config, tags=model.tags(account), region=region
+        resources.Endpoint.create(
+            endpoint_name=plan.name, endpoint_config_name=plan.config, tags=model.tags(account), **own
         )
         return
-    after = {SECOND if plan.weight else FIRST, *(variant["VariantName"] for variant in plan.beside)}
-    scaling.unscale(account, plan.name, sorted(before - after))
-    endpoint = Endpoint.get(endpoint_name=plan.name, region=region)
+    after = {plan.variant, *(variant["VariantName"] for variant in plan.beside)}
+    # AWS updates none that scales to another type of instance; `deploy` lets it scale again:
+    # https://docs.aws.amazon.com/sagemaker/latest/dg/endpoint-scaling-update.html
+    moved = {old["VariantName"] for old in plan.replaced if old.get("InstanceType") != chosen.instance_type} & after
+    scaling.unscale(account, plan.name, sorted(before - after | moved))
+    endpoint = resources.Endpoint.get(endpoint_name=plan.name, **own)
     endpoint.endpoint_config_name = plan.config
     options = {}
     if chosen.rollout != "all_at_once" or chosen.alarms:
         if chosen.type != "serverless" and before == after:
-            options["deployment_config"] = _steps(account.settings)
+            options["deployment_config"] = _steps(chosen, plan.instances(account.settings))
         else:
             print("endpoint.rollout and endpoint.alarms do not apply: AWS makes such an update all at once", flush=True)
-    endpoint.update(**options)
+    try:
+        endpoint.update(**options)
+    except BaseException:
+        scaling.scale(account, plan.name, sorted(moved))
+        raise
 
 
 def back(account: Account, plan: Plan) -> None:
@@ -150,16 +176,15 @@ def back(account: Account, plan: Plan) -> None:
     scaling.scale(account, plan.name, [variant["VariantName"] for variant in facts["ProductionVariants"]])
 
 
-def _steps(settings: Settings) -> Any:
+def _steps(chosen: Endpoint, instances: int) -> Any:
     """Blue/green: in steps of whole instances, taken back when an alarm rings."""
     from sagemaker.core import shapes
 
-    chosen = settings.endpoint
     steps: dict[str, Any] = {}
     if chosen.rollout == "canary":
-        steps["canary_size"] = shapes.CapacitySize(type="INSTANCE_COUNT", value=max(chosen.instances // 10, 1))
+        steps["canary_size"] = shapes.CapacitySize(type="INSTANCE_COUNT", value=max(instances // 10, 1))
     elif chosen.rollout == "linear":
-        steps["linear_step_size"] = shapes.CapacitySize(type="INSTANCE_COUNT", value=math.ceil(chosen.instances / 4))
+        steps["linear_step_size"] = shapes.CapacitySize(type="INSTANCE_COUNT", value=math.ceil(instances / 4))
     routing = shapes.TrafficRoutingConfig(type=chosen.rollout.upper(), wait_interval_in_seconds=BAKE, **steps)
     policy = shapes.BlueGreenUpdatePolicy(
         traffic_routing_configuration=routing,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from pipelines.cloud.account import Account, explained
+from pipelines.endpoint import expiry
 
 BACKLOG, INVOCATIONS = 5.0, 600.0  # requests for an instance: waiting (async), or a minute, that scaling aims at
 
@@ -12,13 +14,21 @@ BACKLOG, INVOCATIONS = 5.0, 600.0  # requests for an instance: waiting (async), 
 def unscale(account: Account, endpoint: str, variants: Sequence[str]) -> None:
     """Stop scaling variants, where it was started; their policies and those policies' own alarms go with it."""
     scaling = account.client("application-autoscaling")
-    resources = [f"endpoint/{endpoint}/variant/{variant}" for variant in variants]
     with explained(f"ending the autoscaling of {endpoint}"):
-        if resources:
-            found = scaling.describe_scalable_targets(ServiceNamespace="sagemaker", ResourceIds=resources)
-            for target in found["ScalableTargets"]:
-                keys = ("ServiceNamespace", "ResourceId", "ScalableDimension")
-                scaling.deregister_scalable_target(**{key: target[key] for key in keys})
+        for target in targets(account, endpoint, variants):
+            keys = ("ServiceNamespace", "ResourceId", "ScalableDimension")
+            scaling.deregister_scalable_target(**{key: target[key] for key in keys})
+
+
+def targets(account: Account, endpoint: str, variants: Sequence[str]) -> list[dict[str, Any]]:
+    """What is there of the scaling of variants."""
+    resources = [f"endpoint/{endpoint}/variant/{variant}" for variant in variants]
+    if not resources:
+        return []
+    scaling = account.client("application-autoscaling")
+    return list(
+        scaling.describe_scalable_targets(ServiceNamespace="sagemaker", ResourceIds=resources)["ScalableTargets"]
+    )
 
 
 def scale(account: Account, endpoint: str, variants: Sequence[str]) -> None:
@@ -33,17 +43,17 @@ def scale(account: Account, endpoint: str, variants: Sequence[str]) -> None:
     own = {"Namespace": "AWS/SageMaker", "Dimensions": [{"Name": "EndpointName", "Value": endpoint}]}
     backlog = {"MetricName": "ApproximateBacklogSizePerInstance", "Statistic": "Average", **own}
     with explained(f"setting up the autoscaling of {endpoint}"):
+        tags = {tag["Key"]: tag["Value"] for tag in account.tags()}
+        there = {target["ResourceId"] for target in targets(account, endpoint, variants)}
         for variant in variants:
             target = {
                 "ServiceNamespace": "sagemaker",
                 "ResourceId": f"endpoint/{endpoint}/variant/{variant}",
                 "ScalableDimension": "sagemaker:variant:DesiredInstanceCount",
             }
-            place = {"ServiceNamespace": "sagemaker", "ResourceIds": [target["ResourceId"]]}
-            there = scaling.describe_scalable_targets(**place)["ScalableTargets"]
             # One that is there keeps its tags, and AWS takes new ones by another request only.
-            tags = {} if there else {"Tags": {tag["Key"]: tag["Value"] for tag in account.tags()}}
-            scaling.register_scalable_target(**target, MinCapacity=lowest, MaxCapacity=highest, **tags)
+            more = {} if target["ResourceId"] in there else {"Tags": tags}
+            scaling.register_scalable_target(**target, MinCapacity=lowest, MaxCapacity=highest, **more)
             tracking = {
                 "TargetValue": BACKLOG if waits else INVOCATIONS,
                 "ScaleInCooldown": 300,
@@ -65,8 +75,10 @@ def scale(account: Account, endpoint: str, variants: Sequence[str]) -> None:
                         "StepAdjustments": steps,
                     },
                 )  # fmt: skip
+                name = f"{endpoint}-backlog"
+                expiry.ends_with(account, endpoint, "backlog", "cloudwatch:deleteAlarms", {"AlarmNames": [name]})
                 account.client("cloudwatch").put_metric_alarm(
-                    AlarmName=f"{endpoint}-backlog", AlarmDescription="requests wait and there is no instance",
+                    AlarmName=name, AlarmDescription="requests wait and there is no instance",
                     MetricName="HasBacklogWithoutCapacity", **own, Statistic="Average", Period=60, EvaluationPeriods=2,
                     DatapointsToAlarm=2, Threshold=1.0, ComparisonOperator="GreaterThanOrEqualToThreshold",
                     TreatMissingData="missing", AlarmActions=[first["PolicyARN"]], Tags=account.tags(),

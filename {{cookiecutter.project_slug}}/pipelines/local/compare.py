@@ -7,7 +7,11 @@ What differs in settings, code, data and environment, every metric, and whether 
 
 from __future__ import annotations
 
+import itertools
 import math
+import re
+import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +24,10 @@ from progress import plain
 from training.config import shown
 
 FACTS = ("git_commit", "data", "dataset_fingerprint", "pretrained_sha256", "mode", "image", "instances", "device")
+NAMES = {"git_commit": "commit", "dataset_fingerprint": "fingerprint of the data", "world_size": "processes",
+         "pretrained_sha256": "weights to start from", "seconds": "seconds of the training script",
+         "train_images_per_second": "images a second"}  # fmt: skip
+DIGEST = re.compile(r"\b([0-9a-f]{12})[0-9a-f]{28,}\b")  # a commit or a checksum: its beginning tells enough
 Row = tuple[str, ...]  # name, A, B, difference
 
 
@@ -30,7 +38,7 @@ def differences(a: Record, b: Record) -> list[Row]:
         | record.run.get("hyperparameters", {}) for record in (a, b)
     ]  # fmt: skip
     names = dict.fromkeys([*sides[0], *sides[1]])
-    return [(name, *(str(side.get(name)) for side in sides), "") for name in names
+    return [(NAMES.get(name, name), *(_short(side.get(name)) for side in sides), "") for name in names
             if sides[0].get(name) != sides[1].get(name)]  # fmt: skip
 
 
@@ -46,8 +54,24 @@ def metrics(a: Record, b: Record) -> list[Row]:
         shown = [number_text(each.get("value")) + (f" ({each['ci_low']:.4f} to {each['ci_high']:.4f})"
                                                    if "ci_low" in each else "") for each in found]  # fmt: skip
         change = found[1]["value"] - found[0]["value"] if all(found) else 0
-        rows.append((name, *shown, f"{'+' if change > 0 else ''}{number_text(change)}" if change else ""))
+        rows.append((NAMES.get(name, name), *shown, f"{'+' * (change > 0)}{number_text(change)}" if change else ""))
     return rows
+
+
+def _short(value: Any) -> str:
+    """A fact as people compare it."""
+    return "none" if value is None else DIGEST.sub(r"\1", str(value))
+
+
+def aligned(rows: list[Row]) -> Iterator[str]:
+    """The rows as lines of a table that fits a terminal: what is too long for its column goes on below."""
+    widths = [max(1, *map(len, column)) for column in zip(*rows, strict=True)]
+    while sum(widths) > runs.WIDTH - 2 - 2 * len(widths):
+        widths[widths.index(max(widths))] -= 1
+    for row in rows:
+        cells = [textwrap.wrap(*each, break_on_hyphens=False) for each in zip(row, widths, strict=True)]
+        for parts in itertools.zip_longest(*cells, fillvalue=""):
+            yield "  ".join(part.ljust(width) for part, width in zip(parts, widths, strict=True)).rstrip()
 
 
 def verdict(a: Record, b: Record) -> str:
@@ -93,9 +117,7 @@ def main() -> int:
     print(f"A {a.folder.name}\nB {b.folder.name}")
     for title, rows in tables:
         print(f"\n{title.lower()}{'' if rows else ': none'}")
-        rows = [tuple(map(plain, row)) for row in rows]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        for row in rows:
-            print("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-    print(f"\n{said}")
+        print("".join(f"  {line}\n" for line in aligned([tuple(map(plain, row)) for row in rows])), end="")
+    whole = re.sub("`.*?`", lambda command: command[0].replace(" ", "\0"), said)  # a command stays on one line
+    print("\n" + textwrap.fill(whole, runs.WIDTH, break_on_hyphens=False).replace("\0", " "))
     return 0

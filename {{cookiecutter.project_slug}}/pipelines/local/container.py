@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pipelines import project
+from pipelines import ROOT, project
 from pipelines.local import engine
 from pipelines.local.job import LAUNCHER, Interrupted, Job, JobFailed, Outputs, failure_reason
 from pipelines.local.view import TrainingView
@@ -16,6 +16,7 @@ from pipelines.terminal import log_to
 
 DATA = "/opt/ml/input/data/"
 WRITTEN = [f"{DATA}{channel}" for channel in ("checkpoints", "sm_drivers")]  # the second by the SDK's own `chmod +x`
+WEIGHTS = "/root/.cache/torch/hub/checkpoints"  # where torch keeps what it downloaded, in the image
 # A container's root has two rights: to write into folders of the person who started it, and to do that `chmod` there.
 RIGHTS = {"cap_drop": ["ALL"], "cap_add": ["DAC_OVERRIDE", "FOWNER"], "security_opt": ["no-new-privileges:true"]}
 
@@ -25,7 +26,8 @@ def least_rights() -> Iterator[None]:
     """Let the SDK start its containers with no more rights than they need.
 
     Its local mode takes no such option: it writes a file for compose, and starts that. So the file is written anew
-    between the two, with `RIGHTS`, and with all channels but the checkpoints, `src/` among them, read-only.
+    between the two, with `RIGHTS`, and with all channels but the checkpoints, `src/` among them, read-only. It also
+    shares this machine's cache of published weights, or each run would download them.
     """
     import yaml
     from sagemaker.train.local.local_container import _LocalContainer
@@ -35,7 +37,7 @@ def least_rights() -> Iterator[None]:
     def written(self: Any, environment: dict[str, str], volumes: list[str]) -> Any:
         content = write(self, environment, volumes)
         services = {
-            host: service | RIGHTS | {"volumes": [read_only(volume) for volume in service["volumes"]]}
+            host: service | RIGHTS | {"volumes": [*map(read_only, service["volumes"]), f"{cache()}:{WEIGHTS}"]}
             for host, service in content["services"].items()
         }
         file = Path(self.container_root, "docker-compose.yaml")
@@ -47,6 +49,18 @@ def least_rights() -> Iterator[None]:
         yield
     finally:
         _LocalContainer._generate_compose_file = write
+
+
+def cache() -> Path:
+    """Where torch keeps downloaded weights on this machine, as `torch.hub.get_dir` says; it need not be installed.
+
+    Docker from snap sees no folder whose name begins with a dot right in the home folder, so there they are kept here.
+    """
+    hidden = engine.about("Docker Root Dir").startswith("/var/snap/")
+    cached = str(ROOT / ".cache") if hidden else os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    folder = Path(os.environ.get("TORCH_HOME") or f"{cached}/torch").expanduser() / "hub" / "checkpoints"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder.resolve()
 
 
 def read_only(volume: str) -> str:
@@ -97,7 +111,7 @@ def run(job: Job, image: str, view: TrainingView) -> Outputs:
     finally:
         view.close()  # or its bar would write over what follows
         engine.remove_run(job.root)
-        engine.give_back(image, job.root, job.channels["checkpoints"])
+        engine.give_back(image, job.root, job.channels["checkpoints"], cache())
         if python_path is not None:
             os.environ["PYTHONPATH"] = python_path
     return Outputs(model=job.root / "artifacts" / "model", data=job.root / "artifacts" / "output" / "data")

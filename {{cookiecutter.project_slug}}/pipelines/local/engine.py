@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 from pipelines import ROOT
@@ -13,6 +15,8 @@ from pipelines.local.job import GRACE
 from progress import waiting
 
 NETWORK = "sagemaker-local"  # SDK V3's local mode puts every container of every run on it
+# Its root is the caller, and its other users are nobody here: rootless Docker, as client and Podman say it, and Desktop
+MAPPED = re.compile(r"(?m)^\s*(rootless(: true)?|Operating System: Docker Desktop.*)$")
 OLDEST_COMPOSE = (1, 27)  # the first docker-compose that reads files without a version
 
 
@@ -62,6 +66,47 @@ def check_alone(instances: int) -> None:
         )
 
 
+def check_sees() -> None:
+    """Make sure that the engine sees the project's files, which containers mount.
+
+    One on another machine does not, nor one beside a development container, nor Docker from snap outside of the home
+    folder. So it is asked: with an image of nothing and a container that never starts.
+
+    Raises:
+        EngineError: when it does not.
+    """
+    (ROOT / ".cache").mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="engine-", dir=ROOT / ".cache") as folder:  # no other machine has that
+        empty = Path(folder, "empty.tar")
+        empty.write_bytes(bytes(1024))
+        image = docker("import", str(empty)).stdout.strip()
+        made = docker("create", "--mount", mount(Path(folder), "/seen"), image, "true")
+        docker("rm", made.stdout.strip())
+        docker("image", "rm", image)
+    if image and made.returncode:
+        said = made.stderr.strip().partition("\n")[0]
+        raise EngineError(f"the Docker engine {about('Name')} does not see this project's files ({said}): use one of "
+                          "this machine (DOCKER_HOST, `docker context use`), or a folder that it sees")  # fmt: skip
+
+
+def about(what: str) -> str:
+    """What `docker info` says of something; empty where it says nothing."""
+    found = re.search(rf"(?m)^\s*{what}:\s*(\S+)", docker("info").stdout)
+    return found[1] if found else ""
+
+
+def mount(source: Path, target: str) -> str:
+    """A mount, of which docker reads the parts as those of a CSV file."""
+    quoted = [part.replace('"', '""') for part in (f"source={source}", f"target={target}")]
+    return f'type=bind,"{quoted[0]}","{quoted[1]}"'
+
+
+def owner() -> str:
+    """The caller, as containers know user and group."""
+    mapped = sys.platform == "linux" and MAPPED.search(docker("info").stdout)
+    return "0:0" if mapped else f"{os.getuid()}:{os.getgid()}"
+
+
 def compose() -> list[str] | None:
     """The compose command, chosen as the SDK chooses: the plugin from version 2 on, else `docker-compose`."""
     plugin = docker("compose", "version")
@@ -70,16 +115,27 @@ def compose() -> list[str] | None:
     return ["docker-compose"] if shutil.which("docker-compose") else None
 
 
-def gpus() -> int:
-    """How many NVIDIA GPUs this machine has."""
+def gpus(visible: str | None = None) -> int:
+    """How many NVIDIA GPUs a process of this machine can use.
+
+    Args:
+        visible: CUDA_VISIBLE_DEVICES, which is read as CUDA does, up to the first name that is none; None: all.
+    """
     if shutil.which("nvidia-smi") is None:
         return 0
     answer = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True)
-    return sum(line.startswith("GPU ") for line in answer.stdout.splitlines()) if answer.returncode == 0 else 0
+    found = [line for line in answer.stdout.splitlines() if line.startswith("GPU ")] if answer.returncode == 0 else []
+    if visible is None:
+        return len(found)
+    names = [name.strip() for name in visible.split(",")]
+    known = [int(name) < len(found) if name.isdecimal() else len(name) > 3 and f"UUID: {name}" in answer.stdout
+             for name in names]  # fmt: skip
+    count = known.index(False) if False in known else len(known)
+    return count if len(set(names[:count])) == count else 0
 
 
 def container_gpus() -> int:
-    """How many of them containers can use: none when the engine lacks NVIDIA's runtime."""
+    """How many GPUs containers can use: none when the engine lacks NVIDIA's runtime."""
     return gpus() if "nvidia" in docker("info").stdout.lower() else 0
 
 
@@ -100,11 +156,8 @@ def give_back(image: str, *folders: Path) -> None:
         return
     for folder in folders:
         if folder.exists():
-            owner = f"{os.getuid()}:{os.getgid()}"
-            mount = ["-v", f"{folder}:/given-back", "--entrypoint", "chown"]
-            subprocess.run(
-                ["docker", "run", "--rm", *mount, image, "-R", owner, "/given-back"], capture_output=True, check=False
-            )
+            words = ["--rm", "--volume", f"{folder}:/given-back", "--entrypoint", "chown", image]
+            docker("run", *words, "-R", owner(), "/given-back", timeout=GRACE)
 
 
 def docker(*arguments: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:

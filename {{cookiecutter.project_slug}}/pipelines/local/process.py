@@ -28,7 +28,7 @@ def run(job: Job, view: TrainingView) -> Outputs:
         Interrupted: when a signal came; all processes are stopped by then.
     """
     hosts = [f"algo-{number}" for number in range(1, job.instances + 1)]
-    gpus = engine.gpus()
+    gpus = engine.gpus(os.environ.get("CUDA_VISIBLE_DEVICES"))
     port = MASTER_PORT if job.instances == 1 else _free_port()
     processes: list[subprocess.Popen[str]] = []
     readers: list[threading.Thread] = []

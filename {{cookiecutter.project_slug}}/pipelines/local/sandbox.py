@@ -54,16 +54,12 @@ def environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if KEPT.fullmatch(name) and not SECRET.search(name)}
 
 
-def add_options(parser: terminal.Parser, mode: bool = True) -> None:
-    """The options that say where an artifact's code runs."""
+def add_options(parser: terminal.Parser, mode: str = "where it runs when it is not trusted") -> None:
+    """The options that say where an artifact's code runs; `mode` is the help of LOCAL_MODE."""
     parser.add_argument(
         "--trust", variable="TRUST", action="store_true", help="run its code as you, whoever made it; for this call"
     )
-    if mode:
-        parser.add_argument(
-            "--mode", variable="LOCAL_MODE", choices=["auto", "container", "process"],
-            help="where it runs when it is not trusted (default: compute.local_mode)",
-        )  # fmt: skip
+    parser.add_mode(f"{mode} (default: compute.local_mode)")
 
 
 def image(archive: Path, trust: bool, settings: Settings | None = None, mode: str | None = None) -> str | None:
@@ -79,6 +75,7 @@ def image(archive: Path, trust: bool, settings: Settings | None = None, mode: st
         if settings.compute.local_mode == "process":
             raise engine.EngineError("LOCAL_MODE is process")
         engine.check()
+        engine.check_sees()
         return images.image(settings, "serving")
     except engine.EngineError as error:
         raise UserError(
@@ -118,8 +115,8 @@ def run(
         there = dict.fromkeys(path.absolute() for path in (SOURCE, *reads) if path.exists())
         docker = [*container("sandbox"), "--network", "none", "--workdir", str(Path.cwd())]
         docker += [f"--env={name}={PLACE}/temporary" for name in ("HOME", "TMPDIR")]
-        docker += ["--mount", _mount(Path(folder), PLACE)]
-        docker += [word for path in there for word in ("--mount", f"{_mount(path, str(path))},readonly")]
+        docker += ["--mount", engine.mount(Path(folder), PLACE)]
+        docker += [word for path in there for word in ("--mount", f"{engine.mount(path, str(path))},readonly")]
         code = _follow([*docker, image, "python3", *command])
         if output:
             output.parent.mkdir(parents=True, exist_ok=True)
@@ -133,13 +130,7 @@ def container(what: str) -> list[str]:
     words += ["--cap-drop", "ALL", "--security-opt", "no-new-privileges", "--pids-limit", "1024"]
     words += [f"--env={name}=" for name in images.PROXIES]  # which docker would hand on, with their passwords
     words += [f"--env={name}" for name in sorted(environment()) if name.startswith("INFERENCE_")]
-    return [*words, "--user", f"{os.getuid()}:{os.getgid()}"]
-
-
-def _mount(source: Path, target: str) -> str:
-    """A mount, of which docker reads the parts as those of a CSV file."""
-    parts = (f"source={source}", f"target={target}")
-    return ",".join(["type=bind", *('"' + part.replace('"', '""') + '"' for part in parts)])
+    return [*words, "--user", engine.owner()]
 
 
 def show(source: IO[bytes], target: TextIO) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import re
 import signal
 import socket
 import subprocess
@@ -19,20 +20,21 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from inference.artifact import ArtifactError, unpack, verify
-from pipelines import SOURCE, runs, terminal
+from pipelines import SOURCE, project, runs, terminal
 from pipelines.config import load
 from pipelines.local import engine, images, sandbox
 from pipelines.terminal import UserError
 from progress import plain, waiting
 
 PATIENCE = 120  # seconds until the model must be loaded
+FILES = runs.ARTIFACTS / "async"  # of asynchronous requests: s3://bucket/key is bucket/key there
 
 
-def command(image: str | None, model: Path, port: int, alone: bool = False) -> list[str]:
+def command(image: str | None, model: Path, port: int, alone: bool = False, local: Sequence[str] = ()) -> list[str]:
     """The command line of the server, in a container or as a process.
 
     Args:
@@ -40,18 +42,28 @@ def command(image: str | None, model: Path, port: int, alone: bool = False) -> l
         model: folder of the unpacked artifact.
         port: on 127.0.0.1.
         alone: without a network, because the artifact is not trusted.
+        local: options of what `inference/local.py` adds, which no image holds.
     """
+    more = [*local, *(["--files", str(FILES)] if local and not alone else [])]
     if image is None:
         script = SOURCE / "inference" / "serve.py"
-        return [sys.executable, str(script), "--model-dir", str(model), "--host", "127.0.0.1", "--port", str(port)]
+        words = [sys.executable, str(script), "--model-dir", str(model), "--host", "127.0.0.1"]
+        return [*words, "--port", str(port), *more]
     words = [*sandbox.container("serve"), "--volume", f"{model}:/opt/ml/model:ro"]
     words += ["--network", "none"] if alone else ["--publish", f"127.0.0.1:{port}:8080"]
     words += ["--gpus", "all"] if engine.container_gpus() and not alone else []
-    return [*words, image, "serve"]
+    if not image.startswith(f"{project.name()}:"):  # anybody's own, with another server
+        more = []
+    for name in ("local.py", "page.html") if more else ():
+        words += ["--volume", f"{SOURCE / 'inference' / name}:/opt/serving/inference/{name}:ro"]
+    words += ["--volume", f"{FILES}:{FILES}"] if "--files" in more else []
+    return [*words, image, "serve", *more]
 
 
 @contextlib.contextmanager
-def server(archive: Path, image: str | None, port: int, alone: bool = False) -> Iterator[subprocess.Popen[bytes]]:
+def server(
+    archive: Path, image: str | None, port: int, alone: bool = False, local: Sequence[str] = ()
+) -> Iterator[subprocess.Popen[bytes]]:
     """The running server, ready to answer; it is stopped at the end, after it answered what was inside.
 
     Where it is to be `alone`, its container has no network, and this process hands its connections on.
@@ -73,7 +85,7 @@ def server(archive: Path, image: str | None, port: int, alone: bool = False) -> 
         except ArtifactError as error:
             raise UserError(f"{archive}: {error}") from error
         Path(folder).chmod(0o755)
-        words, piped = command(image, Path(folder), port, alone), subprocess.PIPE if alone else None
+        words, piped = command(image, Path(folder), port, alone, local), subprocess.PIPE if alone else None
         process = subprocess.Popen(
             words, start_new_session=True, env=None if image else sandbox.environment(),
             stdout=piped, stderr=subprocess.STDOUT if alone else None,
@@ -115,12 +127,8 @@ def ask(
         connection.close()
 
 
-def ask_about(file: Path, port: int) -> int:
-    """Send an image file, print what came back; gives the exit code."""
-    try:
-        body = file.read_bytes()
-    except OSError as error:
-        raise UserError(f"{file} cannot be read: {error.strerror}") from error
+def ask_about(file: Path, body: bytes, port: int) -> int:
+    """Send an image file's content, print what came back; gives the exit code."""
     status, answer = ask(port, "POST", "/invocations", body)
     if status != 200:
         raise UserError(f"{plain(file)}: the server answered {status}: {plain(answer.decode(errors='replace'))}")
@@ -140,29 +148,36 @@ def main() -> int:
     parser.add_argument(
         "--image", variable="IMAGE", type=Path, help="an image file: ask once, print the answer and stop"
     )
-    parser.add_argument(
-        "--mode", variable="LOCAL_MODE", choices=["auto", "container", "process"], help="default: compute.local_mode"
-    )
-    sandbox.add_options(parser, mode=False)
+    sandbox.add_options(parser, mode="where the server runs")
     parser.add_argument("--port", type=int, default=8080, help="default: 8080")
+    parser.add_argument("--cors", variable="CORS", help="origin of another page that may ask: http://localhost:3000")
     options = parser.parse_args()
+    cors = (options.cors or "").rstrip("/")
+    if cors and not re.fullmatch(r"https?://[A-Za-z0-9.:\[\]-]+", cors):
+        raise UserError(f"CORS is {plain(options.cors)}, which is no origin; give one like http://localhost:3000")
     settings = load(options.set, options={"compute.local_mode": options.mode})
     folder = runs.find(options.run)
+    try:
+        body = options.image.read_bytes() if options.image else b""  # before seconds are spent on a server
+    except OSError as error:
+        raise UserError(f"{plain(options.image)} cannot be read: {error.strerror}") from error
     archive = folder / "model.tar.gz"
+    local = [] if options.image else ["--local", *(["--cors", cors] if cors else [])]
     guarded = sandbox.image(archive, options.trust, settings)
     image = guarded or images.choose(settings, "serving")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        with server(archive, image, options.port, alone=bool(guarded)) as process:
+        FILES.mkdir(parents=True, exist_ok=True)
+        with server(archive, image, options.port, bool(guarded), local) as process:
             if options.image:
-                return ask_about(options.image, options.port)
-            url = f"http://127.0.0.1:{options.port}/invocations"
+                return ask_about(options.image, body, options.port)
+            url = f"http://127.0.0.1:{options.port}"
+            print(f"serving run {folder.name} {f'in image {image}' if image else 'as a process'}; Ctrl-C stops it.")
+            print(f"A page to try it: {url}")
+            print(f"AWS's own clients come here with AWS_ENDPOINT_URL_SAGEMAKER_RUNTIME={url}")
             print(
-                f"serving run {folder.name} {f'in image {image}' if image else 'as a process'}; Ctrl-C stops it. Try:"
-            )
-            print(
-                f"  curl --data-binary @{terminal.quoted(runs.example_image(folder))} "
-                f'-H "Content-Type: application/x-image" {url}',
+                f"Try: curl --data-binary @{terminal.quoted(runs.example_image(folder))} "
+                f'-H "Content-Type: application/x-image" {url}/invocations',
                 flush=True,
             )
             if process.wait():

@@ -130,9 +130,7 @@ def main() -> int:
         "--data", variable="DATA", help="folder with one sub-folder of images a class (default: data.source)"
     )
     parser.add_argument("--run", variable="RUN", help="name of an interrupted run to resume (default: a fresh run)")
-    parser.add_argument(
-        "--mode", variable="LOCAL_MODE", choices=["auto", "container", "process"], help="default: compute.local_mode"
-    )
+    parser.add_mode()
     parser.add_argument("--instances", variable="INSTANCE_COUNT", type=int, help="default: compute.local_instances")
     parser.add_argument("--verbose", action="store_true", help="show everything that the container prints")
     options = parser.parse_args()

@@ -16,12 +16,14 @@ from progress import bar, plain, regularly, waiting
 
 ESCAPES = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 CONTAINER = re.compile(r"^(?:\S*?[-_])?(algo-\d+)(?:[-_]\d+)?\s*\| ?")  # compose v1: `algo-1_1  | `, v2: `algo-1  | `
-PLAN = re.compile(r"^training for (\d+) epochs of (\d+) steps")
-RESUMED = re.compile(r"^resumed after epoch (\d+) of \d+ and (\d+) steps")
+PLAN = re.compile(r"^training for (\d+) epochs? of (\d+) steps?")
+RESUMED = re.compile(r"^resumed after epoch (\d+) of \d+ and (\d+) steps?")
 EPOCH = re.compile(r"^epoch=\d+ step=(\d+) .*val_accuracy=([0-9.eE+-]+)")
+EXTRA = ("step", "images_per_second", "val_worst_recall", "val_f1", "train_loss")  # that a terminal has no room for
 PROGRESS = re.compile(r"^progress epoch \d+/\d+ step (\d+)/\d+")
 DRIVER = ("++ ", "+++ ", "Executing command:", "Training Container Execution Completed",
           "An error occurred with exit code", "Command failed with exit code")  # fmt: skip
+KILLED = re.compile(r"algo-\S+ exited with code (129|1[3-9]\d|2\d\d)")  # by a signal, so it said nothing itself
 
 
 class TrainingView:
@@ -38,7 +40,8 @@ class TrainingView:
 
     def __init__(self, log: Path, containers: bool, verbose: bool = False, output: TextIO | None = None) -> None:
         self.on_first_step: Callable[[], None] = lambda: None
-        self.last_line = ""
+        self.last_line = ""  # that may be the reason of an end
+        self._heard = False
         self._output = output or sys.stdout
         self._log = log.open("a", encoding="utf-8")
         self._containers = containers
@@ -82,10 +85,15 @@ class TrainingView:
             self._log.flush()
         host = CONTAINER.match(line) if self._containers else None
         text = line[host.end() :] if host else line
-        if text.strip():
-            self.last_line = text.strip()
+        if text.strip() and not text.startswith(DRIVER) and (host or not self._heard):
+            self.last_line = text.strip()  # once a container spoke, what compose says of it is no reason
+        elif KILLED.match(text):
+            self.last_line += f" ({text.strip()})"
+        self._heard |= bool(host)
         if self._verbose:
             self._show(line)
+        elif text.startswith("stopped by SIGTERM"):  # the verb says it, with what to do next
+            pass
         elif not self._containers or (host is None and text.lower().startswith("error")):
             self._show(text)
         elif host and text.startswith("Executing command:"):
@@ -104,9 +112,9 @@ class TrainingView:
 
     def _fitted(self, text: str) -> str:
         """A line as a terminal shows it best: that of an epoch in a width of 80, others broken between words."""
-        if EPOCH.match(text):
-            text = re.sub(r" images_per_second=(\d+)", r" \1 images/s", re.sub(r" step=\d+", "", text, count=1))
         columns = shutil.get_terminal_size().columns
+        for name in EXTRA if EPOCH.match(text.removeprefix("exported: ")) else ():
+            text = re.sub(rf" {name}=\S+", "", text, count=1) if len(text) >= columns else text
         if len(text) < columns:
             return text
         return textwrap.fill(text, columns - 1, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)

@@ -97,11 +97,14 @@ def monitor(account: Account, name: str, yes: bool, plan: bool = False) -> None:
     with explained(f"monitoring {name}"):
         request = job(account, watched, image, code, account.kms_arn())
         _schedule(account, name, json.dumps(request), end)
-        cloudwatch = account.client("cloudwatch")
-        for alarm in alarms(settings, watched):
+        cloudwatch, board, wanted = account.client("cloudwatch"), f"{name}-monitor", alarms(settings, watched)
+        alarm_names = [alarm["AlarmName"] for alarm in wanted]
+        expiry.ends_with(account, name, "alarms", "cloudwatch:deleteAlarms", {"AlarmNames": alarm_names})
+        expiry.ends_with(account, name, "dashboard", "cloudwatch:deleteDashboards", {"DashboardNames": [board]})
+        for alarm in wanted:
             cloudwatch.put_metric_alarm(**alarm, AlarmActions=[stack.topic], Tags=account.tags())
         body = json.dumps({"widgets": widgets(settings, watched)})
-        cloudwatch.put_dashboard(DashboardName=f"{name}-monitor", DashboardBody=body)
+        cloudwatch.put_dashboard(DashboardName=board, DashboardBody=body)
     print(f"{name} is compared {settings.monitoring.schedule} with the baseline of {watched.artifact}")
     print(f"  reports: s3://{stack.bucket}/monitoring/{name}/; alarms and dashboard: {name}-... in CloudWatch")
     remove = terminal.command("destroy", ENDPOINT=name)

@@ -246,9 +246,7 @@ def main() -> int:
     parser.add_argument(
         "--data", variable="DATA", help="folder with one sub-folder of images a class (default: data.source)"
     )
-    parser.add_argument(
-        "--mode", variable="LOCAL_MODE", choices=["auto", "container", "process"], help="default: compute.local_mode"
-    )
+    parser.add_mode()
     options = parser.parse_args()
     settings = load(options.set, options={"compute.local_mode": options.mode})
     print(runs.describe(run(settings, options.data)))

@@ -20,12 +20,14 @@ from pipelines import ROOT
 from pipelines.report import charts
 from pipelines.report.charts import number_text
 from pipelines.terminal import DAMAGED, UserError
+from progress import several
 from training.config import shown
 
 NAME = "report.html"
 TABLE_CLASSES = 20  # more: a heat map instead of a table
 ROWS = 200  # of the table of classes
 TINY = 48  # pixels a side of images that are shown with their pixels as squares
+HARDER = ("label_smoothing", "mixup", "cutmix", "augment", "class_weights")  # what training's loss has and no other
 EVALUATION = {"metrics", "classes", "per_class", "confusion", "images", "calibration", "mistakes"}
 CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]")  # what HTML does not allow as text
 
@@ -108,27 +110,33 @@ def write(folder: Path) -> Path:
     Raises:
         UserError: when its files do not hold what a run writes.
     """
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
     record, tested = read(folder), None
     if not record.evaluation:
         record.notes.append("Not evaluated on the test split yet: `make evaluate` adds it to this page.")
     elif record.evaluation.get("dataset_fingerprint") != record.evaluation.get("model_dataset_fingerprint"):
         record.notes.append("The test split is of another data set than the one that the model was trained on.")
+    warned = (("Validation", record.run), ("Test", record.evaluation))
+    record.notes.extend(f"{split}: {found['warning']}" for split, found in warned if found.get("warning"))
     try:
         tested = _tested(record) if record.evaluation else None
     except DAMAGED as error:
         record.notes.append(f"evaluation.json does not hold what an evaluation writes ({shown(error)}): "
                             "evaluate again.")  # fmt: skip
-    pages = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined,
-                        finalize=clean, trim_blocks=True, lstrip_blocks=True)  # fmt: skip
     try:
-        page = pages.get_template("page.html").render(_values(record, tested))
+        return render("page.html", _values(record, tested), folder / NAME)
     except DAMAGED as error:
         raise UserError(f"{folder}: its files do not hold what a run writes ({shown(error)}); train again") from error
-    temporary = folder / f".{NAME}.{os.getpid()}.tmp"
-    temporary.write_text(page, encoding="utf-8")
-    return temporary.replace(folder / NAME)
+
+
+def render(template: str, values: dict[str, Any], file: Path) -> Path:
+    """Fill a template of this folder, and put the page in place as a whole."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    pages = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined,
+                        finalize=clean, trim_blocks=True, lstrip_blocks=True)  # fmt: skip
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    temporary.write_text(pages.get_template(template).render(values), encoding="utf-8")
+    return temporary.replace(file)
 
 
 def clean(value: Any) -> Any:
@@ -143,15 +151,17 @@ def _values(record: Record, tested: dict[str, Any] | None) -> dict[str, Any]:
     run, metrics, model = record.run, record.metrics, record.model
     commit = str(run.get("git_commit") or "none: the project had no commit when this run began")
     processes, instances = metrics.get("world_size", 1), run.get("instances", 1)
-    where = [f"{instances} instances"] * (instances != 1) + [_several(processes, "process")]
-    classes = _several(len(model.get("classes", [])), "class")
+    where = [several(instances, "instance")] * (instances != 1) + [several(processes, "process")]
+    classes = several(len(model.get("classes", [])), "class")
+    settings = run.get("hyperparameters", {})
+    harder = [f"{name} {settings[name]}" for name in HARDER if settings.get(name, 0) not in (0, "none")]
     loss = charts.lines({"training": record.curve("train_loss"), "validation": record.curve("val_loss")}, "Loss")
     return {
         "title": f"Run {run.get('run', record.folder.name)}",
         "notes": record.notes,
         "cards": [
             *(tested["cards"] if tested else []),
-            ("validation accuracy", number_text(metrics.get("val_accuracy")), ""),
+            ("validation accuracy", number_text(metrics.get("val_accuracy")), _majority(metrics)),
             ("validation loss", number_text(metrics.get("val_loss")), ""),
         ],
         "summary": [
@@ -160,8 +170,10 @@ def _values(record: Record, tested: dict[str, Any] | None) -> dict[str, Any]:
             ("data set", run.get("data")),
             ("fingerprint", run.get("dataset_fingerprint")),
             ("commit", commit.replace("-dirty", ", with changes that are in no commit")),
+            ("exported epoch", metrics.get("epoch")),
             ("test images", record.evaluation.get("images") if tested else None),
         ],
+        "harder": ", ".join(harder),
         "curves": [loss, charts.lines({"validation": record.curve("val_accuracy")}, "Accuracy")],
         "tested": tested,
         "time": [
@@ -178,7 +190,7 @@ def _values(record: Record, tested: dict[str, Any] | None) -> dict[str, Any]:
             *((name, run.get(name)) for name in ("mode", "image", "job")),
             *run.get("versions", {}).items(),
         ],
-        "hyperparameters": list(run.get("hyperparameters", {}).items()),
+        "hyperparameters": list(settings.items()),
     }
 
 
@@ -198,7 +210,7 @@ def _tested(record: Record) -> dict[str, Any]:
     interval = f"95 %: {metrics['accuracy']['ci_low']:.4f} to {metrics['accuracy']['ci_high']:.4f}"
     return {
         "cards": [
-            ("test accuracy", number_text(metrics["accuracy"]["value"]), interval),
+            ("test accuracy", number_text(metrics["accuracy"]["value"]), interval + _majority(metrics, "; ")),
             ("mean F1", number_text(metrics["macro_f1"]["value"]), ""),
             ("calibration error", number_text(metrics["expected_calibration_error"]["value"]), ""),
         ],
@@ -218,6 +230,7 @@ def _tested(record: Record) -> dict[str, Any]:
             for index in ranked for row in [per_class[index]]
         ],
         "error": f"{found['calibration']['expected_calibration_error']:.4f}",
+        "error_before": "error_before" in found["calibration"] and f"{found['calibration']['error_before']:.4f}",
         "reliability": charts.reliability(found["calibration"]["bins"]),
         "tiny": isinstance(size, int) and size <= TINY,
         "mistakes": [_mistake(each) for each in found["mistakes"]],
@@ -230,6 +243,8 @@ def _mistake(each: dict[str, Any]) -> dict[str, Any]:
     return shown | {"source": source, "probability": f"{each['probability']:.3f}"}
 
 
-def _several(count: int, what: str) -> str:
-    """Such as `1 class` or `2 classes`."""
-    return f"{count} {what}{'' if count == 1 else 'es'}"
+def _majority(metrics: dict[str, Any], before: str = "") -> str:
+    """What stands beside an accuracy, which says little without it; nothing where older versions did not count it."""
+    share = metrics.get("majority", {})
+    share = share.get("value") if isinstance(share, dict) else share
+    return f"{before}majority class: {number_text(share)}" if share is not None else ""

@@ -17,9 +17,10 @@ from typing import Any
 from pipelines import ROOT, SOURCE, project, terminal
 from pipelines.cloud import images, jobs, prices, train
 from pipelines.cloud.account import Account, explained, failure, pages, until
-from pipelines.config import Range, load, number
+from pipelines.config import load
 from pipelines.local import data
 from pipelines.local.job import LAUNCHER
+from pipelines.sections import Range, number
 from pipelines.terminal import UserError
 from pipelines.tuning import results
 

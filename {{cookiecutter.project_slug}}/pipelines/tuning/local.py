@@ -19,10 +19,11 @@ from typing import Any
 
 from pipelines import ROOT, runs, terminal
 from pipelines.cloud import train as cloud_train
-from pipelines.config import Settings, Tuning, load, number
+from pipelines.config import Settings, load
 from pipelines.local import data, images
 from pipelines.local import train as local_train
 from pipelines.local.job import Interrupted, interruptible
+from pipelines.sections import Tuning, number
 from pipelines.terminal import UserError
 from pipelines.tuning import results
 from training.config import Hyperparameters, parse
@@ -71,7 +72,8 @@ def tune(settings: Settings, source: str, name: str | None, verbose: bool) -> Pa
     print(f"in {folder.relative_to(ROOT)}: trials.txt, {RESULT}")
     if best is None:
         raise UserError(f"none of the {len(trials)} trials succeeded; each said why above")
-    print(f"best: {best.name}\nnext:\n  {terminal.command('evaluate', RUN=best.name)}")
+    print(f"best: {best.name}, which artifacts/{runs.LATEST} leads to now")
+    print(f"next:\n  {terminal.command('evaluate', RUN=best.name)}")
     print(f"  {terminal.command('train-local', ARGS=results.options(best))}")
     return folder
 
@@ -104,6 +106,8 @@ def _search(settings: Settings, source: str, folder: Path, verbose: bool) -> lis
         reached = _trained(settings, source, trial.user_attrs["run"], trial.params, verbose)
         study.tell(trial.number, reached, state=optuna.trial.TrialState.FAIL if reached is None else None)
         trials = _trials(study)
+        if leader := results.best(search, trials):
+            runs.point(leader.name)
         (folder / "trials.txt").write_text(results.table(search, trials) + "\n", encoding="utf-8")
     return trials
 
@@ -136,7 +140,8 @@ def _trained(settings: Settings, source: str, run: str, values: dict[str, Any], 
             print(f"the trial failed: {error}", flush=True)
             return None
     epochs = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return float(json.loads(epochs[-1])[cloud_train.METRICS[settings.tuning.objective]])
+    kept = runs.read(folder / "metrics.json")["epoch"]
+    return float(json.loads(epochs[kept - 1])[cloud_train.METRICS[settings.tuning.objective]])
 
 
 def _trials(study: Any) -> list[results.Trial]:
@@ -195,9 +200,7 @@ def main() -> int:
     parser.add_argument(
         "--run", variable="RUN", help="name of a search to go on with (default: the newest unfinished one)"
     )
-    parser.add_argument(
-        "--mode", variable="LOCAL_MODE", choices=["auto", "container", "process"], help="default: compute.local_mode"
-    )
+    parser.add_mode()
     parser.add_argument("--verbose", action="store_true", help="show everything that containers print")
     options = parser.parse_args()
     settings = load(options.set, options={"compute.local_mode": options.mode})

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipelines.config import Tuning
+from pipelines.sections import Tuning
 
 
 @dataclass(frozen=True)

@@ -121,14 +121,15 @@ def verify(folder: Path, of: str = "") -> dict[str, Any]:
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise ArtifactError(f"model.json{of} is missing or broken") from error
     for name, digest in expected.items():
-        if name not in files or _sha256(found[name]) != digest:
+        if name not in files or digest_of(found[name]) != digest:
             raise ArtifactError(f"{repr(name)[1:-1][:200]}{of} is missing or does not match its checksum")
     if more := sorted(files.keys() - expected.keys() - {"model.json"}):
         raise ArtifactError(f"{more[0]}{of} is not among the files that model.json names")
     return facts
 
 
-def _sha256(path: Path) -> str:
+def digest_of(path: Path) -> str:
+    """The SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -29,8 +29,9 @@ from typing import Any, BinaryIO
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the source root, instead of this script's folder
 
-from inference.artifact import Artifact, open_artifact
-from progress import plain, progress, waiting
+from inference.artifact import Artifact, digest_of, open_artifact
+from inference.batcher import processors
+from progress import plain, progress, several, waiting
 
 BATCH = 64  # images a question; counted from the first image, so that they are the same wherever a run resumes
 AHEAD = 2 * BATCH  # images that are decoded, or wait for it, while a batch is asked
@@ -57,7 +58,7 @@ def run(artifact: Artifact, digest: str, folder: Path, output: Path, signals: Se
                 labels += [entry.get("label") for entry in entries]
                 tick(len(entries))
         if len(labels) < len(files):
-            name, so_far = signal.Signals(signals[0]).name, f"{len(labels)} of {len(files)} images"
+            name, so_far = signal.Signals(signals[0]).name, f"{len(labels)} of {several(len(files), 'image')}"
             print(f"stopped by {name} after {so_far}; give the same command to go on", file=sys.stderr)
             return 128 + signals[0]
         os.fsync(lines.fileno())
@@ -65,7 +66,7 @@ def run(artifact: Artifact, digest: str, folder: Path, output: Path, signals: Se
         partial.with_name(f"{partial.name}.json").unlink()
     bad = [repr(name) for name, label in zip(files, labels, strict=True) if label is None]
     speed = todo / (time.monotonic() - started)
-    print(f"{len(files)} images, {len(bad)} of them bad, {speed:,.0f}/s -> {plain(output)}")
+    print(f"{several(len(files), 'image')}, {len(bad)} of them bad, {speed:,.0f}/s -> {plain(output)}")
     print("  images  class")
     for label, count in sorted(Counter(filter(None, labels)).items()):
         print(f"{count:8}  {plain(label)}")
@@ -118,7 +119,7 @@ def _resume(lines: BinaryIO, partial: Path, state: dict[str, Any], files: Sequen
             end = lines.tell()
     if size:
         afresh = f"starting afresh: {partial} is of another artifact, folder or list of files"
-        print(f"going on after {len(labels)} of {len(files)} images" if same else afresh, flush=True)
+        print(f"going on after {len(labels)} of {several(len(files), 'image')}" if same else afresh, flush=True)
     lines.truncate(end)
     if not same:
         side.write_bytes(origin)
@@ -127,7 +128,7 @@ def _resume(lines: BinaryIO, partial: Path, state: dict[str, Any], files: Sequen
 
 def ahead(load: Callable[[str], Any], names: Sequence[str]) -> Generator[Any]:
     """Give `load(name)` of every name in order; at most `AHEAD` are loaded before somebody asks for them."""
-    pool, rest = ThreadPoolExecutor(min(8, os.cpu_count() or 1)), iter(names)
+    pool, rest = ThreadPoolExecutor(min(8, processors())), iter(names)
     waiting = deque(pool.submit(load, name) for name in islice(rest, AHEAD))
     try:
         while waiting:
@@ -179,9 +180,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda caught, _: signals.append(caught))
     try:
-        with open_artifact(options.artifact) as artifact, options.artifact.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-            return run(artifact, digest, options.folder, options.output, signals)
+        with open_artifact(options.artifact) as artifact:
+            return run(artifact, digest_of(options.artifact), options.folder, options.output, signals)
     except ValueError as error:  # an ArtifactError, a PackingError, or of this file
         sentence = str(error)
     except OSError as error:

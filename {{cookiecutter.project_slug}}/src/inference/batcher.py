@@ -1,7 +1,10 @@
-"""Between the event loop and the model: decode in threads, merge what waits into one batch, compute in one thread.
+"""Between the event loop and the model: decode in threads, merge what waits into batches, compute them in threads.
 
 Part of the server; see `serve.py`. Batches are merged as they are found: nothing waits for company, so a request alone
-is answered as soon as it can be, and the more requests there are the larger the batches get.
+is answered as soon as it can be, and the more requests there are the larger the batches get; each worker takes its
+share of what waits. On a CPU it computes with as many of torch's threads as there are for it: all while it is the only
+one, and one when all of them work, which wastes least. Of a network that answers within milliseconds only one worker
+computes, as the others would but compete with the decoders. Each GPU has one worker and its own model.
 
 A thread cannot be stopped, as a process could be. But to decode is to call the artifact's own handlers, and each
 process that did so would import torch: 4 s and 500 MB. So `imaging.py` bounds the work beforehand, a decoder that is
@@ -13,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import importlib.util
+import math
 import os
 import sys
 import time
@@ -22,8 +26,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import IO, Any
 
+FAST = 0.01  # seconds for an image, below which one worker is enough
 HANDLERS = ("model_fn", "input_fn", "predict_fn", "output_fn")
 
 
@@ -40,21 +45,25 @@ class Batcher:
 
     Args:
         model_dir: an unpacked artifact; the handlers in its `code/` are used.
-        merged: images of one merged batch, at most.
-        threads: that decode (at least two), and that torch computes with.
+        merged: images of merged batches that a CPU computes at a time, or a GPU, at most.
+        threads: that decode (at least two), and that compute a batch which is alone.
+        workers: batches that are computed at a time, where there is no GPU.
         timeout: seconds after which nobody waits for an answer any more: a decoder that is not done then is stuck, and
             a model that is not done after twice as many.
     """
 
-    def __init__(self, model_dir: Path, merged: int, threads: int, timeout: float) -> None:
-        self._model_dir, self._merged, self._threads, self._timeout = model_dir, merged, threads, timeout
+    def __init__(self, model_dir: Path, merged: int, threads: int, workers: int, timeout: float) -> None:
+        self._model_dir, self._merged, self._timeout = model_dir, merged, timeout
+        self._threads, self._workers, self._gpus = threads, workers, 0
         self._decoders = ThreadPoolExecutor(max(threads, 2), "decode")
         self._decoding: dict[Any, float] = {}  # since when each request that is being decoded is
-        self._computer = ThreadPoolExecutor(1, "model")
+        self._computers: list[ThreadPoolExecutor] = []  # each of one thread
+        self._active = 1  # workers that take something
+        self._models: list[Any] = []  # of each worker; the same one, but for GPUs
         self._waiting: deque[Waiting] = deque()
         self._wake = asyncio.Event()
-        self._worker: asyncio.Task[None] | None = None
-        self._busy_since: float | None = None
+        self._working: list[asyncio.Task[None]] = []
+        self._busy: dict[int, float] = {}  # since when a worker computes
         self.computed = 0  # batches
 
     async def load(self) -> None:
@@ -63,24 +72,43 @@ class Batcher:
         Raises:
             Exception: whatever keeps the artifact from answering.
         """
-        await asyncio.get_running_loop().run_in_executor(self._computer, self._load)
-        self._worker = asyncio.create_task(self._work())
+        loop, first = asyncio.get_running_loop(), ThreadPoolExecutor(1, "model-0")
+        self._gpus = await loop.run_in_executor(first, self._load, 0)
+        if self._gpus:
+            self._workers = self._active = self._gpus
+        else:  # they share the machine's memory
+            self._merged = max(self._merged // self._workers, 1)
+        self._computers = [first, *(ThreadPoolExecutor(1, f"model-{number}") for number in range(1, self._workers))]
+        for number in range(1, self._gpus):
+            await loop.run_in_executor(self._computers[number], self._load, number)
+        self._models += self._models[:1] * (self._workers - len(self._models))
+        self._working = [asyncio.create_task(self._work(number)) for number in range(self._workers)]
 
     @property
     def healthy(self) -> bool:
         """Whether requests will be answered: the model is loaded and not stuck, nor are all decoders."""
         now = time.monotonic()
-        stuck = self._busy_since is not None and now - self._busy_since > 2 * self._timeout
+        stuck = any(now - since > 2 * self._timeout for since in self._busy.values())
         lost = sum(now - since > self._timeout for since in [*self._decoding.values()]) >= max(self._threads, 2)
-        return self._worker is not None and not self._worker.done() and not stuck and not lost
+        working = bool(self._working) and not any(task.done() for task in self._working)
+        return working and not stuck and not lost
 
-    def _load(self) -> None:
-        self._handlers = import_handlers(self._model_dir / "code")
-        if "torch" in sys.modules:
-            sys.modules["torch"].set_num_threads(self._threads)
-        self._model = call(self._handlers.model_fn, str(self._model_dir))
+    def _load(self, worker: int) -> int:
+        """Load the model of a worker, in its thread. Gives the number of GPUs."""
+        if not worker:
+            self._handlers = import_handlers(self._model_dir / "code")
+        torch, gpus = sys.modules.get("torch"), 0
+        if torch:
+            torch.set_num_threads(self._threads)
+            gpus = torch.cuda.device_count()
+            if gpus:
+                torch.cuda.set_device(worker)  # of this thread: where `cuda` is meant to be
+        self._models.append(call(self._handlers.model_fn, str(self._model_dir)))
+        return int(gpus)
 
-    async def answer(self, body: bytes, content_type: str | None, accept: str | None, context: Any) -> tuple[Any, str]:
+    async def answer(
+        self, body: bytes | IO[bytes], content_type: str | None, accept: str | None, context: Any
+    ) -> tuple[Any, str]:
         """Body and content type of the response.
 
         Raises:
@@ -94,26 +122,33 @@ class Batcher:
         rendered = call(self._handlers.output_fn, await waiting.answer, accept, context)
         return rendered if isinstance(rendered, tuple) else (rendered, "application/json")
 
-    def _decode(self, body: bytes, content_type: str | None, context: Any) -> Any:
+    def _decode(self, body: bytes | IO[bytes], content_type: str | None, context: Any) -> Any:
         """Where the handlers have a function `fit`, it makes images small before they wait, however large they came."""
         key = object()
         self._decoding[key] = time.monotonic()
         try:
+            if not isinstance(body, bytes) and not getattr(self._handlers, "TAKES_FILES", False):
+                body.seek(0)
+                body = body.read()
             batch = call(self._handlers.input_fn, body, content_type, context)
             fit = getattr(self._handlers, "fit", None)
-            return call(fit, batch, self._model) if fit else batch
+            return call(fit, batch, self._models[0]) if fit else batch
         finally:
             del self._decoding[key]
 
-    async def _work(self) -> None:
+    async def _work(self, worker: int) -> None:
         """Merge what waits, compute, hand out; for as long as the server runs."""
         loop = asyncio.get_running_loop()
         while True:
             await self._wake.wait()
-            while chosen := self._choose():
-                self._busy_since = time.monotonic()
-                answers = await loop.run_in_executor(self._computer, self._compute, [one.batch for one in chosen])
-                self._busy_since = None
+            while worker < self._active and (chosen := self._choose()):
+                self._busy[worker] = begun = time.monotonic()
+                batches, threads = [one.batch for one in chosen], max(self._threads // len(self._busy), 1)
+                answers = await loop.run_in_executor(self._computers[worker], self._compute, batches, worker, threads)
+                del self._busy[worker]
+                images = sum(len(batch) if is_batch(batch) else 1 for batch in batches)
+                if not self._gpus:
+                    self._active = self._workers if time.monotonic() - begun > FAST * images else 1
                 for one, answer in zip(chosen, answers, strict=True):
                     if one.answer.done():  # the request was given up
                         continue
@@ -124,10 +159,13 @@ class Batcher:
             self._wake.clear()
 
     def _choose(self) -> list[Waiting]:
-        """The oldest that waits, and those right after it that can be merged with it; empty when nothing waits."""
+        """The oldest that waits, and those right after it that can be merged with it; empty when nothing waits.
+
+        Of what waits no more than the share of a worker.
+        """
         chosen: list[Waiting] = []
-        images = 0
-        while self._waiting:
+        images, share = 0, -(-len(self._waiting) // self._active)
+        while self._waiting and len(chosen) < share:
             one = self._waiting[0]
             if not one.answer.done():
                 size = len(one.batch) if is_batch(one.batch) else self._merged
@@ -138,12 +176,15 @@ class Batcher:
             self._waiting.popleft()
         return chosen
 
-    def _compute(self, batches: list[Any]) -> list[Any]:
+    def _compute(self, batches: list[Any], worker: int, threads: int) -> list[Any]:
         """Answers, or the exceptions in their place; a batch that fails together is asked one by one."""
         self.computed += 1
+        model = self._models[worker]
+        if "torch" in sys.modules:
+            sys.modules["torch"].set_num_threads(threads)  # of this thread: OpenMP keeps a number for each
         if len(batches) > 1:
             with contextlib.suppress(Exception):
-                prediction = call(self._handlers.predict_fn, merge(batches), self._model)
+                prediction = call(self._handlers.predict_fn, merge(batches), model)
                 parts = split(prediction, [len(batch) for batch in batches])
                 if parts is not None:
                     return parts
@@ -151,10 +192,28 @@ class Batcher:
         answers: list[Any] = []
         for batch in batches:
             try:
-                answers.append(call(self._handlers.predict_fn, batch, self._model))
+                answers.append(call(self._handlers.predict_fn, batch, model))
             except Exception as error:
                 answers.append(error)
         return answers
+
+
+def processors(root: Path = Path("/")) -> int:
+    """How many this process may use: by its affinity, and by the quotas of its cgroup and of those around it."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # macOS
+    with contextlib.suppress(OSError, ValueError):
+        for line in (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines():
+            _, controllers, own = line.split(":", 2)
+            if controllers and "cpu" not in controllers.split(","):
+                continue
+            top = root / "sys/fs/cgroup" / ("cpu" if controllers else "")
+            files = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if controllers else ("cpu.max",)
+            for folder in (Path(own), *Path(own).parents):  # a container may see its own as the topmost
+                with contextlib.suppress(OSError, ValueError):  # there is none: "max"
+                    texts = [(top / str(folder).lstrip("/") / name).read_text(encoding="utf-8") for name in files]
+                    quota, period = map(int, " ".join(texts).split())
+                    count = min(count, math.ceil(quota / period)) if quota > 0 else count
+    return max(count, 1)
 
 
 def call(handler: Callable[..., Any], *arguments: Any) -> Any:
@@ -213,14 +272,21 @@ def merge(batches: list[Any]) -> Any:
     return np.concatenate(batches)
 
 
-def split(prediction: Any, sizes: list[int]) -> list[dict[str, list[Any]]] | None:
-    """One prediction for each of the merged batches; None when it is no dictionary of lists of a value an image."""
+def split(prediction: Any, sizes: list[int]) -> list[dict[str, Any]] | None:
+    """One prediction for each of the merged batches; None when it is no dictionary of lists of a value an image.
+
+    A tuple in it is true of every image, and goes to each of them.
+    """
     if not isinstance(prediction, dict):
         return None
-    if not all(isinstance(values, list) and len(values) == sum(sizes) for values in prediction.values()):
+    lists = [values for values in prediction.values() if not isinstance(values, tuple)]
+    if not all(isinstance(values, list) and len(values) == sum(sizes) for values in lists):
         return None
     starts = [sum(sizes[:number]) for number in range(len(sizes))]
     return [
-        {name: values[start : start + size] for name, values in prediction.items()}
+        {
+            name: values if isinstance(values, tuple) else values[start : start + size]
+            for name, values in prediction.items()
+        }
         for start, size in zip(starts, sizes, strict=True)
     ]

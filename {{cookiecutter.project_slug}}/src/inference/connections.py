@@ -10,8 +10,9 @@ import asyncio
 import contextlib
 import os
 import socket
-from collections.abc import Iterator
-from typing import Any, ClassVar
+import tempfile
+from collections.abc import AsyncIterator, Iterator
+from typing import IO, Any, ClassVar
 
 import h11
 from starlette.requests import Request
@@ -23,7 +24,12 @@ CONNECTIONS = 1024  # a new one beyond them ends the one that has been without a
 HEAD_SECONDS = 10.0  # for the head of a request, from its first byte; or from the start of the connection
 BODY_SECONDS = 10.0  # for the next part of a body,
 BYTES_A_SECOND = 64 * 2**10  # and on the whole, after as long a start, at least this
+IN_MEMORY = 2**23  # bytes of a body; of a larger one the rest, and what was there, is in a file
 READ_SECONDS = 60.0  # for a client to take its answer
+REST_SECONDS = 30.0  # for one that has an early answer to send the rest: many read only after it
+KEPT_SECONDS = 75  # without a request: longer than clients and load balancers keep a connection
+LEAVING_SECONDS = 1.0  # after SIGTERM, for a request that is on its way
+CLOSE = (b"connection", b"close")  # as a header; uvicorn gives it back
 PIECES, PIECE_BYTES = 1000, 512  # so many pieces of a body may be small; of more, each has so many bytes on average
 
 
@@ -55,6 +61,24 @@ def let_wait(server: asyncio.Server) -> None:
             own.listen(WAITING)
 
 
+class Ending:
+    """A transport that is closed only when its client can have read the answer; a closed one makes the system reset."""
+
+    def __init__(self, transport: asyncio.Transport, connection: Connection) -> None:
+        self.real, self._connection = transport, connection
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.real, name)
+
+    def is_closing(self) -> bool:
+        """Whether nothing more is answered."""
+        return self._connection.lingering or self.real.is_closing()
+
+    def close(self) -> None:
+        """Close, or send no more and read on for a while."""
+        self._connection.end(self.real)
+
+
 class Connection(H11Protocol):
     """One connection. It is idle while no request is being received or answered on it."""
 
@@ -64,15 +88,22 @@ class Connection(H11Protocol):
         super().__init__(*arguments, **named)
         self.conn = Parser(h11.SERVER, self.config.h11_max_incomplete_event_size or 16 * 2**10)
         self.deadlines: dict[str, asyncio.TimerHandle] = {}
+        self.timeout_keep_alive = KEPT_SECONDS
+        self.lingering = self.leaving = self.half_closed = False
+
+    @property
+    def busy(self) -> bool:
+        """Whether a request is being received or answered."""
+        return self.cycle is not None and not self.cycle.response_complete
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Take the connection, and make room for it."""
-        super().connection_made(transport)
+        super().connection_made(Ending(transport, self))  # type: ignore[arg-type]
         self._settle(HEAD_SECONDS)
         if len(self.connections) > CONNECTIONS:
             oldest = next(iter(self.idle))
             del self.idle[oldest]
-            oldest.transport.close()
+            oldest.transport.real.close()  # type: ignore[attr-defined]
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget it."""
@@ -83,13 +114,59 @@ class Connection(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Take bytes; those of a head must be all there in time, and so must those that follow an early answer."""
+        if self.lingering:  # thrown away
+            return
+        early = not self.busy and self.conn.their_state is h11.SEND_BODY
         super().data_received(data)
+        if self.leaving:
+            self._say_close()
+        if early and self.conn.their_state is h11.IDLE:
+            self._within(KEPT_SECONDS, "head")
         self._settle(HEAD_SECONDS)
+
+    def eof_received(self) -> bool:  # type: ignore[override]
+        """The client sends no more, and may wait for its answer all the same; True keeps the connection for that."""
+        self.half_closed = True
+        if self.lingering or not (self.busy or self.conn.trailing_data[0]):
+            return False
+        if not self.busy or self.conn.their_state is h11.SEND_BODY:  # half of a request
+            self.conn.receive_data(b"")
+            self.handle_events()
+        return True
+
+    def end(self, transport: asyncio.Transport) -> None:
+        """Close; where the client still sends, read on, so that it gets to read what it was answered."""
+        if self.half_closed or self.conn.their_state not in (h11.SEND_BODY, h11.ERROR):
+            transport.close()
+        elif not self.lingering:
+            self.lingering = True
+            transport.write_eof()
+            self.flow.resume_reading()
+            self._within(REST_SECONDS, "head")
+
+    def shutdown(self) -> None:
+        """The server ends: answer what was sent, and what is on its way."""
+        self.leaving = True
+        if self.busy:
+            self._say_close()
+        else:
+            self.loop.call_later(LEAVING_SECONDS, self._leave)
+
+    def _leave(self) -> None:
+        if not self.busy and not self.conn.trailing_data[0]:
+            self.transport.close()
+
+    def _say_close(self) -> None:
+        if self.busy:
+            self.cycle.keep_alive = False
+            self.cycle.scope["headers"] = [*self.cycle.scope["headers"], CLOSE]
 
     def on_response_complete(self) -> None:
         """Wait for the next request, for as long as uvicorn does; or for the rest of one that has begun."""
         super().on_response_complete()
         self._settle(HEAD_SECONDS if self.conn.trailing_data[0] else None)
+        if self.half_closed and not self.busy:
+            self.transport.close()
 
     def send_400_response(self, msg: str) -> None:
         """Answer what is no HTTP, unless the request has an answer already."""
@@ -110,11 +187,13 @@ class Connection(H11Protocol):
 
     def _settle(self, seconds: float | None) -> None:
         """Note whether the connection is idle, and how long it may be so."""
-        if self.cycle is not None and not self.cycle.response_complete:
+        if self.busy:
             self.idle.pop(self, None)
             self._within(None, "head")
         else:
             self.idle.setdefault(self)
+            if self.conn.their_state is h11.SEND_BODY:  # and has its answer
+                seconds = REST_SECONDS
             if seconds and "head" not in self.deadlines:
                 self._within(seconds, "head")
 
@@ -164,8 +243,9 @@ class Intake:
         finally:
             self._requests -= 1
 
-    async def receive(self, request: Request) -> bytes:
-        """The whole body.
+    @contextlib.asynccontextmanager
+    async def received(self, request: Request) -> AsyncIterator[tuple[bytes | IO[bytes], int]]:
+        """The whole body, and its size. A large one is in a file, which has no name and is gone afterwards.
 
         Raises:
             Refused: before more than needed is read: 413 it is too long, 408 too slow, or 503 there is no room.
@@ -176,19 +256,31 @@ class Intake:
         length = request.headers.get("content-length", "0")
         if length.isdecimal() and int(length) > limit:
             raise too_long
-        body, start = bytearray(), loop.time() + BODY_SECONDS
-        try:
-            async with asyncio.timeout(BODY_SECONDS) as deadline:
-                async for chunk in request.stream():
-                    body += chunk
-                    self._receiving += len(chunk)
-                    if len(body) > limit:
-                        raise too_long
-                    if self._receiving > self._queue * limit:
-                        raise Refused(503, "there is no room for more that is only half received; try again")
-                    deadline.reschedule(min(loop.time() + BODY_SECONDS, start + len(body) / BYTES_A_SECOND))
-        except TimeoutError as error:
-            raise Refused(408, f"the body stopped, or came with less than {BYTES_A_SECOND} bytes a second") from error
-        finally:
-            self._receiving -= len(body)
-        return bytes(body)
+        body, start, size, file = bytearray(), loop.time() + BODY_SECONDS, 0, None
+        with contextlib.ExitStack() as closing:
+            try:
+                async with asyncio.timeout(BODY_SECONDS) as deadline:
+                    async for chunk in request.stream():
+                        body += chunk
+                        size += len(chunk)
+                        self._receiving += len(chunk)
+                        if size > limit:
+                            raise too_long
+                        if len(body) > IN_MEMORY or (file and not chunk):
+                            file = file or closing.enter_context(tempfile.TemporaryFile())
+                            await asyncio.to_thread(file.write, body)
+                            await asyncio.to_thread(file.flush)
+                            self._receiving -= len(body)
+                            body = bytearray()
+                        if self._receiving > self._queue * min(limit, IN_MEMORY):
+                            raise Refused(503, "there is no room for more that is only half received; try again")
+                        deadline.reschedule(min(loop.time() + BODY_SECONDS, start + size / BYTES_A_SECOND))
+            except TimeoutError as error:
+                said = f"the body stopped, or came with less than {BYTES_A_SECOND} bytes a second"
+                raise Refused(408, said) from error
+            except OSError as error:
+                why = os.strerror(error.errno or 0)
+                raise Refused(503, f"a body of more than {IN_MEMORY} bytes is kept in a file: {why}") from error
+            finally:
+                self._receiving -= len(body)
+            yield file or bytes(body), size

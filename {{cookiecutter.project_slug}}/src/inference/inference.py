@@ -12,11 +12,11 @@ import base64
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -25,10 +25,13 @@ from torch import nn
 
 import imaging
 import payload
-from model import best_device, build_model
+import spelling
+from bounds import NoRoom
+from model import best_device, build_model, load_tensors
 from payload import JSON_TYPE, Batch, RequestError
 
 SCHEMA_VERSION = 1
+TAKES_FILES = True  # a host that keeps a large body in a file hands that on to `input_fn`
 GOLDEN_TOLERANCE = 0.02  # of a probability: bf16 and other hardware stay within it
 
 
@@ -42,6 +45,8 @@ class Classifier:
     image_size: int
     mean: list[float]
     std: list[float]
+    temperature: float = 1.0
+    deep: Sequence[int] = imaging.DEEP
     bf16: bool = False
 
 
@@ -98,9 +103,10 @@ def verify(folder: Path) -> dict[str, Any]:
 def load(folder: Path, facts: Mapping[str, Any]) -> Classifier:
     """Build the model that `facts`, the content of `model.json`, describe, and load its weights."""
     device = best_device()
-    model = build_model(facts["architecture"], len(facts["classes"]), facts["image_size"])
+    options = facts.get("model_options")  # older artifacts have neither these nor a temperature
+    model = build_model(facts["architecture"], len(facts["classes"]), facts["image_size"], options)
     try:
-        model.load_state_dict(load_file(folder / "model.safetensors"))
+        load_tensors(model, load_file(folder / "model.safetensors"))
     except RuntimeError as error:
         raise ValueError(
             f"model.safetensors does not fit model.json, which names {facts['architecture']} for "
@@ -114,6 +120,8 @@ def load(folder: Path, facts: Mapping[str, Any]) -> Classifier:
         image_size=facts["image_size"],
         mean=facts["preprocessing"]["mean"],
         std=facts["preprocessing"]["std"],
+        temperature=facts.get("temperature", 1.0),
+        deep=facts["preprocessing"].get("deep", imaging.DEEP),
     )
 
 
@@ -135,13 +143,15 @@ def _check_golden(folder: Path, classifier: Classifier) -> None:
                 )
 
 
-def input_fn(body: bytes | bytearray | str, content_type: str | None = JSON_TYPE, context: Any = None) -> Any:
+def input_fn(
+    body: bytes | bytearray | str | IO[bytes], content_type: str | None = JSON_TYPE, context: Any = None
+) -> Any:
     """Turn a request body into decoded images, or into a batch that is normalised already.
 
     Args:
         body: one encoded image; or JSON `{"instances": [...]}` with either a list of `{"b64": "..."}` or numbers
             of shape (N, 3, size, size); or such numbers as a .npy file.
-        content_type: of the body, compared as RFC 9110 says: in any case, parameters aside; None is JSON.
+        content_type: of the body. Its first bytes count for more, so this is asked only where they say nothing.
 
     Raises:
         RequestError: for a type that is not supported (415), too much (413), or content that cannot be read (400).
@@ -150,6 +160,8 @@ def input_fn(body: bytes | bytearray | str, content_type: str | None = JSON_TYPE
         return payload.read(body, content_type)
     except RequestError as error:
         return _refuse(error, context)
+    except NoRoom as error:
+        return _refuse(RequestError(503, str(error)), context)
 
 
 def _refuse(error: RequestError, context: Any) -> Refusal:
@@ -164,10 +176,11 @@ def predict_fn(batch: Batch | Refusal, classifier: Classifier, context: Any = No
     """Classify a batch.
 
     Args:
-        batch: decoded images, uint8 (height, width, 3) each, of any size; or normalised float32 (N, 3, size, size).
+        batch: decoded images, of `imaging.decode`, of any size; or normalised float32 (N, 3, size, size).
 
     Returns:
-        `predictions` (N class indices), `labels` (N names), `probabilities` (N rows, one number a class).
+        `predictions` (N class indices), `labels` (N names), `probabilities` (N rows, one number a class), and
+        `classes`: the names of a row's numbers, in their order; a tuple, because it is said once for all images.
 
     Raises:
         RequestError: 400 when a normalised batch has another shape, or numbers that the model has no answer to.
@@ -182,11 +195,12 @@ def predict_fn(batch: Batch | Refusal, classifier: Classifier, context: Any = No
 
 def fit(batch: Batch, classifier: Classifier) -> Batch:
     """Bring images to the model's size. A host may do so itself before requests wait: what waits is small then."""
-    return [imaging.fit(image, classifier.image_size) for image in batch] if isinstance(batch, list) else batch
+    size, deep = classifier.image_size, classifier.deep
+    return [imaging.fit(image, size, deep) for image in batch] if isinstance(batch, list) else batch
 
 
-def classify(batch: Batch, classifier: Classifier) -> dict[str, Any]:
-    """What `predict_fn` does, without a context."""
+def logits(batch: Batch, classifier: Classifier) -> torch.Tensor:
+    """What the model says of a batch: float32 (N, classes), on its device; arguments and errors are `predict_fn`'s."""
     size, batch = classifier.image_size, fit(batch, classifier)
     if isinstance(batch, list):
         pixels = np.stack(batch)
@@ -196,7 +210,21 @@ def classify(batch: Batch, classifier: Classifier) -> dict[str, Any]:
             raise RequestError(400, f"instances have shape {batch.shape}; the model takes (N, 3, {size}, {size})")
         inputs = torch.from_numpy(batch).to(classifier.device, memory_format=torch.channels_last)
     with torch.inference_mode(), torch.autocast(classifier.device.type, torch.bfloat16, enabled=classifier.bf16):
-        probabilities = classifier.model(inputs).float().softmax(1).cpu()
+        answers: torch.Tensor = classifier.model(inputs).float()
+    return answers
+
+
+def classify(batch: Batch, classifier: Classifier) -> dict[str, Any]:
+    """What `predict_fn` does, without a context."""
+    return answer(logits(batch, classifier), classifier)
+
+
+def answer(found: torch.Tensor, classifier: Classifier) -> dict[str, Any]:
+    """What follows from logits. The temperature makes of a model's confidence how often it is right.
+
+    See Guo et al., "On Calibration of Modern Neural Networks", ICML 2017; `training/calibrate.py` finds it.
+    """
+    probabilities = (found / classifier.temperature).softmax(1).cpu()
     if not bool(probabilities.isfinite().all()):
         raise RequestError(400, "the model has no finite answer to these instances; are they normalised?")
     indices = probabilities.argmax(1).tolist()
@@ -204,6 +232,7 @@ def classify(batch: Batch, classifier: Classifier) -> dict[str, Any]:
         "predictions": indices,
         "labels": [classifier.classes[index] for index in indices],
         "probabilities": probabilities.tolist(),
+        "classes": tuple(classifier.classes),
     }
 
 
@@ -222,7 +251,7 @@ def output_fn(
     Raises:
         RequestError: 406 when the client does not accept JSON.
     """
-    if not isinstance(prediction, Refusal) and not payload.accepts(accept):
+    if not isinstance(prediction, Refusal) and not spelling.accepts(accept):
         known = (accept or "")[:80]
         refusal = RequestError(406, f"the answer can only be {JSON_TYPE}, which Accept {known!r} does not allow")
         prediction = _refuse(refusal, context)

@@ -6,8 +6,9 @@
 One process and one event loop; `connections.py` has how requests come to it and `batcher.py` what happens off it. The
 image holds these three files alone, so they import nothing else of the project; the rest of the code comes with the
 artifact. Settings are environment variables, whole numbers from 1: INFERENCE_QUEUE (requests inside; more get 503),
-INFERENCE_MERGED (images of one merged batch), INFERENCE_THREADS (of torch, and for decoding), INFERENCE_TIMEOUT
-(seconds for a request, its body included); and the limits of `payload.py`. A model that does not load ends the server
+INFERENCE_MERGED (images of one merged batch), INFERENCE_WORKERS (batches that a CPU computes at a time),
+INFERENCE_THREADS (of torch, for a batch that is alone; and for decoding), INFERENCE_TIMEOUT (seconds for a request, its
+body included); and the limits of `payload.py`. A model that does not load ends the server
 with code 3; SIGTERM lets it answer what is inside.
 """
 
@@ -28,7 +29,7 @@ import time
 import traceback
 import uuid
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from inference.batcher import Batcher
+from inference.batcher import Batcher, processors
 from inference.connections import ACCEPTED, Connection, Intake, Refused, let_wait
 
 MODEL_DIR = Path("/opt/ml/model")
@@ -72,9 +73,11 @@ class Settings:
 
     queue: int = field(default_factory=lambda: number("INFERENCE_QUEUE", 64))
     merged: int = field(default_factory=lambda: number("INFERENCE_MERGED", 32))
-    threads: int = field(default_factory=lambda: number("INFERENCE_THREADS", max((os.cpu_count() or 1) // 2, 1)))
+    threads: int = field(default_factory=lambda: number("INFERENCE_THREADS", max(processors() // 2, 1)))
+    workers: int = field(default_factory=lambda: number("INFERENCE_WORKERS", processors()))
     timeout: int = field(default_factory=lambda: number("INFERENCE_TIMEOUT", 50))
     max_bytes: int = field(default_factory=lambda: number("INFERENCE_MAX_BYTES", 6 * 2**20))
+    local: Mapping[str, Any] | None = None  # what `local.extend` takes, on a developer's machine
 
 
 class Context:
@@ -116,16 +119,16 @@ def application(batcher: Batcher, settings: Settings) -> Starlette:
         )
 
     async def invocations(request: Request) -> Response:
-        started, context, body = time.perf_counter(), Context(request), b""
+        started, context, size = time.perf_counter(), Context(request), 0
         message, response = "", None
         try:
             if not batcher.healthy:
                 raise Refused(503, "the model is not ready")
             async with asyncio.timeout(settings.timeout):
-                body = await intake.receive(request)
-                types = request.headers.get("content-type"), request.headers.get("accept")
-                with intake.answering():
-                    content, kind = await batcher.answer(body, *types, context)
+                async with intake.received(request) as (body, size):
+                    types = request.headers.get("content-type"), ",".join(request.headers.getlist("accept"))
+                    with intake.answering():
+                        content, kind = await batcher.answer(body, *types, context)
             response, status = Response(content, 200, context.response_headers, kind), 200
         except TimeoutError:
             status, message = 504, f"no answer within {settings.timeout} s"
@@ -136,7 +139,7 @@ def application(batcher: Batcher, settings: Settings) -> Starlette:
             log("error", request_id=context.request_id, message="".join(traceback.format_exception(error)))
         except Exception as error:
             given = getattr(error, "status", None)
-            expected = isinstance(error, Refused) or (isinstance(given, int) and 400 <= given < 500)
+            expected = isinstance(error, Refused) or (isinstance(given, int) and (400 <= given < 500 or given == 503))
             status = int(given or 500) if expected else 500
             message = str(error) if expected else f"the server failed; its log has why ({context.request_id})"
             if not expected:
@@ -146,7 +149,7 @@ def application(batcher: Batcher, settings: Settings) -> Starlette:
         if status == 503:
             context.response_headers["Retry-After"] = "1"
         milliseconds = round(1000 * (time.perf_counter() - started), 1)
-        log("info", request_id=context.request_id, status=status, bytes=len(body), milliseconds=milliseconds)
+        log("info", request_id=context.request_id, status=status, bytes=size, milliseconds=milliseconds)
         return response or Response(sentence(message), status, context.response_headers, "application/json")
 
     async def refused(_: Request, error: Exception) -> Response:
@@ -160,6 +163,10 @@ def application(batcher: Batcher, settings: Settings) -> Starlette:
     ]
     served = Starlette(routes=routes, exception_handlers={HTTPException: refused})
     served.router.redirect_slashes = False  # to wherever the client's Host says
+    if settings.local:
+        from inference.local import extend
+
+        extend(served, invocations, **settings.local)
     return served
 
 
@@ -200,19 +207,20 @@ async def serve(model_dir: Path, host: str, port: int, settings: Settings) -> in
     Raises:
         SystemExit: when the port cannot be had; the log says why.
     """
-    batcher = Batcher(model_dir, settings.merged, settings.threads, settings.timeout)
+    batcher = Batcher(model_dir, settings.merged, settings.threads, settings.workers, settings.timeout)
     config = uvicorn.Config(
         application(batcher, settings), host=host, port=port, log_config=None, access_log=False, lifespan="off",
         timeout_graceful_shutdown=DRAIN_SECONDS, server_header=False, http=Connection, ws="none",
         backlog=ACCEPTED,
     )  # fmt: skip
     server, code = Server(config), 0
+    shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, host)  # noqa: S104  (what a browser can ask)
 
     async def load() -> None:
         nonlocal code
         try:
             await batcher.load()
-            log("info", message=f"ready on http://{host}:{port}")
+            log("info", message=f"ready on http://{shown}:{port}")
         except Exception as error:
             log("error", message="".join(traceback.format_exception(error)))
             log("error", message=f"{model_dir} cannot be served: {error}")
@@ -230,7 +238,12 @@ def main() -> int:
     parser.add_argument("--model-dir", type=Path, default=MODEL_DIR, help=f"default: {MODEL_DIR}")
     parser.add_argument("--host", default="0.0.0.0", help="address to listen on")  # noqa: S104  (hosting's rule)
     parser.add_argument("--port", type=int, default=number("SAGEMAKER_BIND_TO_PORT", 8080))
-    options, settings = parser.parse_args(), Settings()
+    parser.add_argument("--local", action="store_true", help="add what serve-local has, see local.py")
+    parser.add_argument("--files", type=Path, help="with --local: folder of asynchronous requests and their answers")
+    parser.add_argument("--cors", help="with --local: an origin whose pages may ask too")
+    options = parser.parse_args()
+    local = {"files": options.files, "host": options.host, "cors": options.cors} if options.local else None
+    settings = Settings(local=local)
     if not 0 <= options.port < 2**16:
         parser.error(f"port {options.port} is not between 0 and 65535")
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)

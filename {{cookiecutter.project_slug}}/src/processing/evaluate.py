@@ -14,9 +14,9 @@ import base64
 import hashlib
 import io
 import json
-import math
 import shutil
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,8 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the source root, instead of this script's folder
 
 from inference.artifact import Artifact, ArtifactError, open_artifact
-from progress import plain, progress
+from progress import plain, progress, several
+from scores import advice, summary, wilson
 
 BATCH = 64
 BINS = 15  # of the reliability diagram, as in the paper
@@ -80,10 +81,14 @@ def evaluate(artifact: Artifact, data: Path) -> dict[str, Any]:
     confusion = np.zeros((len(classes), len(classes)), dtype=np.int64)
     np.add.at(confusion, (truth, scores.argmax(1)), 1)
     reliability = calibration(truth, scores)
+    before = scores ** artifact.facts.get("temperature", 1.0)  # what they were without it, but for a factor
+    plainly = calibration(truth, before / before.sum(1, keepdims=True))
+    reliability["error_before"] = plainly["expected_calibration_error"]
     sources = info["rows"].get(data.resolve().name, [])  # none where somebody renamed the split's folder
+    found = metrics(truth, scores, confusion)
     return {
-        "metrics": metrics(truth, scores, confusion)
-        | {"expected_calibration_error": {"value": reliability["expected_calibration_error"]}},
+        "warning": advice(found["accuracy"]["value"], found["majority"]["value"], len(truth)),
+        "metrics": found | {"expected_calibration_error": {"value": reliability["expected_calibration_error"]}},
         "classes": classes,
         "per_class": per_class(classes, confusion),
         "confusion": confusion.tolist(),
@@ -98,7 +103,7 @@ def evaluate(artifact: Artifact, data: Path) -> dict[str, Any]:
 def metrics(
     truth: NDArray[np.int64], scores: NDArray[np.float64], confusion: NDArray[np.int64]
 ) -> dict[str, dict[str, float]]:
-    """Accuracy with its 95 % interval, cross-entropy, and the unweighted means of precision, recall and F1.
+    """Accuracy with its 95 % interval, what `scores.summary` tells, cross-entropy, and means over the classes.
 
     Args:
         truth: labels, (N,).
@@ -109,12 +114,15 @@ def metrics(
     low, high = wilson(correct, len(truth))
     chosen = np.clip(scores[np.arange(len(truth)), truth], 1e-12, 1.0)
     rows = [row for row in per_class([""] * len(confusion), confusion) if row["images"]]
+    hidden = summary(*(counts.tolist() for counts in (np.diag(confusion), confusion.sum(1), confusion.sum(0))))
     return {
         "accuracy": {"value": correct / len(truth), "ci_low": low, "ci_high": high},
+        "majority": {"value": hidden["majority"]},
         "cross_entropy": {"value": float(-np.log(chosen).mean())},
         "macro_precision": {"value": float(np.mean([row["precision"] for row in rows]))},
         "macro_recall": {"value": float(np.mean([row["recall"] for row in rows]))},
-        "macro_f1": {"value": float(np.mean([row["f1"] for row in rows]))},
+        "macro_f1": {"value": hidden["f1"]},
+        "worst_recall": {"value": hidden["worst_recall"]},
     }
 
 
@@ -175,15 +183,6 @@ def mistakes(
     return found
 
 
-def wilson(successes: int, trials: int, z: float = 1.959964) -> tuple[float, float]:
-    """The 95 % score interval of a proportion (Wilson, "Probable Inference ...", JASA 22, 1927)."""
-    share = successes / trials
-    centre = share + z * z / (2 * trials)
-    reach = z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
-    scale = 1 + z * z / trials
-    return max(0.0, (centre - reach) / scale), min(1.0, (centre + reach) / scale)
-
-
 def describe(artifact: Artifact, evaluation: Path) -> None:
     """Put what a model package says of an artifact beside its evaluation: files, and one-line facts, for JSON texts."""
     copies = [shutil.copyfile(artifact.folder / file, evaluation.with_name(file)) for file in DESCRIBED]
@@ -210,10 +209,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ArtifactError, EvaluationError) as error:
         print(f"error: {plain(error)}", file=sys.stderr)
         return 2
-    accuracy = result["metrics"]["accuracy"]
+    accuracy, majority = result["metrics"]["accuracy"], result["metrics"]["majority"]["value"]
     print(
         f"accuracy {accuracy['value']:.4f} (95 % interval {accuracy['ci_low']:.4f} to {accuracy['ci_high']:.4f}) "
-        f"on {result['images']} images"
+        f"on {several(result['images'], 'image')}\nmajority class {majority:.4f}: the accuracy of always naming it"
     )
     names = [plain(name) for name in result["classes"]]
     width = max(map(len, ["class", *names]))
@@ -221,6 +220,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, row in zip(names, result["per_class"], strict=True):
         scores = f"{row['precision']:9.3f}  {row['recall']:6.3f}  {row['f1']:5.3f}"
         print(f"{name:{width}}  {row['images']:6}  {scores}")
+    if result["warning"]:
+        print(textwrap.fill(f"warning: {result['warning']}", 79))
     return 0
 
 

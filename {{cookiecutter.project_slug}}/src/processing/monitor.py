@@ -126,7 +126,8 @@ def _data(part: dict[str, str]) -> bytes:
 def _pixels(batch: payload.Batch, facts: dict[str, Any]) -> NDArray[Any]:
     """As the model saw them; numbers that came normalised are turned back."""
     if isinstance(batch, list):
-        return np.stack([imaging.fit(image, facts["image_size"]) for image in batch])
+        size, deep = facts["image_size"], facts["preprocessing"].get("deep", imaging.DEEP)
+        return np.stack([imaging.fit(image, size, deep) for image in batch])
     mean, std = (np.reshape(facts["preprocessing"][name], (3, 1, 1)) for name in ("mean", "std"))
     return batch * std + mean
 

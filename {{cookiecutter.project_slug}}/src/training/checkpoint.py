@@ -24,9 +24,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from model import load_tensors
 from training.distributed import World
 
 logger = logging.getLogger("training")
+WRITER = "checkpoint"  # the name of the thread that writes
 KEEP = 2  # checkpoints: the older one is for when the newer one is damaged
 NAME = re.compile(r"step-\d{9}")  # nothing else in the folder counts: SageMaker leaves its upload markers there
 Tensors = dict[str, torch.Tensor]
@@ -44,8 +46,9 @@ class Progress:
         step: optimizer steps done.
         epoch: epochs done.
         position: steps done of the epoch that has begun.
-        history: metrics of every finished epoch.
+        history: metrics of every evaluated epoch.
         choices: what was chosen by measuring when the run began, and must stay.
+        scaler: of the losses in fp16; empty otherwise.
     """
 
     step: int = 0
@@ -53,6 +56,7 @@ class Progress:
     position: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)
     choices: dict[str, Any] = field(default_factory=dict)
+    scaler: dict[str, Any] = field(default_factory=dict)
 
 
 def identity(hyperparameters: Mapping[str, Any], fingerprint: str) -> str:
@@ -110,7 +114,7 @@ class Checkpoints:
             tensors |= {f"rank{rank}.{key}": value for key, value in state.items()}
         copied = {key: value.detach().to("cpu", copy=True).contiguous() for key, value in tensors.items()}
         facts = {"run": self._run, "world_size": self._world.size} | vars(progress)
-        self._writer = threading.Thread(target=_write, args=(self._folder, copied, json.dumps(facts)))
+        self._writer = threading.Thread(target=_write, args=(self._folder, copied, json.dumps(facts)), name=WRITER)
         self._writer.start()
         if wait:
             self.close()
@@ -141,7 +145,7 @@ class Checkpoints:
         if not facts:
             return Progress(), None
         for name, module in self._modules.items():
-            module.load_state_dict(_with_prefix(tensors, f"{name}."))
+            load_tensors(module, _with_prefix(tensors, f"{name}."))
         self._load_optimizer(_with_prefix(tensors, "optimizer."))
         progress = Progress(**{name: facts[name] for name in vars(Progress())})
         own = _with_prefix(tensors, f"rank{self._world.rank}.")

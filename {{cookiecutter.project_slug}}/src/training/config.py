@@ -7,6 +7,7 @@ no arguments. Standard library only: the laptop imports this module too.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import json
 import math
@@ -20,6 +21,7 @@ from typing import Any, Literal
 Auto = Literal["auto"]
 SMALL_IMAGE = 64  # pixels a side up to which the small convolutional network is the automatic choice
 TORCHVISION_SIZE = 224  # pixels a side for larger pictures
+GPU_INSTANCE = re.compile(r"ml\.[gp]\d")  # types of SageMaker's instances that have one
 
 
 class ConfigurationError(ValueError):
@@ -27,6 +29,8 @@ class ConfigurationError(ValueError):
 
 
 def _option(default: Any, text: str, shapes_result: bool = True) -> Any:
+    if isinstance(default, dict):
+        return field(default_factory=dict, metadata={"help": text, "shapes_result": shapes_result})
     return field(default=default, metadata={"help": text, "shapes_result": shapes_result})
 
 
@@ -34,7 +38,8 @@ def _option(default: Any, text: str, shapes_result: bool = True) -> Any:
 class Hyperparameters:
     """What a training run can be told. `auto` is settled by `resolve` from the data set."""
 
-    model: str = _option("auto", "cnn (small convolutional network), or a torchvision classifier such as resnet18")
+    model: str = _option("auto", "cnn, one of torchvision's such as resnet18, timm/<name>, or <file>.<Class> in src/")
+    model_options: dict[str, Any] = _option({}, "more arguments for the model, as JSON")
     image_size: int | Auto = _option("auto", "pixels a side; auto takes what the data set was packed at")
     epochs: int | Auto = _option("auto", "passes over the training split")
     batch_size: int = _option(64, "images per optimizer step, over all ranks together")
@@ -52,26 +57,40 @@ class Hyperparameters:
     erase: float = _option(0.0, "augmentation: probability that a rectangle is erased")
     mixup: float = _option(0.0, "alpha of the Beta distribution that two images are blended by; 0 = off")
     cutmix: float = _option(0.0, "the same for a rectangle pasted from another image; with mixup each step picks one")
-    pretrained: Literal["none", "default"] = _option(
-        "none", "weights to start from; default: torchvision's published ones; a channel `pretrained` goes before"
+    augment: Literal["none", "trivial"] = _option("none", "trivial: one random operation an image (TrivialAugment)")
+    rotate: float = _option(0.0, "augmentation: largest turn, in degrees")
+    sampling: Literal["shuffled", "balanced"] = _option("shuffled", "balanced: an epoch has as many of each class")
+    class_weights: Literal["none", "balanced"] = _option("none", "balanced: the loss of rare classes counts more")
+    pretrained: Literal["auto", "none", "default"] = _option(
+        "auto", "weights to start from: published ones where they can be had; default: or fail; a channel goes before"
     )
     frozen_stages: int = _option(0, "first stages of the model whose weights stay as they are")
-    precision: Literal["auto", "fp32", "bf16"] = _option("auto", "auto: bf16 autocast where the hardware has it")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = _option(
+        "auto", "of autocast; auto: bf16 where the hardware has it, else fp16 on GPUs that are fast in it"
+    )
     compile: bool | Auto = _option("auto", "torch.compile; auto: when the run is long enough to repay it")
     shuffle_gigabytes: float = _option(8.0, "a larger data set is shuffled in windows of this size")
     accumulate: int = _option(1, "parts that a batch is computed in, one after the other, to save memory")
     clip_gradients: float = _option(0.0, "largest norm of all gradients together; 0 = off")
     sync_batch_norm: bool = _option(False, "batch normalisation over the batch of all ranks instead of each rank's own")
     deterministic: bool = _option(False, "only operations that give the same bytes every time; slower on GPUs")
+    evaluate_every: int = _option(1, "epochs between evaluations; the last one is always evaluated")
+    keep: Literal["best", "last"] = _option("best", "the epoch whose weights are exported")
+    keep_by: Literal["accuracy", "loss", "f1"] = _option("accuracy", "what best means, on the validation split")
+    patience: int = _option(0, "evaluations in a row without a better one that end training; 0 = off")
     seed: int = _option(0, "of initial weights, sample order and augmentation")
     checkpoint_minutes: float = _option(5.0, "between checkpoints inside an epoch", shapes_result=False)
     max_restarts: int = _option(0, "of all ranks after one has died, on one host", shapes_result=False)
     peer_timeout_seconds: float = _option(600.0, "a rank waits for the others, then fails", shapes_result=False)
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"\w+", self.model, re.ASCII):  # a quote would break the SDK's environment file
-            raise ConfigurationError(f"model is {shown(self.model)}; it must be letters, digits and underscores")
-        for name, most in {"image_size": 4096, "epochs": 10**6, "batch_size": 10**6, "accumulate": 1024}.items():
+        # A quote would break the SDK's environment file.
+        if "'" in json.dumps(self.model_options):
+            raise ConfigurationError(f"model_options is {shown(self.model_options)}; it must hold no single quote")
+        if not re.fullmatch(r"(timm/)?\w[\w.-]*", self.model, re.ASCII):
+            raise ConfigurationError(f"model is {shown(self.model)}; it must be letters, digits, dots and underscores")
+        for name, most in {"image_size": 4096, "epochs": 10**6, "batch_size": 10**6, "accumulate": 1024,
+                           "evaluate_every": 10**6}.items():  # fmt: skip
             value = getattr(self, name)
             if value != "auto" and not 1 <= value <= most:
                 raise ConfigurationError(f"{name} is {value}; it must be at least 1 and at most {most}")
@@ -82,12 +101,14 @@ class Hyperparameters:
             "ema_decay": (0, 1),
             "warmup_fraction": (0, 1),
             "translate": (0, 1),
+            "rotate": (0, 181),
             "mixup": (0, 100),
             "cutmix": (0, 100),
             "clip_gradients": (0, 10**6),
             "frozen_stages": (0, 1000),
             "shuffle_gigabytes": (1e-6, 10**6),
             "checkpoint_minutes": (0, 10**6),
+            "patience": (0, 10**6),
             "max_restarts": (0, 100),
             "peer_timeout_seconds": (1, 10**6),
             "seed": (0, 2**32),
@@ -100,6 +121,10 @@ class Hyperparameters:
             value = getattr(self, name)
             if not least <= value <= 1:
                 raise ConfigurationError(f"{name} is {value}; it must be at least {least} and at most 1")
+        if self.class_weights == self.sampling == "balanced":
+            raise ConfigurationError(
+                "sampling and class_weights are both balanced, which counts rare classes twice; choose one of the two"
+            )
         if self.learning_rate != "auto" and not 0 < self.learning_rate < 1000:
             raise ConfigurationError(f"learning_rate is {self.learning_rate}; it must be above 0 and below 1000")
 
@@ -158,6 +183,12 @@ def _convert(name: str, value: object, kind: Any) -> object:
             if text.lower() in ("false", "0", "no"):
                 return False
             accepted.extend(["true", "false"])
+        elif typing.get_origin(choice) is dict:
+            with contextlib.suppress(ValueError):
+                found = value if isinstance(value, dict) else json.loads(text)
+                if isinstance(found, dict):
+                    return found
+            accepted.append("a JSON object")
         elif choice is str:
             if text and isinstance(value, str):
                 return text
@@ -184,8 +215,7 @@ def from_command_line(arguments: Sequence[str], environment: Mapping[str, str]) 
         return parse({name: value for name, value in given.items() if not name.startswith(("sagemaker_", "_"))})
     parser = argparse.ArgumentParser(allow_abbrev=False, exit_on_error=False, description="Train an image classifier.")
     for option in fields(Hyperparameters):
-        assert option.default is not MISSING
-        text = f"{option.metadata['help']} (default: {option.default})"
+        text = f"{option.metadata['help']} (default: {'{}' if option.default is MISSING else option.default})"
         parser.add_argument(f"--{option.name}", metavar="VALUE", default=argparse.SUPPRESS, help=text)
     try:
         known, unknown = parser.parse_known_args(arguments)

@@ -137,6 +137,29 @@ def epoch_order(images: int, seed: int, epoch: int, window: int | None = None) -
     return order
 
 
+def balanced_order(labels: NDArray[np.int64], seed: int, epoch: int) -> NDArray[np.int64]:
+    """An epoch with as many images of each class as of any other, and as long as one that visits each row once.
+
+    Of a large class it visits some rows, others in each epoch; a row of a small one comes again as row + len(labels),
+    row + 2 * len(labels) and so on: the same image, augmented in another way.
+    """
+    random = np.random.default_rng([seed, epoch, 6])
+    counts = np.bincount(labels)
+    rows = [own for own in np.split(np.argsort(labels, kind="stable"), np.cumsum(counts)[:-1]) if len(own)]
+    quotas = (len(labels) + random.permutation(len(rows))) // len(rows)  # the odd ones go to other classes each time
+    visits = [np.arange(quota) for quota in quotas]
+    chosen = [random.permutation(own)[visit % len(own)] + visit // len(own) * len(labels)
+              for own, visit in zip(rows, visits, strict=True)]  # fmt: skip
+    return random.permutation(np.concatenate(chosen))
+
+
+def class_weights(labels: NDArray[np.int64], classes: int) -> NDArray[np.float32]:
+    """What an image of each class counts, so that all classes count alike and the average image counts 1."""
+    counts = np.bincount(labels, minlength=classes)
+    share = len(labels) / np.count_nonzero(counts)
+    return np.divide(share, counts, out=np.zeros(classes), where=counts > 0).astype(np.float32)
+
+
 def window_rows(split: Split, gigabytes: float) -> int:
     """Rows of a shuffle window of that size."""
     return max(int(gigabytes * 1e9) // (3 * split.image_size**2), 1)

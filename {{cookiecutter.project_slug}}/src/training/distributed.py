@@ -9,8 +9,11 @@ from __future__ import annotations
 import contextlib
 import inspect
 import os
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +21,27 @@ import torch.distributed as dist
 from torch import nn
 
 from model import best_device
+from training.config import GPU_INSTANCE, ConfigurationError
+
+DRIVER = Path("/proc/driver/nvidia/version")
+
+
+def check_gpus(environment: Mapping[str, str]) -> None:
+    """Refuse to train on the processors of a host whose GPUs bill: by the job's `SM_*` variables it has some.
+
+    Raises:
+        ConfigurationError: torch cannot use them; an empty CUDA_VISIBLE_DEVICES says that it need not.
+    """
+    kind = environment.get("SM_CURRENT_INSTANCE_TYPE") or "this host"
+    promised = int(environment.get("SM_NUM_GPUS") or 0) > 0 or GPU_INSTANCE.match(kind)
+    if promised and environment.get("CUDA_VISIBLE_DEVICES") != "" and not torch.cuda.is_available():
+        driver = re.search(r"\d+\.[\d.]+", DRIVER.read_text(encoding="utf-8")) if DRIVER.is_file() else None
+        build = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
+        raise ConfigurationError(
+            f"{kind} has GPUs, and torch {torch.__version__}, which is built {build}, cannot use them "
+            f"({f'the driver is {driver[0]}' if driver else 'there is no NVIDIA driver'}); set images.torch to a build "
+            "that this driver runs, or choose an instance type without a GPU"
+        )
 
 
 @dataclass(frozen=True)
@@ -68,8 +92,11 @@ class World:
         if self.size > 1:
             for buffer in model.buffers():
                 if buffer.is_floating_point():
-                    dist.all_reduce(buffer)
-                    buffer /= self.size
+                    first = buffer.clone()
+                    dist.broadcast(first, 0)
+                    change = buffer - first  # exactly nothing where the ranks agree, as on what is frozen
+                    dist.all_reduce(change)
+                    buffer.copy_(first + change / self.size)
 
     def largest(self, values: list[float]) -> list[float]:
         """The element-wise maximum of a few numbers over all ranks."""
@@ -94,6 +121,25 @@ class World:
             dist.broadcast_object_list(box, device=self.device)
         return box[0]
 
+    def first(self, do: Callable[[], Any]) -> Any:
+        """What a function gives on the main rank, on every rank; also a ValueError, so that no rank waits in vain."""
+        result: Any = None
+        if self.is_main:
+            try:
+                result = do()
+            except ValueError as error:
+                result = error
+        result = self.send(result)
+        if isinstance(result, ValueError):
+            raise result
+        return result
+
+    def share(self, model: nn.Module) -> None:
+        """Give every rank the main one's weights and buffers."""
+        if self.size > 1:
+            for value in model.state_dict().values():
+                dist.broadcast(value, 0)
+
     def barrier(self) -> None:
         """Wait for all ranks."""
         if self.size > 1:
@@ -111,6 +157,11 @@ def start(timeout_seconds: float) -> World:
         return World(rank=0, size=1, device=best_device())
     rank, size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     if torch.cuda.is_available():
+        if local_rank >= (gpus := torch.cuda.device_count()):
+            raise ConfigurationError(
+                f"process {local_rank + 1} of this host has no GPU of its own: torch sees {gpus}, with "
+                f"CUDA_VISIBLE_DEVICES {os.environ.get('CUDA_VISIBLE_DEVICES', 'not set')!r}; start at most {gpus} here"
+            )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
         dist.init_process_group("nccl", timeout=timeout, device_id=device)
@@ -125,7 +176,7 @@ class SyncedBatchNorm(nn.BatchNorm2d):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002  (the name in torch)
         """Normalise (N, channels, height, width); ranks may hold unequal N."""
-        if not self.training:
+        if not self.training or self.running_mean is None:
             return super().forward(input)
         from torch.distributed.nn.functional import all_reduce
 
@@ -136,7 +187,6 @@ class SyncedBatchNorm(nn.BatchNorm2d):
         centred = values - mean[None, :, None, None]
         variance = all_reduce(centred.square().sum((0, 2, 3))) / count
         with torch.no_grad():
-            assert self.running_mean is not None
             assert self.running_var is not None
             assert self.num_batches_tracked is not None
             rate = self.momentum if self.momentum is not None else 0.1
@@ -151,14 +201,13 @@ class SyncedBatchNorm(nn.BatchNorm2d):
         return normal.to(input.dtype)
 
 
-def synchronise_batch_norm(model: nn.Module) -> nn.Module:
-    """The model with every batch normalisation over the batch of all ranks; weights and their names stay."""
-    if isinstance(model, nn.BatchNorm2d):
-        synced = SyncedBatchNorm(model.num_features, model.eps, model.momentum, model.affine)
-        synced.load_state_dict(model.state_dict())
-        return synced.to(next(model.buffers()).device)
-    for name, child in model.named_children():
-        setattr(model, name, synchronise_batch_norm(child))
+def synchronise_batch_norm(model: nn.Module, device: torch.device | None = None) -> nn.Module:
+    """The model with every batch normalisation over the batch of all ranks; all that it holds stays, frozen or not."""
+    on_gpu = device is not None and device.type == "cuda"
+    for module in model.modules():
+        if type(module) is nn.BatchNorm2d:  # others may do more than to normalise, as timm's do
+            module.__class__ = nn.SyncBatchNorm if on_gpu else SyncedBatchNorm  # type: ignore[assignment]
+            module.process_group = None  # type: ignore[assignment]  # of nn.SyncBatchNorm: all ranks
     return model
 
 

@@ -1,8 +1,16 @@
-"""Start from weights that were trained before: a file in the channel `pretrained`, or torchvision's published ones."""
+"""Start from weights that were trained before: a file in the channel `pretrained`, or those that were published."""
 
 from __future__ import annotations
 
+import argparse
+import hashlib
+import http.client
 import logging
+import os
+import re
+import time
+import urllib.request
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +18,105 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from model import CNN, ModelError
+from model import MODELS, TIMM, ModelError, load_tensors
 
 logger = logging.getLogger("training")
-SUFFIXES = (".safetensors", ".pth", ".pt")
+SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt", ".bin")
+# Where the files that people have keep their weights, among other things.
+INSIDE = ("state_dict", "model_state_dict", "model", "module", "net", "network", "weights", "model_ema", "ema",
+          "state_dict_ema", "ema_state_dict")  # fmt: skip
+SECONDS, BYTES_A_SECOND = 10.0, 2**20  # a download ends after so long, unless it comes faster than this
+Weights = dict[str, torch.Tensor]
+
+
+def initialise(model: nn.Module, name: str, wanted: str, channel: Path | None) -> dict[str, str] | None:
+    """Load what a run starts from.
+
+    Args:
+        model: is changed in place.
+        name: of the model.
+        wanted: none; auto: published weights, or none where they cannot be had; default: these, or fail.
+        channel: goes before; it holds one file.
+
+    Returns:
+        The file's name and SHA-256; None when the model keeps its random weights.
+
+    Raises:
+        ModelError: for weights that cannot be read, do not fit, or must be had and cannot.
+    """
+    if channel:
+        load_weights(model, read_weights(file := find_weights(channel)))
+    else:
+        try:
+            source = published(name) if wanted != "none" else None
+            if source is None and wanted == "default":
+                raise OSError("there are none")
+            if source is None:
+                return None
+            load_weights(model, read_weights(file := fetch(*source)))
+        except (OSError, ModelError) as error:
+            reason = f"the published weights of {name} cannot be had ({error})"
+            if wanted == "default":
+                raise ModelError(f"{reason}; give a file as data.pretrained, or set pretrained to none") from error
+            logger.info("training from nothing: %s; give a file of weights as data.pretrained", reason)
+            return None
+    return {"name": file.name, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
+
+
+def published(name: str) -> tuple[str, Path] | None:
+    """Address of a model's published weights, and their file in torch's cache; None when there are none."""
+    folder = Path(torch.hub.get_dir(), "checkpoints")
+    if name.startswith(TIMM):
+        import timm
+        from huggingface_hub import hf_hub_url, try_to_load_from_cache
+
+        facts = timm.get_pretrained_cfg(name.removeprefix(TIMM))
+        if facts is None or not facts.hf_hub_id:
+            return None
+        file = folder / f"{name.replace('/', '-')}.safetensors"
+        cached = try_to_load_from_cache(facts.hf_hub_id, "model.safetensors")
+        return hf_hub_url(facts.hf_hub_id, "model.safetensors"), Path(cached) if isinstance(cached, str) else file
+    if name in MODELS or "." in name:
+        return None
+    from torchvision import models
+
+    weights: Any = models.get_model_weights(name)
+    return (weights.DEFAULT.url, folder / weights.DEFAULT.url.rpartition("/")[2]) if len(weights) else None
+
+
+def fetch(url: str, file: Path) -> Path:
+    """The file in the cache; downloaded first when it is missing, whole or not at all.
+
+    Raises:
+        OSError: when it cannot be had in time; or at all, without a network.
+    """
+    if file.is_file():
+        return file
+    if os.environ.get("NETWORK_ISOLATION"):
+        raise OSError("this job has no network")
+    logger.info("downloading %s", url)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial, begun, size = file.with_name(f".{os.getpid()}-{file.name}"), time.monotonic(), 0
+    digest = hashlib.sha256()
+    try:
+        with urllib.request.urlopen(url, timeout=SECONDS) as answer, partial.open("wb") as target:  # noqa: S310
+            while piece := answer.read1(2**20):
+                size += target.write(piece)
+                digest.update(piece)
+                if time.monotonic() - begun > SECONDS + size / BYTES_A_SECOND:
+                    raise OSError(f"only {size / 1e6:.1f} MB came in {time.monotonic() - begun:.0f} s")
+            if size != int(answer.headers.get("Content-Length") or size):
+                raise OSError(f"only {size} bytes came")
+        named = file.stem.rpartition("-")[2] if file.suffix == ".pth" and "-" in file.stem else ""
+        if not digest.hexdigest().startswith(named):
+            raise OSError("what came has another checksum than the one in its name")
+        read_weights(partial)  # or the page of some network that wants a login would stay
+        partial.replace(file)
+    except (http.client.HTTPException, ValueError) as error:
+        raise OSError(f"what came is no file of weights: {str(error)[:200]}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+    return file
 
 
 def find_weights(place: Path) -> Path:
@@ -22,54 +125,49 @@ def find_weights(place: Path) -> Path:
     Raises:
         ModelError: when there is none, or more than one.
     """
-    files = [place] if place.is_file() else sorted(path for path in place.rglob("*") if path.suffix in SUFFIXES)
+    files = [place] if place.is_file() else sorted(path for path in place.rglob("*") if path.suffix.lower() in SUFFIXES)
     if len(files) != 1:
         found = ", ".join(path.name for path in files[:3]) or "none"
         raise ModelError(f"{place} must hold one file of weights ({' '.join(SUFFIXES)}); found: {found}")
     return files[0]
 
 
-def read_weights(file: Path) -> dict[str, torch.Tensor]:
-    """Tensors by name. Pickles are read as tensors only.
+def read_weights(file: Path) -> Weights:
+    """Tensors by name, from where files of the usual kinds have them. Pickles are read as plain values only.
 
     Raises:
         ModelError: when the file holds something else.
     """
     try:
-        content: Any = (
-            load_file(file)
-            if file.suffix == ".safetensors"
-            else torch.load(file, map_location="cpu", weights_only=True)
-        )
+        with torch.serialization.safe_globals([argparse.Namespace]):  # as torchvision's scripts save their options
+            content: Any = (
+                load_file(file)
+                if file.suffix.lower() == ".safetensors"
+                else torch.load(file, map_location="cpu", weights_only=True)
+            )
     except Exception as error:  # both libraries raise kinds of their own
-        reason = str(error).partition("\n")[0]
-        raise ModelError(f"{file} holds no weights that can be read: {reason}") from error
-    for key in ("state_dict", "model"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-    if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
-        raise ModelError(f"{file} holds no tensors by name; save a model's state_dict")
-    return {str(name).removeprefix("module."): value for name, value in content.items()}
-
-
-def published_weights(name: str) -> dict[str, torch.Tensor]:
-    """Torchvision's `DEFAULT` weights of a classifier, downloaded or from its cache.
-
-    Raises:
-        ModelError: when the model has none or they cannot be had.
-    """
-    if name == CNN:
-        raise ModelError(f"model {CNN} has no published weights; set pretrained to none, or model to resnet18")
-    from torchvision import models
-
-    try:
-        weights: Any = models.get_model_weights(name).DEFAULT
-        state: dict[str, torch.Tensor] = weights.get_state_dict(progress=False, check_hash=True)
-        return state
-    except (OSError, AttributeError) as error:
+        reason = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).partition("\n")[0] or type(error).__name__
         raise ModelError(
-            f"the published weights of {name} cannot be had ({error}); give a file of weights as data.pretrained"
+            f"{file} holds no weights that can be read: {reason}; where you trust it, load it with torch and save "
+            f"model.state_dict()"
         ) from error
+    found = _tensors(content)
+    if found is None:
+        raise ModelError(f"{file} holds no tensors by name; save a model's state_dict")
+    if found[0]:
+        logger.info("%s: the weights are taken from %s", file.name, ".".join(found[0]))
+    return found[1]
+
+
+def _tensors(content: Any) -> tuple[list[str], Weights] | None:
+    """The tensors by name in what a file holds, and the keys that lead to them."""
+    if not isinstance(content, Mapping) or not content:
+        return None
+    for key in INSIDE:
+        if isinstance(content.get(key), Mapping) and (found := _tensors(content[key])):
+            return [key, *found[0]], found[1]
+    tensors = {str(name): value for name, value in content.items() if isinstance(value, torch.Tensor)}
+    return ([], tensors) if tensors and len(tensors) == sum(value is not None for value in content.values()) else None
 
 
 def load_weights(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
@@ -79,6 +177,7 @@ def load_weights(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
         ModelError: when anything but the head does not fit.
     """
     own = model.state_dict()
+    weights = _renamed(weights, list(own))
     head = list(dict(model.named_parameters()))[-1].rpartition(".")[0]
     misfits = [name for name in own if name not in weights or weights[name].shape != own[name].shape]
     misfits = [name for name in misfits if not name.endswith("num_batches_tracked")]
@@ -90,9 +189,24 @@ def load_weights(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
             f"({theirs}, wanted {list(own[strange[0]].shape)}); set model to the one that they were trained for"
         )
     fitting = {name: weights.get(name, value) for name, value in own.items() if name not in misfits}
-    model.load_state_dict(fitting, strict=False)
+    load_tensors(model, fitting, strict=False)
     anew = f"; a new head for {own[misfits[0]].shape[0]} classes ({', '.join(misfits)})" if misfits else ""
     logger.info("pretrained weights: %d of %d tensors%s", len(own) - len(misfits), len(own), anew)
+
+
+def _renamed(weights: Weights, names: list[str]) -> Weights:
+    """Without what a wrapper put before all names (`module.`, `_orig_mod.`, `model.`): what makes most of them fit."""
+    # Torchvision's files of densenets are older than its names.
+    weights = {re.sub(r"(denselayer\d+\.(?:norm|relu|conv))\.(?=[12]\.)", r"\1", name): value
+               for name, value in weights.items()}  # fmt: skip
+    before = {name.removesuffix(own) for own in names[:1] + names[-3:] for name in weights if name.endswith(f".{own}")}
+    wanted = set(names)
+    fits = {prefix: sum(name.removeprefix(prefix) in wanted for name in weights if name.startswith(prefix))
+            for prefix in ("", *sorted(before))}  # fmt: skip
+    best = max(fits, key=lambda prefix: fits[prefix])
+    if best:
+        logger.info("the names of the weights are taken without %r", best)
+    return {name.removeprefix(best): value for name, value in weights.items() if name.startswith(best)}
 
 
 def freeze(model: nn.Module, stages: int) -> None:
@@ -109,6 +223,8 @@ def freeze(model: nn.Module, stages: int) -> None:
     for child in children[:stages]:
         child.requires_grad_(False)
     if stages:
+        for parameter in model.parameters(recurse=False):  # what a transformer adds before its first blocks
+            parameter.requires_grad_(False)
         frozen = sum(parameter.numel() for parameter in model.parameters() if not parameter.requires_grad)
         logger.info("frozen: %d of %d stages, %s parameters", stages, len(children), f"{frozen:,}")
 

@@ -13,7 +13,6 @@ know if it is in one.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import logging
 import os
@@ -40,15 +39,16 @@ import numpy as np  # noqa: E402
 import safetensors  # noqa: E402
 import torch  # noqa: E402
 
-from inference.export import write_artifact, write_json  # noqa: E402
+from inference.export import rehearse, write_artifact, write_json  # noqa: E402
 from model import ModelError, build_model  # noqa: E402
-from progress import plain  # noqa: E402
-from training import config, data, distributed  # noqa: E402
+from progress import plain, several  # noqa: E402
+from scores import advice  # noqa: E402
+from training import calibrate, checkpoint, config, data, distributed  # noqa: E402
 from training.board import Board  # noqa: E402
-from training.checkpoint import CheckpointError  # noqa: E402
-from training.loop import fit  # noqa: E402
-from training.pretrained import find_weights, freeze, load_weights, published_weights, read_weights  # noqa: E402
-from training.watch import NonFiniteLoss  # noqa: E402
+from training.checkpoint import WRITER, CheckpointError  # noqa: E402
+from training.loop import LINE, fit  # noqa: E402
+from training.pretrained import freeze, initialise  # noqa: E402
+from training.watch import NonFiniteLoss, exported  # noqa: E402
 
 logger = logging.getLogger("training")
 EXPLANATION = "error: "  # how a reason that is for the user begins
@@ -119,19 +119,20 @@ def train(
     logger.addHandler(_file_handler(folders.output / "train.log") if world.is_main else logging.NullHandler())
     settled = config.resolve(hyperparameters, train_split.image_size, len(train_split))
     torch.manual_seed(settled.seed)
-    model = build_model(settled.model, len(train_split.classes), train_split.image_size)
-    weights = find_weights(folders.pretrained) if folders.pretrained else None
-    if weights:
-        load_weights(model, read_weights(weights))
-    elif settled.pretrained == "default":
-        load_weights(model, published_weights(settled.model))
+    model = build_model(settled.model, len(train_split.classes), train_split.image_size, settled.model_options)
+    known = checkpoint.choices(folders.checkpoints, world) if folders.checkpoints else {}
+    started: dict[str, str] | None = known.get("pretrained")
+    if not known:  # a run that is resumed has its weights, and was rehearsed
+        parts = settled.accumulate * world.size
+        alone = min(settled.batch_size, len(train_split)) < 2 * parts and not settled.sync_batch_norm
+        started = world.first(lambda: begin(model, settled, folders.pretrained, validation, alone))
     freeze(model, settled.frozen_stages)
-    model.to(world.device)
+    world.share(model.to(world.device))
     kind = world.device.type.upper()  # CPU, CUDA or MPS
     if world.is_main:
         choices = [f"{name}={value}" for name, value in settled.as_dict().items()]
-        logger.info("%d training and %d validation images of %d classes on %d process%s, %s", len(train_split),
-                    len(validation), len(train_split.classes), world.size, "es" * (world.size > 1), kind)  # fmt: skip
+        logger.info("%d training and %d validation images of %s on %s, %s", len(train_split), len(validation),
+                    several(len(train_split.classes), "class"), several(world.size, "process"), kind)  # fmt: skip
         logger.info("hyperparameters: %s", " ".join(choices))
 
     live = os.environ.get("TENSORBOARD_FOLDER")  # SageMaker uploads it while the job runs
@@ -142,40 +143,60 @@ def train(
         (folders.output / "metrics.jsonl").write_text("".join(lines), encoding="utf-8")
         board.add(history)
 
-    trained, history = fit(model, train_split, validation, settled, world, folders.checkpoints, record)
+    begun: dict[str, Any] = {"pretrained": started}
+    trained, history = fit(model, train_split, validation, settled, world, folders.checkpoints, record, begun)
+    logits = calibrate.answers(trained, validation, world)
     if world.is_main:
         record(history)
         # The first epoch warms up; one that was resumed at its very end trained nothing.
         rates = [epoch["images_per_second"] for epoch in history[1:] or history if epoch["images_per_second"]] or [0.0]
+        best = exported(history, settled)
+        if history[-1]["epoch"] < int(settled.epochs):
+            logger.info("ended after epoch %d, as patience is %d", history[-1]["epoch"], settled.patience)
+        logger.info("exported: %s", LINE.format(**best))  # last: a tuner takes the last value of its objective
+        warning = advice(best["val_accuracy"], best["majority"], len(validation))
+        if warning:
+            logger.info("warning: %s", warning)
         metrics = {
-            "val_accuracy": history[-1]["val_accuracy"],
-            "val_loss": history[-1]["val_loss"],
-            "train_loss": history[-1]["train_loss"],
-            "epochs": len(history),
+            **{name: best[name] for name in ("val_accuracy", "majority", "val_f1", "val_worst_recall", "val_loss")},
+            "train_loss": best["train_loss"],
+            "epoch": best["epoch"],
+            "epochs": history[-1]["epoch"],
             "steps": history[-1]["step"],
             "train_images_per_second": sum(rates) / len(rates),
             "world_size": world.size,
             "seconds": time.time() - STARTED,
         }
         git_commit = os.environ.get("GIT_COMMIT") or None
-        write_artifact(folders.model, trained, settled, validation, metrics, git_commit)
+        write_artifact(folders.model, trained, settled, validation, metrics, git_commit, logits)
         write_json(folders.output / "metrics.json", metrics)
         facts = {
             "hyperparameters": settled.as_dict(),
             "git_commit": git_commit,
             "dataset_fingerprint": validation.info["fingerprint"],
-            "pretrained_sha256": hashlib.sha256(weights.read_bytes()).hexdigest() if weights else None,
+            "pretrained": started and started["name"],
+            "pretrained_sha256": started and started["sha256"],
             "versions": {
                 "python": platform.python_version(),
                 "torch": torch.__version__,
                 "numpy": np.__version__,
                 "safetensors": safetensors.__version__,
             },
+            "choices": {name: value for name, value in begun.items() if name != "pretrained"},
+            "warning": warning,
             "device": torch.cuda.get_device_name() if kind == "CUDA" else f"{kind} ({platform.machine()})",
         }
         write_json(folders.output / "run.json", facts)
         logger.info("artifact written")
     world.barrier()
+
+
+def begin(
+    model: torch.nn.Module, settled: config.Hyperparameters, channel: Path | None, validation: data.Split, alone: bool
+) -> dict[str, str] | None:
+    """Rehearse the artifact and load the weights to start from, on one rank; what `initialise` returns."""
+    rehearse(model, settled, validation, alone)
+    return initialise(model, settled.model, settled.pretrained, channel)
 
 
 def main(arguments: list[str]) -> int:
@@ -187,6 +208,7 @@ def main(arguments: list[str]) -> int:
         if hyperparameters.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
+        distributed.check_gpus(os.environ)
         # Before the ranks meet: one that leaves while they do breaks the meeting for the others.
         splits = data.load_channels(folders.train, folders.validation)
         world = distributed.start(hyperparameters.peer_timeout_seconds)
@@ -195,13 +217,16 @@ def main(arguments: list[str]) -> int:
         return 0
     except interruption.Stopped:
         logger.info("stopped by SIGTERM; a checkpoint is written, nothing else is")
-        if os.environ.get(interruption.MARK):
-            Path(os.environ[interruption.MARK]).touch()
+        interruption.mark()
         return interruption.EXIT_CODE
     except EXPLAINED as error:
         reason, code = f"{EXPLANATION}{error}", 2
-    except Exception:
+    except Exception as error:
         reason, code = traceback.format_exc(), 1
+        if "does not have a deterministic implementation" in str(error):
+            operation = str(error).partition(", but")[0]
+            reason, code = f"{EXPLANATION}deterministic is true, and {operation}; set it to false, or take a model "\
+                           "without this operation", 2  # fmt: skip
     # A name in it may look like the line of an epoch, which SageMaker reads numbers from: `val_accuracy=0.99`.
     print(plain(reason.replace("=", "= "), more="\n"), file=sys.stderr, flush=True)
     with contextlib.suppress(OSError):  # the disk may be what failed
@@ -225,13 +250,13 @@ def _file_handler(path: Path) -> logging.Handler:
 
 if __name__ == "__main__":
     exit_code = main(sys.argv[1:])
-    # At once, but for a checkpoint: leaving a process group whose other ranks are gone can hang, and what is left of it
-    # can abort when the interpreter ends (gloo, after a success: "terminate called without an active exception").
-    if exit_code or "WORLD_SIZE" in os.environ:
-        for thread in threading.enumerate():
-            if thread is not threading.main_thread() and not thread.daemon:
-                thread.join()
-        logging.shutdown()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(exit_code)
+    # At once, but for a checkpoint: leaving a process group whose other ranks are gone can hang, what is left of it can
+    # abort when the interpreter ends (gloo, after a success: "terminate called without an active exception"), and the
+    # threads of a compiler that was interrupted never end.
+    for thread in threading.enumerate():
+        if thread.name == WRITER:
+            thread.join()
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code)
