@@ -326,6 +326,20 @@ def test_the_rank_that_explains_is_heard_whichever_fails_first(tmp_path: Path, p
     assert job.failure() == "error: explained"
 
 
+def test_a_failure_is_no_stop_though_torchrun_ends_the_other_rank_by_a_signal(tmp_path: Path, packed: Path) -> None:
+    """As it also does when somebody asks for a stop; here nobody did."""
+    job = make(tmp_path, packed, 2)
+    job.inject(
+        "train.py",
+        "    settled = config.resolve(",
+        "if world.rank: raise data.DataError('explained')\nimport time\ntime.sleep(100)",
+    )
+    code, text = job.run()
+    assert code == 1
+    assert "stopped by SIGTERM before the first step" in text  # the other rank
+    assert job.failure() == "error: explained"
+
+
 def test_22_a_used_container_gives_the_same_artifact(tmp_path: Path, packed: Path, undisturbed: dict[int, Job]) -> None:
     job = make(tmp_path, packed, 1)
     job.run(epochs=1, seed=5)

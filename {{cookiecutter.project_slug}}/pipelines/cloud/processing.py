@@ -132,7 +132,7 @@ def outputs(name: str, uri: Any) -> list[Any]:
 def main() -> int:
     """Command line; see the module's docstring."""
     parser = terminal.parser("Pack images on SageMaker.", settings=True)
-    parser.add_argument("--data", variable="DATA", help="folder of raw images, here or s3://... (default: data.source)")
+    parser.add_data("folder of raw images, here or s3://...")
     parser.add_argument("--wait", variable="WAIT", action="store_true", help="follow the log; fails when the job does")
     parser.add_argument("--yes", variable="YES", action="store_true", help="go on although it is over budget")
     prices.add_plan(parser)

@@ -223,9 +223,7 @@ def _resumed(account: Account, run: str) -> Request:
 def main() -> int:
     """Command line; see the module's docstring."""
     parser = terminal.parser("Train on SageMaker.", settings=True)
-    parser.add_argument(
-        "--data", variable="DATA", help="folder of raw images, or s3://... of a packed data set (default: data.source)"
-    )
+    parser.add_data("folder of raw images, or s3://... of a packed data set")
     parser.add_argument(
         "--run", variable="RUN", help="name of a run that was stopped or failed, to resume (default: a fresh run)"
     )

@@ -218,9 +218,7 @@ def write_digits(folder: Path) -> None:
 def main() -> int:
     """Command line; see the module's docstring."""
     parser = terminal.parser("Pack images into the data set that training reads.", settings=True)
-    parser.add_argument(
-        "--data", variable="DATA", help="folder with one sub-folder of images a class, or a CSV (default: data.source)"
-    )
+    parser.add_data("folder with one sub-folder of images a class, or a CSV")
     options = parser.parse_args()
     from pipelines.report import dataset
 

@@ -126,9 +126,7 @@ def _fresh_root(name: str) -> Path:
 def main() -> int:
     """Command line; see the module's docstring."""
     parser = terminal.parser("Train on this machine as SageMaker would.", settings=True)
-    parser.add_argument(
-        "--data", variable="DATA", help="folder with one sub-folder of images a class (default: data.source)"
-    )
+    parser.add_data()
     parser.add_argument("--run", variable="RUN", help="name of an interrupted run to resume (default: a fresh run)")
     parser.add_mode()
     parser.add_argument("--instances", variable="INSTANCE_COUNT", type=int, help="default: compute.local_instances")

@@ -165,7 +165,7 @@ def hints(settings: Settings, arn: str) -> str:
 def main() -> int:
     """Command line; see the module's docstring."""
     parser = terminal.parser("Bring the project's SageMaker Pipeline up to date and run it.", settings=True)
-    parser.add_argument("--data", variable="DATA", help="folder of raw images, here or s3://... (default: data.source)")
+    parser.add_data("folder of raw images, here or s3://...")
     parser.add_argument("--wait", variable="WAIT", action="store_true", help="follow its steps; fails when one does")
     parser.add_argument("--yes", variable="YES", action="store_true", help="go on although it is over budget")
     prices.add_plan(parser)

@@ -243,9 +243,7 @@ def run(settings: Settings, source: str | None) -> Path:
 def main() -> int:
     """Command line; see the module's docstring."""
     parser = terminal.parser("Run the project's pipeline on this machine.", settings=True)
-    parser.add_argument(
-        "--data", variable="DATA", help="folder with one sub-folder of images a class (default: data.source)"
-    )
+    parser.add_data()
     parser.add_mode()
     options = parser.parse_args()
     settings = load(options.set, options={"compute.local_mode": options.mode})

@@ -202,9 +202,7 @@ def _read(value: str) -> Any:
 def main() -> int:
     """Command line; see the module's docstring."""
     parser = terminal.parser("Search hyperparameters with SageMaker's tuner.", settings=True)
-    parser.add_argument(
-        "--data", variable="DATA", help="folder of raw images, or s3://... of a packed data set (default: data.source)"
-    )
+    parser.add_data("folder of raw images, or s3://... of a packed data set")
     parser.add_argument("--job", variable="JOB", help="name of a tuning job to look at, instead of starting one")
     parser.add_argument(
         "--wait", variable="WAIT", action="store_true", help="follow it to its end; fails when the search does"

@@ -194,9 +194,7 @@ def _begun(settings: Settings, name: str, most: bool) -> tuple[Settings, str]:
 def main() -> int:
     """Command line; see the module's docstring."""
     parser = terminal.parser("Search hyperparameters on this machine.", settings=True)
-    parser.add_argument(
-        "--data", variable="DATA", help="folder with one sub-folder of images a class (default: data.source)"
-    )
+    parser.add_data()
     parser.add_argument(
         "--run", variable="RUN", help="name of a search to go on with (default: the newest unfinished one)"
     )

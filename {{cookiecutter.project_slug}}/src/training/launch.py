@@ -92,7 +92,12 @@ def main() -> int:
     os.environ.update(network(os.environ) | variables)
     if not variables:
         os.execv(words[0], words)  # noqa: S606  (a program and its words, no shell)
-    codes: list[int] = []
+    codes: list[int] = []  # of ranks that failed, as torchrun says it
+    asked: list[int] = []  # the signals that came here
+
+    def stop(number: int, _: object) -> None:
+        asked.append(number)
+        agent.terminate()
 
     def copy() -> None:
         assert agent.stderr is not None
@@ -109,13 +114,15 @@ def main() -> int:
         reader = threading.Thread(target=copy, daemon=True)
         reader.start()
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda _number, _frame: agent.terminate())
+            signal.signal(number, stop)
         code = agent.wait()
         reader.join(timeout=5)  # a process that a rank has left behind may hold the pipe
-        if code and not stopped.exists() and os.environ.get("SM_OUTPUT_FAILURE"):
+        # torchrun ends the peers of a rank that failed by SIGTERM too, and that is no stop that somebody asked for.
+        honoured = stopped.exists() and bool(asked or codes[-1:] in ([], [interruption.EXIT_CODE]))
+        if code and not honoured and os.environ.get("SM_OUTPUT_FAILURE"):
             with contextlib.suppress(OSError):  # the disk may be what failed
                 explain(codes[-1] if codes else code, Path(os.environ["SM_OUTPUT_FAILURE"]))
-        return interruption.EXIT_CODE if stopped.exists() else code if code >= 0 else 128 - code
+        return interruption.EXIT_CODE if honoured else code if code >= 0 else 128 - code
 
 
 if __name__ == "__main__":
