@@ -195,7 +195,8 @@ def test_what_is_no_file_is_no_archive(made: str, tmp_path: Path) -> None:
         unpack(path, tmp_path / "inside")
 
 
-NAMED = ["/dev/zero", "../../../../dev/zero", "/etc/hostname", "code", "pipe", "link", "linked/file", "code/../a", ""]
+NAMED = ["/dev/zero", "../../../../dev/zero", "/etc/hostname", "code", "pipe", "link", "link to a file", "linked/file", "code/../a",
+         ""]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", NAMED)
@@ -207,6 +208,9 @@ def test_a_name_in_model_json_never_leads_out(name: str, artifact: Path, tmp_pat
         os.mkfifo(folder / name)
     elif name == "link":
         (folder / name).symlink_to("/dev/zero")
+    elif name == "link to a file":
+        (tmp_path / "empty").touch()
+        (folder / name).symlink_to(tmp_path / "empty")
     elif name == "linked/file":
         (folder / "linked").symlink_to(tmp_path)
     began = time.monotonic()
