@@ -83,3 +83,4 @@ def test_a_release_has_its_own_section_of_the_changelog(tmp_path: Path) -> None:
     assert run("2026.11.27") == 0
     assert (tmp_path / "notes.md").read_text(encoding="utf-8").strip() == "### Added\n\n- a room"
     assert run("2026.11.28") != 0
+    assert run("Unreleased") != 0

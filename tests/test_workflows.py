@@ -92,6 +92,16 @@ def test_every_step_is_a_verb_that_exists(full: Project) -> None:
                 assert expanded.returncode == 0, expanded.stderr
 
 
+def test_no_checkout_leaves_its_token_behind(full: Project) -> None:
+    """Zizmor finds a checkout that does not say it, and not one that says `true`."""
+    own = {path.name: path.read_text(encoding="utf-8") for path in (TEMPLATE / ".github" / "workflows").glob("*.yml")}
+    for name, text in [*texts(full).items(), *own.items()]:
+        jobs = yaml.load(text, yaml.BaseLoader)["jobs"].values()
+        steps = [step for job in jobs for step in job.get("steps", []) if "actions/checkout" in step.get("uses", "")]
+        assert steps, name
+        assert all(step["with"]["persist-credentials"] == "false" for step in steps), name
+
+
 def test_rights_are_the_least(full: Project) -> None:
     ci, deliver = workflow(full, "ci.yml"), workflow(full, "deliver.yml")
     weekly = workflow(full, "weekly.yml")

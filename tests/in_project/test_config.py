@@ -37,6 +37,7 @@ def test_booleans_in_any_case(text: str, value: bool) -> None:
         ({"epochs": 2.5}, "epochs is 2.5; it must be a whole number or auto"),
         ({"epochs": True}, "epochs is True"),
         ({"epochs": 0}, "epochs is 0; it must be at least 1 and at most 1000000"),
+        ({"epochs": 10**7}, "epochs is 10000000; it must be at least 1 and at most 1000000"),
         ({"batch_size": None}, "batch_size is None; it must be a whole number"),
         ({"learning_rate": -1}, "learning_rate is -1.0; it must be above 0 and below 1000"),
         ({"learning_rate": "nan"}, "learning_rate is 'nan'; it must be a number or auto"),

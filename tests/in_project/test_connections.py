@@ -238,6 +238,17 @@ def test_tiny_pieces_of_a_body_are_refused(beside: Any) -> None:
     beside(test)
 
 
+def test_pieces_are_those_of_one_body(beside: Any) -> None:
+    """A kept connection may have as many requests as it likes."""
+
+    def test(client: Client) -> None:
+        with client.connect(REQUEST * (connections.PIECES + 100)) as connection:
+            connection.shutdown(socket.SHUT_WR)
+            assert received(connection).count(b"HTTP/1.1 200 ") == connections.PIECES + 100
+
+    beside(test)
+
+
 def test_what_follows_an_early_answer_ends(beside: Any) -> None:
     def test(client: Client) -> None:
         with client.connect(HEAD + b"Content-Length: 2000000\r\n\r\n") as connection:

@@ -103,12 +103,14 @@ def test_other_modes_become_rgb(mode: str, colour: int | tuple[int, ...]) -> Non
         (b"plain text", "10 bytes that are not a readable image"),
         (encoded(Image.new("L", (8, 8)), "GIF"), "not a readable image"),
         (encoded(picture(), "JPEG")[:400], "damaged"),
-        (encoded(Image.new("F", (8, 8), 0.5), "TIFF")[:], None),
+        (encoded(Image.new("F", (8, 8), 0.5), "TIFF"), "pixel mode 'F' has values outside 0 to 65535"),
+        (encoded(Image.new("I", (8, 8), 70_000), "TIFF"), "pixel mode 'I' has values outside 0 to 65535"),
+        (encoded(Image.new("I", (8, 8), -1), "TIFF"), "pixel mode 'I' has values outside 0 to 65535"),
         (encoded(Image.new("1", (10001, 10001)), "PNG"), "10001x10001 pixels, more than the limit"),
     ],
-    ids=["empty", "text", "gif", "truncated", "float", "too large"],
+    ids=["empty", "text", "gif", "truncated", "float", "above 16 bits", "below 0", "too large"],
 )
-def test_bad_images_are_refused(data: bytes, message: str | None) -> None:
+def test_bad_images_are_refused(data: bytes, message: str) -> None:
     with pytest.raises(bounds.ImageError, match=message):
         imaging.decode(data)
 
@@ -173,6 +175,15 @@ def tiff(tags: dict[int, int], content: bytes = b"", big: bool = False, side: in
     return head + directory + bytes(size) + content
 
 
+def overlapping(strips: int, size: int) -> bytes:
+    """A TIFF of strips that are all the same bytes, each with its own place and size in a list."""
+    lists = struct.pack("<L", 122 + 8 * strips) * strips, struct.pack("<L", size) * strips
+    data = tiff({259: 7, 273: 122, 278: 1, 279: 122 + 4 * strips}, b"".join(lists) + b"\xff" * size, side=5000)
+    for tag, place in ((273, 122), (279, 122 + 4 * strips)):
+        data = data.replace(struct.pack("<HHLL", tag, 4, 1, place), struct.pack("<HHLL", tag, 4, strips, place))
+    return data
+
+
 SCAN = b"\xff\xda\x00\x08\x01\x01\x00\x01\x3f\x00"  # of one component, without data
 END = b"\xff\xd9"
 N = 6 * 2**20 - 2000  # about what a request may have
@@ -214,6 +225,13 @@ HOSTILE: dict[str, tuple[Callable[[], bytes], str]] = {
         lambda: tiff({259: 7, 273: 122, 278: 2**32 - 1, 279: 294_290}, jpeg(SCAN * 99, END, 5000), side=5000),
         "more than 20 passes over 25000000 pixels",
     ),
+    "passes in a strip of no size": (  # for libtiff to reckon
+        lambda: tiff({259: 7, 273: 122, 278: 2**32 - 1, 279: 294_290}, jpeg(SCAN * 99, END, 5000), side=5000).replace(
+            struct.pack("<HHLL", 279, 4, 1, 294_290), struct.pack("<HHLL", 279, 4, 1, 0)
+        ),
+        "more than 20 passes over 25000000 pixels",
+    ),
+    "strips that lie on one another": (lambda: overlapping(60_000, 100_000), "the image is damaged"),
     "strips that are all the same": (
         lambda: tiff({259: 7, 273: 0, 278: 1}, struct.pack("<L", 150) * 60_000 + SCAN * 9, side=5000),
         "more than 500000 passes over 5000 pixels",
@@ -225,6 +243,7 @@ BOMB = zlib.compress(bytes(2**20), 9)
 EXTRAS = (
     chunk(b"iCCP", b"k\0\0" + BOMB), chunk(b"zTXt", b"k\0\0" + BOMB), chunk(b"iTXt", b"k\0\1\0\0\0" + BOMB),
     chunk(b"fcTL", bytes(26)), chunk(b"fdAT", bytes(1000)), chunk(b"eXIf", b"II*\0\x08\0\0\0\0\0") * 40,
+    chunk(b"zTXt", b"Raw profile type exif\0\0" + BOMB),
 )  # fmt: skip
 
 
@@ -308,7 +327,8 @@ def test_orientation_in_the_texts_of_a_png(name: bytes, mark: bytes) -> None:
         b"iTXt": b"XML:com.adobe.xmp\0\0\0\0\0" + xmp,
     }
     turned = np.asarray(picture().transpose(Image.Transpose.ROTATE_270))
-    assert np.array_equal(imaging.decode(png(chunk(name, texts[name]), mark)), turned)
+    others = chunk(name, b"Comment\0\0\0\0\0\0") * 9  # that nobody reads
+    assert np.array_equal(imaging.decode(png(others + chunk(name, texts[name]), mark)), turned)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -321,6 +341,17 @@ def test_fields_that_all_point_at_the_same_bytes_cost_no_memory() -> None:
     try:
         assert imaging.decode(data).shape == np.asarray(picture()).shape
         assert tracemalloc.get_traced_memory()[1] < 10 * len(data)
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_directory_costs_no_more_memory_than_its_file() -> None:
+    data = b"II+\0\x08\0\0\0" + struct.pack("<QQ", 16, 2**60) + bytes(N)
+    tracemalloc.start()
+    try:
+        with pytest.raises(bounds.ImageError, match="field twice"):
+            imaging.decode(data)
+        assert tracemalloc.get_traced_memory()[1] < len(data)
     finally:
         tracemalloc.stop()
 

@@ -314,6 +314,40 @@ def test_more_ranks_than_validation_images(raw: Path, tmp_path: Path) -> None:
     assert all(math.isfinite(epoch["train_loss"]) for epoch in facts[0]["history"])
 
 
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        ("schema", "has data-set schema version 9, this code reads 1; pack the data again"),
+        ("size", "the shards in .* do not fit together; pack the data again"),
+        ("rows", "the shards in .* do not fit together; pack the data again"),
+        ("class", "has labels outside its 3 classes; pack the data again"),
+        ("class below zero", "has labels outside its 3 classes; pack the data again"),
+        ("gone", "holds no image; add images to the data set and pack it again"),
+        ("pickle", "is no packed data set"),
+    ],
+)
+def test_a_damaged_data_set_is_refused_before_it_is_trained_on(
+    packed: Path, tmp_path: Path, damage: str, sentence: str
+) -> None:
+    shutil.copytree(packed, tmp_path / "packed")
+    folder = tmp_path / "packed" / "train"
+    info = json.loads((folder / "dataset.json").read_text())
+    (images,), (labels,) = folder.glob("images-*.npy"), folder.glob("labels-*.npy")
+    if damage in ("schema", "size"):
+        changed = {"schema": {"schema_version": 9}, "size": {"size": 13}}[damage]
+        (folder / "dataset.json").write_text(json.dumps(info | changed))
+    elif damage == "gone":
+        images.unlink()
+        labels.unlink()
+    else:
+        numbers = np.load(labels)
+        numbers[-1] = 3 if damage == "class" else -1
+        numbers = np.load(labels)[:-1] if damage == "rows" else numbers
+        np.save(labels, numbers.astype(object) if damage == "pickle" else numbers)
+    with pytest.raises(DataError, match=sentence):
+        load_channels(folder, packed / "validation")
+
+
 def test_data_that_cannot_be_trained_on_is_named(packed: Path, tmp_path: Path, raw: Path) -> None:
     with pytest.raises(DataError, match="is no packed data set"):
         load_split(tmp_path / "nothing")

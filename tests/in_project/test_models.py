@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import hashlib
 import http.server
 import json
 import math
@@ -329,6 +330,21 @@ def test_what_is_no_file_of_weights_is_not_kept(published: type[Weights], body: 
     published.body = body
     assert pretrained.initialise(build_model("cnn", 10, 8), "cnn", "auto", None) is None
     assert not list((tmp_path / "cache").iterdir())
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_the_checksum_in_the_name_of_published_weights_counts(
+    published: type[Weights], right: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.save(build_model("cnn", 10, 8).state_dict(), tmp_path / "w.pth")
+    published.body = (tmp_path / "w.pth").read_bytes()
+    named = hashlib.sha256(published.body).hexdigest()[:8] if right else "0123abcd"
+    file = tmp_path / "cache" / f"w-{named}.pth"
+    address = pretrained.published("cnn")
+    assert address
+    monkeypatch.setattr(pretrained, "published", lambda _: (address[0], file))
+    assert (pretrained.initialise(build_model("cnn", 10, 8), "cnn", "auto", None) is not None) == right
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == [file.name] * right
 
 
 @pytest.mark.parametrize("answer", [b"hello\r\n\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: x\r\n\r\nabc",

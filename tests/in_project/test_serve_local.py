@@ -119,6 +119,8 @@ def test_a_stop_leaves_nothing(served: Path, request: pytest.FixtureRequest, mod
         assert [bound["HostIp"] for bound in facts["NetworkSettings"]["Ports"]["8080/tcp"]] == ["127.0.0.1"]
         assert facts["HostConfig"]["ReadonlyRootfs"]
         assert facts["HostConfig"]["CapDrop"] == ["ALL"]
+        assert facts["HostConfig"]["SecurityOpt"] == ["no-new-privileges"]
+        assert facts["HostConfig"]["PidsLimit"] == 1024
         assert facts["Config"]["User"] == f"{os.getuid()}:{os.getgid()}"
         written = {mount["Destination"] for mount in facts["Mounts"] if mount["RW"]}
         assert written == {str(served / "artifacts" / "async")}

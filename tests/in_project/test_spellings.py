@@ -171,6 +171,19 @@ def test_a_bomb_costs_no_more_than_a_body_of_its_limit() -> None:
         tracemalloc.stop()
 
 
+def test_a_form_of_very_many_parts_costs_no_more_than_its_body() -> None:
+    import tracemalloc
+
+    body = b"--e\r\nContent-Disposition: form-data\r\n" + b"--e\r\n" * 10**6
+    tracemalloc.start()
+    try:
+        with pytest.raises(RequestError, match="the form holds 0 files"):
+            inference.input_fn(body)
+        assert tracemalloc.get_traced_memory()[1] < 2 * len(body)
+    finally:
+        tracemalloc.stop()
+
+
 @pytest.fixture(scope="module")
 def server(artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     with serving(artifact, tmp_path_factory.mktemp("spellings") / "log") as running:

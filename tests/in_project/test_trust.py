@@ -152,6 +152,15 @@ def test_a_hostile_archive_is_refused_and_writes_nothing_outside(name: str, tmp_
     assert sum(found.stat().st_size for found in folder.rglob("*") if found.is_file()) < 2**26
 
 
+def test_no_archive_becomes_larger_than_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However large it is itself."""
+    (tmp_path / "x.tar.gz").write_bytes(packed(entry("a", os.urandom(99_999))))
+    unpack(tmp_path / "x.tar.gz", tmp_path / "once")
+    monkeypatch.setattr("inference.artifact.LARGEST", 99_999)  # with its headers it has more
+    with pytest.raises(ArtifactError, match="would become more than 99,999 bytes"):
+        unpack(tmp_path / "x.tar.gz", tmp_path / "again")
+
+
 @pytest.mark.parametrize("form", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT])
 def test_what_packers_write_is_unpacked(form: int, tmp_path: Path) -> None:
     """GNU tar, Python and others: folders of their own, times as fractions, long names, several streams, padding."""
@@ -186,7 +195,8 @@ def test_what_is_no_file_is_no_archive(made: str, tmp_path: Path) -> None:
         unpack(path, tmp_path / "inside")
 
 
-NAMED = ["/dev/zero", "../../../../dev/zero", "/etc/hostname", "code", "pipe", "link", "linked/file", "code/../a", ""]
+NAMED = ["/dev/zero", "../../../../dev/zero", "/etc/hostname", "code", "pipe", "link", "link to a file", "linked/file", "code/../a",
+         ""]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", NAMED)
@@ -198,6 +208,9 @@ def test_a_name_in_model_json_never_leads_out(name: str, artifact: Path, tmp_pat
         os.mkfifo(folder / name)
     elif name == "link":
         (folder / name).symlink_to("/dev/zero")
+    elif name == "link to a file":
+        (tmp_path / "empty").touch()
+        (folder / name).symlink_to(tmp_path / "empty")
     elif name == "linked/file":
         (folder / "linked").symlink_to(tmp_path)
     began = time.monotonic()
