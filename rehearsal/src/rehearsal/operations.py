@@ -13,7 +13,7 @@ import contextlib
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -183,9 +183,3 @@ def page(items: list[Any], request: Request, key: str, default: int = 100) -> An
     start, size = int(request.get("NextToken") or 0), int(request.get("MaxResults") or default)
     rest = {"NextToken": str(start + size)} if start + size < len(items) else {}
     return {key: items[start : start + size], **rest}
-
-
-@contextlib.contextmanager
-def role_of(account: Account, request: Request, member: str = "RoleArn") -> Iterator[Callable[[str], Any]]:
-    """Clients with the rights of the role that a request names."""
-    yield lambda service: account.client(service, request[member])
