@@ -10,6 +10,7 @@ members of the response (`Body` is bytes). What no module takes over is forwarde
 from __future__ import annotations
 
 import contextlib
+import re
 import secrets
 import threading
 import time
@@ -129,6 +130,8 @@ HANDLERS: dict[tuple[str, str], Handler] = {}
 CONTROLS: dict[str, Handler] = {}
 BEFORE: list[Hook] = []
 AFTER: list[Callable[[Account, Call, Answer], None]] = []
+STARTED: list[Callable[[Account, str, str, Callable[[str], None]], None]] = []
+ACCELERATED = re.compile(r"ml\.(g|p|inf|trn)\d")
 
 
 def operation(service: str, *names: str) -> Callable[[Handler], Handler]:
@@ -163,6 +166,17 @@ def after(hook: Callable[[Account, Call, Answer], None]) -> Callable[[Account, C
     return hook
 
 
+def started(
+    hook: Callable[[Account, str, str, Callable[[str], None]], None],
+) -> Callable[[Account, str, str, Callable[[str], None]], None]:
+    """Be told that a job's containers run: account, kind (`training-job`), name, and a function that plays an accident.
+
+    It takes `reclaim` (the instances are gone, as with spot) or `die` (the containers are killed).
+    """
+    STARTED.append(hook)
+    return hook
+
+
 def refuse(code: str, message: str, status: int = 400, **members: Any) -> Refused:
     """AWS's refusal, to be raised; `members` are further members of the error's shape."""
     return Refused(code, message, status, **members)
@@ -171,6 +185,12 @@ def refuse(code: str, message: str, status: int = 400, **members: Any) -> Refuse
 def missing(what: str) -> Refused:
     """What SageMaker says of things that do not exist."""
     return refuse("ValidationException", f"Could not find {what}.")
+
+
+def no_gpu(instance_type: str) -> str:
+    """Why nothing runs on a type of instance; empty where the rehearsal plays it."""
+    found = ACCELERATED.match(instance_type or "")
+    return f"CapacityError: the rehearsal plays no GPU, and {instance_type} has one; take a type without" if found else ""
 
 
 def now() -> datetime:
