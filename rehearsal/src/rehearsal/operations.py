@@ -25,11 +25,12 @@ from botocore.config import Config
 
 Request = dict[str, Any]
 Answer = dict[str, Any]
-OWNER, PERSON = "AKIAREHEARSALOWNER00", "AKIAREHEARSALPERSON0"  # access keys; the second's policies are those of its user
-SECRET = "rehearsal"
+# Access keys: of who may do all, and of the user `person`, who may do what the policies allow that are attached to it.
+OWNER, PERSON = "AKIAREHEARSALOWNER00", "AKIAREHEARSALPERSON0"
+SECRET = "rehearsal"  # noqa: S105  of both, and looked at by nobody
 
 
-class Refused(Exception):
+class Refused(Exception):  # noqa: N818  a word that modules use, not a fault
     """AWS's answer to a request that it does not carry out."""
 
     def __init__(self, code: str, message: str, status: int = 400, **members: Any) -> None:
@@ -37,7 +38,7 @@ class Refused(Exception):
         self.code, self.status, self.members = code, status, members
 
 
-class NoAnswer(Exception):
+class NoAnswer(Exception):  # noqa: N818
     """Raised by who looks at an answer: the connection is cut and the answer never comes."""
 
 
@@ -84,7 +85,9 @@ class Account:
                 if not key:
                     key = f"ASIA{secrets.token_hex(8).upper()}"
                     self.keys[key] = role
-                once = Config(retries={"total_max_attempts": 1}, parameter_validation=bool(role), max_pool_connections=50)
+                once = Config(
+                    retries={"total_max_attempts": 1}, parameter_validation=bool(role), max_pool_connections=50
+                )
                 self._clients[service, role] = boto3.session.Session().client(
                     service, region_name=self.region, endpoint_url=self.front if role else self.moto, config=once,
                     aws_access_key_id=key, aws_secret_access_key=SECRET,
@@ -189,8 +192,9 @@ def missing(what: str) -> Refused:
 
 def no_gpu(instance_type: str) -> str:
     """Why nothing runs on a type of instance; empty where the rehearsal plays it."""
-    found = ACCELERATED.match(instance_type or "")
-    return f"CapacityError: the rehearsal plays no GPU, and {instance_type} has one; take a type without" if found else ""
+    if not ACCELERATED.match(instance_type or ""):
+        return ""
+    return f"CapacityError: the rehearsal plays no GPU, and {instance_type} has one; take a type without"
 
 
 def now() -> datetime:
