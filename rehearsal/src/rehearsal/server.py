@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import http.server
 import json
+import logging
 import re
 import socket
 import traceback
@@ -26,6 +27,7 @@ HOPS = {"connection", "keep-alive", "transfer-encoding", "te", "upgrade", "host"
 def start(account: Account) -> None:
     """Moto, and the front before it, on free ports of 127.0.0.1; both end with the account."""
     complete_moto()
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
     moto = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     moto.start()
     account.moto = f"http://127.0.0.1:{moto.get_host_and_port()[1]}"
