@@ -58,7 +58,7 @@ def main() -> int:
                 start = [sys.executable, str(path)] if path.suffix == ".py" else [program]
                 return account.run(opened, [*start, *words])
             for name, value in account.variables(opened).items():
-                text = f'{opened.folder / "bin"}{os.pathsep}$PATH' if name == "PATH" else shlex.quote(value)
+                text = f"{opened.folder / 'bin'}{os.pathsep}$PATH" if name == "PATH" else shlex.quote(value)
                 print(f"export {name}={text}")
             print("# an account in which requests are carried out in containers; Ctrl-C ends it", flush=True)
             threading.Event().wait()

@@ -20,7 +20,9 @@ from rehearsal import operations
 from rehearsal.operations import Account, Answer, Call, Request, control
 
 REAL = shutil.which("docker") or "docker"  # found before the rehearsal's own is put before it
-ECR = re.compile(r"\d{12}\.dkr\.ecr\.[\w-]+\.amazonaws\.com(?:\.cn)?/(?P<name>[^:@]+)(?::(?P<tag>[^@]+))?(?:@(?P<digest>.+))?")
+ECR = re.compile(
+    r"\d{12}\.dkr\.ecr\.[\w-]+\.amazonaws\.com(?:\.cn)?/(?P<name>[^:@]+)(?::(?P<tag>[^@]+))?(?:@(?P<digest>.+))?"
+)
 PUSHES = ("BatchCheckLayerAvailability", "InitiateLayerUpload", "UploadLayerPart", "CompleteLayerUpload", "PutImage")
 MANIFEST = "application/vnd.docker.distribution.manifest.v2+json"
 SHIM = """#!/bin/sh
@@ -118,8 +120,10 @@ def start(
     first = ["--entrypoint", entrypoint[0]] if entrypoint else []
     command = [REAL, "run", *options, *first, image, *entrypoint[1:], *words]
     # In a session of its own: Ctrl-C is for the program that runs in the account, and ends no container.
-    process = subprocess.Popen(command, stdout=subprocess.PIPE if read else subprocess.DEVNULL,
-                               stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True)  # fmt: skip
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE if read else subprocess.DEVNULL, stderr=subprocess.STDOUT,
+        text=True, errors="replace", start_new_session=True,
+    )  # fmt: skip
     made = Container(name, process)
     if read and process.stdout:
         made.readers.append(account.spawn(read, process.stdout))
