@@ -28,7 +28,8 @@ PREFIX = {"service-quotas": "servicequotas", "resourcegroupstaggingapi": "tag", 
 S3_ACTIONS = {
     "HeadObject": "GetObject", "CreateMultipartUpload": "PutObject", "UploadPart": "PutObject",
     "CopyObject": "PutObject", "CompleteMultipartUpload": "PutObject", "HeadBucket": "ListBucket",
-    "ListObjects": "ListBucket", "ListObjectsV2": "ListBucket", "ListObjectVersions": "ListBucketVersions", "ListBuckets": "ListAllMyBuckets",
+    "ListObjects": "ListBucket", "ListObjectsV2": "ListBucket", "ListObjectVersions": "ListBucketVersions",
+    "ListBuckets": "ListAllMyBuckets",
     "DeleteObjects": "DeleteObject", "GetBucketLifecycleConfiguration": "GetLifecycleConfiguration",
 }  # fmt: skip
 KIND = re.compile(r"(?:Create|Delete|Describe|Stop|Start|Update|Invoke|List)(.+?)(?:Async|WeightsAndCapacities)?")
