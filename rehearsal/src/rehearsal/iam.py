@@ -123,7 +123,7 @@ def check(account: Account, call: Call) -> None:
         raise refuse("UnrecognizedClientException", "The security token included in the request is invalid.", 403)
     kept = _kept(account)
     try:
-        known = _policies(account, call.principal)
+        known = policies(account, call.principal)
         for action, resource, context in [] if known is None else needs(account, call):
             own = [*known, *_of_bucket(account, resource)] if action.startswith("s3:") else known
             if action not in ANYBODY and not allowed(own, action, resource, context, call.principal):
@@ -148,7 +148,7 @@ def _kept(account: Account) -> dict[str, Any]:
     return account.things["iam"]
 
 
-def _policies(account: Account, principal: str) -> list[dict[str, Any]] | None:
+def policies(account: Account, principal: str) -> list[dict[str, Any]] | None:
     """Those of a user or role; None of a user that has none, and may do all."""
     kept, iam = _kept(account), account.client("iam")
     if principal in kept:

@@ -3,6 +3,6 @@
 import importlib
 import importlib.util
 
-for _name in ("faults", "rules", "iam", "ecr", "jobs", "tuning", "transform", "pipelines", "endpoints", "clock"):
+for _name in ("faults", "rules", "iam", "gaps", "ecr", "jobs", "tuning", "transform", "pipelines", "endpoints", "clock"):
     if importlib.util.find_spec(f"rehearsal.{_name}"):
         importlib.import_module(f"rehearsal.{_name}")

@@ -15,6 +15,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -127,6 +128,7 @@ class Account:
         self._ends.close()
 
 
+CALLER: ContextVar[Call] = ContextVar("CALLER")  # the request that a handler answers, for those who ask who asks
 Handler = Callable[[Account, Request], Answer]
 Hook = Callable[[Account, Call], None]
 HANDLERS: dict[tuple[str, str], Handler] = {}

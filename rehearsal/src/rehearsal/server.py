@@ -13,12 +13,10 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from botocore.exceptions import BotoCoreError, ClientError
-from moto.cloudformation import models as cloudformation
-from moto.cloudformation.parsing import OutputMap
 from moto.server import ThreadedMotoServer
 
-from rehearsal import operations, wire
-from rehearsal.operations import Account, Call, NoAnswer, Refused, refuse
+from rehearsal import gaps, operations, wire
+from rehearsal.operations import Account, Answer, Call, NoAnswer, Refused, Request, control, refuse
 
 READS = re.compile(r"(Describe|List|Get|Head|Batch(Get|Check)|Search|Query|Filter|Invoke)")
 HOPS = {"connection", "keep-alive", "transfer-encoding", "te", "upgrade", "host", "content-length", "server", "date"}
@@ -26,7 +24,7 @@ HOPS = {"connection", "keep-alive", "transfer-encoding", "te", "upgrade", "host"
 
 def start(account: Account) -> None:
     """Moto, and the front before it, on free ports of 127.0.0.1; both end with the account."""
-    complete_moto()
+    gaps.mend()
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     moto = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     moto.start()
@@ -40,17 +38,10 @@ def start(account: Account) -> None:
     account.at_end(front.shutdown)
 
 
-def complete_moto() -> None:
-    """Mend what moto 5.2.5 leaves out: a change set that is carried out works out no outputs of the stack."""
-    original = cloudformation.ChangeSet.apply
-    if original.__name__ != "apply":
-        return
-
-    def with_outputs(self: Any) -> None:
-        original(self)
-        self.stack.output_map = OutputMap(self.stack.resource_map, self.template_dict, self.stack_id)
-
-    cloudformation.ChangeSet.apply = with_outputs
+@control("events")
+def events(account: Account, request: Request) -> Answer:
+    """What has happened since an event of that number."""
+    return {"events": account.events[request.get("since", 0) :]}
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -118,6 +109,7 @@ class Front(http.server.BaseHTTPRequestHandler):
     def _carry_out(self, call: Call) -> wire.Reply:
         for hook in operations.BEFORE:
             hook(self.account, call)
+        operations.CALLER.set(call)
         handler = operations.HANDLERS.get((call.service, call.operation))
         answer: dict[str, Any] = {}
         try:
@@ -150,6 +142,9 @@ class Front(http.server.BaseHTTPRequestHandler):
             status, headers, body = answer.status, answer.headers, answer.read()
         finally:
             connection.close()
+        if status >= 500 and "html" in headers.get("Content-Type", ""):
+            self.account.note("gap", f"{call.service}:{call.operation}")
+            raise refuse("NotImplemented", f"the rehearsal plays no {call.operation} of {call.service}", 501)
         kept = {name: value for name, value in headers.items() if name.lower() not in HOPS}
         if self.command == "HEAD" and "Content-Length" in headers:
             kept["Content-Length"] = headers["Content-Length"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import functools
+import html
 import json
 import re
 import struct
@@ -14,7 +15,7 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 
 import botocore.parsers
 import botocore.session
-from botocore.model import OperationModel, ServiceModel, StructureShape
+from botocore.model import ListShape, OperationModel, ServiceModel, Shape, StructureShape
 
 from rehearsal.operations import Answer, Refused, Request
 
@@ -59,11 +60,41 @@ def asked(method: str, address: str, headers: Mapping[str, str], body: bytes) ->
         return key, service, found[1], _members(service, found[1], botocore.parsers.RpcV2CBORParser(), body)
     if headers.get("content-type", "").startswith("application/x-www-form-urlencoded"):
         form = dict(parse_qsl(body.decode(), True))
-        return key, service, form.pop("Action", ""), form
+        operation = form.pop("Action", "")
+        shape = model(service).operation_model(operation).input_shape
+        return key, service, operation, _unfolded(shape, form, "") if shape else {}
     try:
         return key, service, *_rest(service, method, parts.path, query, headers, body)
     except botocore.exceptions.UnknownServiceError:
         return key, service, "", {}
+
+
+def _unfolded(shape: Shape, form: Mapping[str, str], path: str) -> Any:
+    """A member of a request in the query protocol, whose parts are keys such as `Names.member.1`."""
+    if isinstance(shape, StructureShape):
+        names = {name: f"{path}{member.serialization.get('name', name)}" for name, member in shape.members.items()}
+        return {name: _unfolded(shape.members[name], form, f"{key}.") for name, key in names.items()
+                if any(given == key or given.startswith(f"{key}.") for given in form)}  # fmt: skip
+    if isinstance(shape, ListShape):
+        numbers = sorted(
+            {int(n) for given in form if (n := given.removeprefix(f"{path}member.").split(".")[0]).isdigit()}
+        )
+        return [_unfolded(shape.member, form, f"{path}member.{number}.") for number in numbers]
+    return form.get(path.removesuffix("."), "")
+
+
+def _element(name: str, value: Any, shape: Shape) -> str:
+    """A member of an answer in the query protocol."""
+    if isinstance(shape, StructureShape):
+        parts = [
+            _element(key, value[key], member) for key, member in shape.members.items() if value.get(key) is not None
+        ]
+        content = "".join(parts)
+    elif isinstance(shape, ListShape):
+        content = "".join(_element("member", item, shape.member) for item in value)
+    else:
+        content = html.escape(str(value).lower() if isinstance(value, bool) else str(value), quote=False)
+    return f"<{name}>{content}</{name}>"
 
 
 def _members(service: str, operation: str, parser: Any, body: bytes) -> Request:
@@ -114,6 +145,9 @@ def answered(service: str, operation: str, answer: Answer) -> Reply:
     shape, headers, content = found.output_shape, dict[str, str](), dict(answer)
     if model(service).protocol == "json":
         return 200, {"Content-Type": "application/x-amz-json-1.1"}, json.dumps(answer, default=_plain).encode()
+    if model(service).protocol == "query" and shape:
+        inner = _element(shape.serialization.get("resultWrapper", f"{operation}Result"), answer, shape)
+        return 200, {"Content-Type": "text/xml"}, f"<{operation}Response>{inner}</{operation}Response>".encode()
     for name, member in (shape.members if shape else {}).items():
         if member.serialization.get("location") == "header" and content.get(name) is not None:
             headers[member.serialization["name"]] = str(content.pop(name))
@@ -131,7 +165,7 @@ def refused(service: str, error: Refused, path: str = "") -> Reply:
         body = bytes([0xA0 + len(fields)]) + b"".join(_cbor(word) for pair in fields.items() for word in pair)
         return error.status, headers | {"Content-Type": "application/cbor", "smithy-protocol": "rpc-v2-cbor"}, body
     if protocol in ("rest-xml", "query", "ec2"):
-        escaped = text.replace("&", "&amp;").replace("<", "&lt;")
+        escaped = html.escape(text, quote=False)
         inner = f"<Error><Type>Sender</Type><Code>{error.code}</Code><Message>{escaped}</Message></Error>"
         body = inner if service == "s3" else f"<ErrorResponse>{inner}<RequestId>1</RequestId></ErrorResponse>"
         return error.status, {"Content-Type": "text/xml"}, body.encode()

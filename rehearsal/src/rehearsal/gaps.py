@@ -1,0 +1,46 @@
+"""What moto 5.2.5 does not do, or not as AWS does, beyond what the other modules take over."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from moto.cloudformation import models as cloudformation
+from moto.cloudformation.parsing import OutputMap
+
+from rehearsal import iam
+from rehearsal.operations import CALLER, Account, Answer, Request, operation, page
+
+
+def mend() -> None:
+    """A change set that is carried out works out no outputs of its stack."""
+    original = cloudformation.ChangeSet.apply
+    if original.__name__ != "apply":
+        return
+
+    def with_outputs(self: Any) -> None:
+        original(self)
+        self.stack.output_map = OutputMap(self.stack.resource_map, self.template_dict, self.stack_id)
+
+    cloudformation.ChangeSet.apply = with_outputs
+
+
+@operation("sts", "GetCallerIdentity")
+def identity(account: Account, _: Request) -> Answer:
+    """Who asks."""
+    arn = CALLER.get().principal
+    return {"UserId": arn.rpartition("/")[2].rpartition(":")[2], "Account": account.number, "Arn": arn}
+
+
+@operation("iam", "SimulatePrincipalPolicy")
+def simulate(account: Account, request: Request) -> Answer:
+    """What the policies of a user or role say of requests that nobody makes."""
+    policies = iam.policies(account, request["PolicySourceArn"])
+    context = {entry["ContextKeyName"]: entry["ContextKeyValues"] for entry in request.get("ContextEntries", [])}
+    context = {key: values[0] if len(values) == 1 else values for key, values in context.items()}
+    results = []
+    for action in request["ActionNames"]:
+        for resource in request.get("ResourceArns") or ["*"]:
+            right = policies is None or iam.allowed(policies, action, resource, context)
+            decision = "allowed" if right else "implicitDeny"
+            results.append({"EvalActionName": action, "EvalResourceName": resource, "EvalDecision": decision})
+    return {"IsTruncated": False} | page(results, {}, "EvaluationResults", len(results))
