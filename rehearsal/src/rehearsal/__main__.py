@@ -14,7 +14,8 @@ from pathlib import Path
 
 from rehearsal import account, docker
 
-JOURNEYS = Path(__file__).with_name("journeys")
+# Scripts that are shipped beside the package: in it when it is installed, next to src/ in the repository.
+JOURNEYS = (Path(__file__).with_name("journeys"), Path(__file__).parents[2] / "journeys")
 
 
 def call(name: str, text: str) -> int:
@@ -48,13 +49,14 @@ def main() -> int:
     if reason := docker.absent():
         print(f"a rehearsal needs Docker: {reason}", file=sys.stderr)
         return 2
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # also where a shell's background job would ignore it
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         with account.opened(options.region, options.fault) as opened:
             if options.run:
                 program, *words = options.run
-                journey = JOURNEYS / f"{program}.py"
-                path = journey if journey.is_file() else Path(program)
+                shipped = [folder / f"{program}.py" for folder in JOURNEYS]
+                path = next((path for path in shipped if path.is_file()), Path(program))
                 start = [sys.executable, str(path)] if path.suffix == ".py" else [program]
                 return account.run(opened, [*start, *words])
             for name, value in account.variables(opened).items():

@@ -34,6 +34,7 @@ def opened(region: str = "us-east-1", faults: Sequence[str] = ()) -> Iterator[Ac
         account.at_end(docker.clean, account)
         server.start(account)
         docker.put_first(account)
+        account.client("iam").create_user(UserName=account.keys[PERSON].rpartition("/")[2])
         yield account
     finally:
         account.close()

@@ -12,10 +12,20 @@ from rehearsal.operations import CALLER, Account, Answer, Request, operation, pa
 
 
 def mend() -> None:
-    """A change set that is carried out works out no outputs of its stack."""
+    """A change set that is carried out works out no outputs of its stack, and a parameter that is a list is no text."""
     original = cloudformation.ChangeSet.apply
     if original.__name__ != "apply":
         return
+    listed = cloudformation.FakeStack.parameter_list.fget
+
+    def as_text(self: Any) -> list[dict[str, Any]]:
+        given = listed(self)
+        for item in given:
+            if isinstance(item["ParameterValue"], list):
+                item["ParameterValue"] = ",".join(item["ParameterValue"])
+        return given
+
+    cloudformation.FakeStack.parameter_list = property(as_text)
 
     def with_outputs(self: Any) -> None:
         original(self)

@@ -9,6 +9,7 @@ action https://docs.aws.amazon.com/service-authorization/latest/reference/list_a
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import json
 import re
@@ -172,7 +173,9 @@ def policies(account: Account, principal: str) -> list[dict[str, Any]] | None:
 
 def _read(document: Any) -> dict[str, Any]:
     if isinstance(document, str):
-        document = json.loads(unquote(document) if document.startswith("%") else document)
+        text = unquote(document) if document.startswith("%") else document
+        # Of roles that a stack makes, moto 5.2.5 answers with Python's way to write a policy.
+        document = ast.literal_eval(text) if text.startswith("{'") else json.loads(text)
     return dict(document)
 
 
