@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-import os
+import json
 import re
 import subprocess
 import sys
@@ -89,17 +89,15 @@ def image() -> str:
 
 
 @pytest.fixture
-def account(image: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Account]:
+def account(image: str) -> Iterator[Account]:
     """An account with a bucket `the-bucket` and a role `arn:aws:iam::123456789012:role/job`, which may do all."""
-    monkeypatch.setattr(os, "environ", os.environ.copy())
     with accounts.opened() as made:
         made.client("s3").create_bucket(Bucket="the-bucket")
-        role = made.client("iam").create_role(RoleName="job", AssumeRolePolicyDocument="{}")["Role"]
-        assert role["Arn"] == ROLE
-        made.client("iam").put_role_policy(
-            RoleName="job", PolicyName="all",
-            PolicyDocument='{"Statement": [{"Effect": "Allow", "Action": "*", "Resource": "*"}]}',
-        )  # fmt: skip
+        everything = {"Version": "2012-10-17", "Statement": [{"Effect": "Allow", "Action": "*", "Resource": "*"}]}
+        trust = {"Effect": "Allow", "Principal": {"Service": "sagemaker.amazonaws.com"}, "Action": "sts:AssumeRole"}
+        iam, trusted = made.client("iam"), json.dumps({"Version": "2012-10-17", "Statement": [trust]})
+        assert iam.create_role(RoleName="job", AssumeRolePolicyDocument=trusted)["Role"]["Arn"] == ROLE
+        iam.put_role_policy(RoleName="job", PolicyName="all", PolicyDocument=json.dumps(everything))
         yield made
 
 

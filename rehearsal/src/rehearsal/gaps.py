@@ -16,7 +16,7 @@ def mend() -> None:
     original = cloudformation.ChangeSet.apply
     if original.__name__ != "apply":
         return
-    listed = cloudformation.FakeStack.parameter_list.fget
+    listed = cloudformation.Stack.parameter_list.fget
 
     def as_text(self: Any) -> list[dict[str, Any]]:
         given = listed(self)
@@ -25,7 +25,7 @@ def mend() -> None:
                 item["ParameterValue"] = ",".join(item["ParameterValue"])
         return given
 
-    cloudformation.FakeStack.parameter_list = property(as_text)
+    cloudformation.Stack.parameter_list = property(as_text)
 
     def with_outputs(self: Any) -> None:
         original(self)

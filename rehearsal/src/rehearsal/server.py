@@ -9,6 +9,7 @@ import logging
 import re
 import socket
 import traceback
+import urllib.request
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -30,6 +31,7 @@ def start(account: Account) -> None:
     moto.start()
     account.moto = f"http://127.0.0.1:{moto.get_host_and_port()[1]}"
     account.at_end(moto.stop)
+    urllib.request.urlopen(f"{account.moto}/moto-api/reset", data=b"").close()  # noqa: S310  of an account before
     handler = type("Front", (Front,), {"account": account})
     front = Server(("127.0.0.1", 0), handler)
     account.front = f"http://127.0.0.1:{front.server_address[1]}"
