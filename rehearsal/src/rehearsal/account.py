@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from rehearsal import docker, server
+from rehearsal import docker
 from rehearsal.operations import OWNER, PERSON, SECRET, Account
 
 # What would lead a program to another account, or an engine to other images than the rehearsal's.
@@ -26,7 +26,8 @@ def opened(region: str = "us-east-1", faults: Sequence[str] = ()) -> Iterator[Ac
     for name in [name for name in os.environ if name.startswith(FOREIGN) and name not in (*KEPT, "AWS_CONFIG_FILE",
                  "AWS_SHARED_CREDENTIALS_FILE")]:  # fmt: skip
         del os.environ[name]
-    import rehearsal.modules  # noqa: F401  they take over their operations
+    # Not before: moto and its clients look at the environment when they are imported. The modules take over operations.
+    from rehearsal import modules, server  # noqa: F401
 
     account = Account(Path(tempfile.mkdtemp(prefix="rehearsal-")), region=region, faults=[*faults])
     account.at_end(shutil.rmtree, account.folder, True)

@@ -199,7 +199,10 @@ def cluster(
             if (job.stop.is_set() or late) and not ends:
                 outcome = "Stopped" if job.stop.is_set() else "MaxRuntimeExceeded"
                 ends = [account.spawn(container.stop, GRACE) for container in running]
-            if job.accident or any(container.code for container in running):  # one that fails takes the others with it
+            failed = (
+                any(container.code for container in running) and not ends
+            )  # one that fails takes the others with it
+            if job.accident or failed:
                 outcome = job.accident or outcome
                 for container in running:
                     container.kill()
@@ -212,6 +215,8 @@ def cluster(
             thread.join()
     finally:
         docker.run("network", "rm", net)
+    if 125 in codes:  # Docker's own: it made no container
+        raise RuntimeError(f"Docker could not run {image}; the job's log says why")
     return ("die" if job.accident == "die" else outcome), codes
 
 
@@ -378,6 +383,11 @@ def _training_hosts(job: Job, groups: list[dict[str, Any]]) -> tuple[list[Host],
             s3.download(account, job.role, channel["DataSource"]["S3DataSource"],
                         root / "input/data" / channel["ChannelName"], (number, count),
                         channel.get("CompressionType", "None"))  # fmt: skip
+            if (
+                described[channel["ChannelName"]]["TrainingInputMode"] == "FastFile"
+            ):  # what streams cannot be written to
+                place = f"input/data/{channel['ChannelName']}"
+                mounts[f"/opt/ml/{place}:ro"] = root / place
         for part, place, path in _mirrored(request, job.name):
             (root / part).mkdir(exist_ok=True)
             mounts[path] = root / part

@@ -135,7 +135,9 @@ def create(account: Account, request: Request) -> Answer:
     if "TrainingJobDefinition" not in request:
         raise Refused("ValidationException", "the rehearsal plays tuning jobs of one TrainingJobDefinition")
     none = {"Completed": 0, "InProgress": 0, "RetryableError": 0, "NonRetryableError": 0, "Stopped": 0}
-    job = jobs.create(account, WORD, request, tune, _trials=[], TrainingJobStatusCounters=none,
+    config = request["HyperParameterTuningJobConfig"]
+    shown = {"Strategy": config["Strategy"], "ResourceLimits": config["ResourceLimits"]}  # of summaries
+    job = jobs.create(account, WORD, request, tune, **shown, _trials=[], TrainingJobStatusCounters=none,
                       ObjectiveStatusCounters={"Succeeded": 0, "Pending": 0, "Failed": 0})  # fmt: skip
     return {f"{WORD}Arn": job.facts[f"{WORD}Arn"]}
 
