@@ -69,7 +69,7 @@ WRONG: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
      "less than or equal to 63"),
     ("CreateTrainingJob", TRAIN, {"EnableManagedSpotTraining": True}, "Invalid MaxWaitTimeInSeconds"),
     ("CreateTrainingJob", TRAIN, {"EnableManagedSpotTraining": True, "StoppingCondition.MaxWaitTimeInSeconds": 9,
-                                  "ResourceConfig.KeepAlivePeriodInSeconds": 60}, "not supported with EnableManagedSpot"),
+                                  "ResourceConfig.KeepAlivePeriodInSeconds": 60}, "with EnableManagedSpot"),
     ("CreateTrainingJob", TRAIN, {"ResourceConfig.VolumeKmsKeyId": "k", "ResourceConfig.InstanceType": "ml.g5.xlarge"},
      "VolumeKmsKeyId is not supported"),
     ("CreateProcessingJob", PROCESS, {"ProcessingResources.ClusterConfig.VolumeKmsKeyId": "k",
@@ -78,14 +78,15 @@ WRONG: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
     ("CreateProcessingJob", PROCESS, {"ProcessingResources.ClusterConfig.VolumeKmsKeyId": "k",
                                       "ProcessingResources.ClusterConfig.InstanceType": "ml.g5.xlarge"},
      "VolumeKmsKeyId is not supported"),
-    ("CreateEndpointConfig", CONFIG, {"KmsKeyId": "k", "ProductionVariants": [VARIANT | {"InstanceType": "ml.g5.xlarge"}]},
+    ("CreateEndpointConfig", CONFIG, {
+        "KmsKeyId": "k", "ProductionVariants": [VARIANT | {"InstanceType": "ml.g5.xlarge"}]},
      "KmsKeyId is not supported for the instance type ml.g5.xlarge"),
     ("CreateEndpointConfig", SERVERLESS, {"DataCaptureConfig": {
         "InitialSamplingPercentage": 1, "DestinationS3Uri": "s3://b/c", "CaptureOptions": [{"CaptureMode": "Input"}]}},
      "DataCaptureConfig is not supported for serverless"),
     ("CreateEndpointConfig", SERVERLESS, {"ProductionVariants": [LESS, LESS | {"VariantName": "b"}]},
      "one production variant only"),
-    ("CreateEndpointConfig", SERVERLESS, {"ProductionVariants": [LESS | {"ModelName": "alone"}]}, "no network isolation"),
+    ("CreateEndpointConfig", SERVERLESS, {"ProductionVariants": [LESS | {"ModelName": "alone"}]}, "network isolation"),
     ("CreateEndpointConfig", SERVERLESS, {"ProductionVariants": [LESS | {"ServerlessConfig": {
         "MemorySizeInMB": 1500, "MaxConcurrency": 1}}]}, "MemorySizeInMB is 1500"),
     ("CreateEndpointConfig", CONFIG, {"ProductionVariants": [VARIANT, VARIANT]}, "must have unique names"),
@@ -110,7 +111,7 @@ WRONG: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
      "LinearStepSize must be between 10 and 50"),
     ("UpdateEndpoint", UPDATE, {ROUTING: {"TrafficRoutingConfiguration": CANARY | {"WaitIntervalInSeconds": 900},
                                           "MaximumExecutionTimeoutInSeconds": 600}}, "must be larger than the 900"),
-    ("CreateTransformJob", TRANSFORM, {"MaxPayloadInMB": 51, "MaxConcurrentTransforms": 2}, "at most 100 MB, and is 102"),
+    ("CreateTransformJob", TRANSFORM, {"MaxPayloadInMB": 51, "MaxConcurrentTransforms": 2}, "at most 100 MB"),
     ("CreateTransformJob", TRANSFORM, {"BatchStrategy": "MultiRecord"}, "needs a SplitType"),
     ("CreateHyperParameterTuningJob", TUNE, {
         "HyperParameterTuningJobConfig.ResourceLimits.MaxParallelTrainingJobs": 3}, "at most MaxNumberOfTrainingJobs"),

@@ -7,7 +7,6 @@ whatever the request's intervals say.
 from __future__ import annotations
 
 import base64
-import contextvars
 import json
 import random
 import secrets
@@ -21,23 +20,10 @@ from botocore.exceptions import BotoCoreError, ClientError
 
 from rehearsal import hosting, s3
 from rehearsal.hosting import Host, HostingError, forget, keep, listed, thing
-from rehearsal.operations import (
-    STARTED,
-    Account,
-    Answer,
-    Call,
-    Request,
-    before,
-    control,
-    no_gpu,
-    now,
-    operation,
-    refuse,
-)
+from rehearsal.operations import CALLER, STARTED, Account, Answer, Request, control, no_gpu, now, operation, refuse
 
 STEP = 1.0  # seconds between two steps of an update
 REALTIME_SECONDS, ASYNC_SECONDS = 60, 900
-CALLER: contextvars.ContextVar[str] = contextvars.ContextVar("CALLER", default="")
 WITH_ATTRIBUTES = "x-amzn-sagemaker-custom-attributes"
 
 
@@ -74,12 +60,6 @@ class Service:
 
 
 SERVICES: dict[tuple[str, str], Service] = {}
-
-
-@before
-def remember(account: Account, call: Call) -> None:  # noqa: ARG001
-    """Who asks: an endpoint's deletion ends its scaling with the rights of whoever deletes it."""
-    CALLER.set(call.principal)
 
 
 @operation("sagemaker", "CreateEndpointConfig")
@@ -330,7 +310,7 @@ def delete(account: Account, request: Request) -> Answer:
             raise refuse("ValidationException", f'Cannot delete in-progress endpoint "{facts["EndpointArn"]}".')
         if facts["EndpointStatus"] == "Deleting":
             return {}
-        _unscale(account, name, CALLER.get())
+        _unscale(account, name, CALLER.get().principal)
         facts["EndpointStatus"] = "Deleting"
     account.spawn(_delete, account, name)
     return {}
