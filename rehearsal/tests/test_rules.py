@@ -78,9 +78,9 @@ WRONG: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
     ("CreateProcessingJob", PROCESS, {"ProcessingResources.ClusterConfig.VolumeKmsKeyId": "k",
                                       "ProcessingResources.ClusterConfig.InstanceType": "ml.g5.xlarge"},
      "VolumeKmsKeyId is not supported"),
-    ("CreateEndpointConfig", CONFIG, {
-        "KmsKeyId": "k", "ProductionVariants": [VARIANT | {"InstanceType": "ml.g5.xlarge"}]},
-     "KmsKeyId is not supported for the instance type ml.g5.xlarge"),
+    ("CreateTrainingJob", TRAIN, {"AlgorithmSpecification.AlgorithmName": "xgboost"}, "Either TrainingImage or"),
+    ("CreateModelPackage", {"ModelPackageGroupName": "group", "Tags": [{"Key": "k", "Value": "v"}]}, {}, "Tags are not"),
+    ("CreateTransformJob", TRANSFORM, {"ModelName": "loose"}, "ModelDataSource of loose cannot be used"),
     ("CreateEndpointConfig", SERVERLESS, {"DataCaptureConfig": {
         "InitialSamplingPercentage": 1, "DestinationS3Uri": "s3://b/c", "CaptureOptions": [{"CaptureMode": "Input"}]}},
      "DataCaptureConfig is not supported for serverless"),
@@ -132,7 +132,7 @@ WRONG: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
     ("RegisterScalableTarget", SCALE, {"ResourceId": "endpoint/x/variant/a"}, "No endpoint in service"),
     ("RegisterScalableTarget", SCALE, {"MinCapacity": 0}, "MinCapacity 0 is for asynchronous"),
     ("RegisterScalableTarget", SCALE, {"ResourceId": "endpoint/small/variant/a"}, "ml.t2.medium is burstable"),
-    ("CreateSchedule", SCHEDULE, {"Target.Arn": "arn:aws:scheduler:::aws-sdk:sagemaker:describeEndpoint"}, "only reads"),
+    ("CreateSchedule", SCHEDULE, {"Target.Arn": "arn:aws:scheduler:::aws-sdk:sagemaker:listModels"}, "only reads"),
     ("CreateSchedule", SCHEDULE, {"Target.Arn": "arn:aws:scheduler:::aws-sdk:sagemaker:endEndpoint"}, "is no operation"),
     ("CreateSchedule", SCHEDULE, {"Target.RetryPolicy": {"MaximumRetryAttempts": 186}}, "less than or equal to 185"),
 ]  # fmt: skip
@@ -155,6 +155,9 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str],
     model = {"ExecutionRoleArn": ROLE, "PrimaryContainer": {"Image": IMAGE}}
     sagemaker.create_model(ModelName="m", **model)
     sagemaker.create_model(ModelName="alone", **model, EnableNetworkIsolation=True)
+    source = {"S3Uri": "s3://b/m/", "S3DataType": "S3Prefix", "CompressionType": "None"}
+    loose = {"Image": IMAGE, "ModelDataSource": {"S3DataSource": source}}
+    sagemaker.create_model(ModelName="loose", ExecutionRoleArn=ROLE, PrimaryContainer=loose)
     configs = {"c": VARIANT, "less": LESS, "larger": VARIANT | {"InstanceType": "ml.m5.xlarge"},
                "small": VARIANT | {"InstanceType": "ml.t2.medium"}}  # fmt: skip
     for name, variant in configs.items():

@@ -140,12 +140,33 @@ def disks_of_hardware_take_no_key(_: Account, asked: Request) -> Iterator[str]:
             yield f"VolumeKmsKeyId is not supported for the instance type {place['InstanceType']}"
 
 
-@rule(f"{API}/API_CreateEndpointConfig.html#sagemaker-CreateEndpointConfig-request-KmsKeyId", "CreateEndpointConfig")
-def nor_do_those_of_endpoints(_: Account, asked: Request) -> Iterator[str]:
-    """If any variant has such a machine, the call fails."""
-    for variant in asked["ProductionVariants"]:
-        if asked.get("KmsKeyId") and OWN_DISK.match(variant.get("InstanceType", "")):
-            yield f"KmsKeyId is not supported for the instance type {variant['InstanceType']}"
+@rule(f"{API}/API_AlgorithmSpecification.html", "CreateTrainingJob")
+def an_algorithm_has_one_name(_: Account, asked: Request) -> Iterator[str]:
+    """An image, or an algorithm of SageMaker's."""
+    spec = asked["AlgorithmSpecification"]
+    if bool(spec.get("TrainingImage")) == bool(spec.get("AlgorithmName")):
+        yield "Either TrainingImage or AlgorithmName must be given, and not both"
+
+
+@rule(f"{API}/API_CreateModelPackage.html", "CreateModelPackage")
+def a_version_has_the_tags_of_its_group(_: Account, asked: Request) -> Iterator[str]:
+    """And none of its own."""
+    if asked.get("ModelPackageGroupName") and asked.get("Tags"):
+        yield "Tags are not allowed for a version of a model package group"
+
+
+@rule(f"{API}/API_ContainerDefinition.html", "CreateTransformJob", "CreateEndpointConfig")
+def a_data_source_is_for_instances_that_stay(account: Account, asked: Request) -> Iterator[str]:
+    """Not for batch transform, nor for serverless endpoints."""
+    names = [asked["ModelName"]] if "ModelName" in asked else [
+        variant["ModelName"] for variant in asked["ProductionVariants"] if "ServerlessConfig" in variant
+    ]  # fmt: skip
+    for name in names:
+        model = account.things.get("Model", {}).get(name, {})
+        if any(
+            "ModelDataSource" in held for held in [model.get("PrimaryContainer") or {}, *model.get("Containers", [])]
+        ):
+            yield f"ModelDataSource of {name} cannot be used with batch transform or serverless endpoints"
 
 
 @rule(f"{GUIDE}/serverless-endpoints.html", "CreateEndpointConfig")
