@@ -141,7 +141,7 @@ def test_a_training_job_starts_once(training: Recorder, lose: Lose) -> None:
 def test_a_job_that_runs_without_any_answer_is_named(training: Recorder, lose: Lose) -> None:
     lose("CreateTrainingJob", answers=9)
     training.answers["DescribeTrainingJob"] = {"TrainingJobStatus": "InProgress"}
-    with pytest.raises(UserError, match=r"AWS cannot be reached.*; but \S+ runs\. Follow it with `make logs JOB="):
+    with pytest.raises(UserError, match=r"AWS gave no answer; .*; but \S+ runs\. Follow it with `make logs JOB="):
         started(training)
 
 
