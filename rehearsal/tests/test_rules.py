@@ -78,7 +78,7 @@ WRONG: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
     ("CreateProcessingJob", PROCESS, {"ProcessingResources.ClusterConfig.VolumeKmsKeyId": "k",
                                       "ProcessingResources.ClusterConfig.InstanceType": "ml.g5.xlarge"},
      "VolumeKmsKeyId is not supported"),
-    ("CreateTrainingJob", TRAIN, {"AlgorithmSpecification.AlgorithmName": "xgboost"}, "Either TrainingImage or"),
+    ("CreateTrainingJob", TRAIN, {"AlgorithmSpecification.AlgorithmName": "x"}, "Either TrainingImage or"),
     ("CreateModelPackage", {"ModelPackageGroupName": "group", "Tags": [{"Key": "k", "Value": "v"}]}, {}, "Tags are not"),
     ("CreateTransformJob", TRANSFORM, {"ModelName": "loose"}, "ModelDataSource of loose cannot be used"),
     ("CreateEndpointConfig", SERVERLESS, {"DataCaptureConfig": {
@@ -132,7 +132,7 @@ WRONG: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
     ("RegisterScalableTarget", SCALE, {"ResourceId": "endpoint/x/variant/a"}, "No endpoint in service"),
     ("RegisterScalableTarget", SCALE, {"MinCapacity": 0}, "MinCapacity 0 is for asynchronous"),
     ("RegisterScalableTarget", SCALE, {"ResourceId": "endpoint/small/variant/a"}, "ml.t2.medium is burstable"),
-    ("CreateSchedule", SCHEDULE, {"Target.Arn": "arn:aws:scheduler:::aws-sdk:sagemaker:listModels"}, "only reads"),
+    ("CreateSchedule", SCHEDULE, {"Target.Arn": "arn:aws:scheduler:::aws-sdk:sagemaker:listModels"}, "reads"),
     ("CreateSchedule", SCHEDULE, {"Target.Arn": "arn:aws:scheduler:::aws-sdk:sagemaker:endEndpoint"}, "is no operation"),
     ("CreateSchedule", SCHEDULE, {"Target.RetryPolicy": {"MaximumRetryAttempts": 186}}, "less than or equal to 185"),
 ]  # fmt: skip
