@@ -66,6 +66,14 @@ def test_a_lost_answer_is_of_a_request_that_was_carried_out(account: Account, cl
         client("sagemaker", attempts=5).create_model(ModelName="o", **MODEL)
 
 
+def test_a_repetition_that_has_a_token_gets_the_first_answer(account: Account, client: Client) -> None:
+    CONTROLS["faults"](account, {"faults": ["lost-answer=CreateSchedule"]})
+    schedule(lambda service: client(service, attempts=3), "deleteModel", ModelName="m")
+    assert len(client("scheduler").list_schedules()["Schedules"]) == 1
+    with pytest.raises(ClientError, match="ConflictException"):
+        schedule(client, "deleteModel", ModelName="m")
+
+
 def test_no_attempt_gets_an_answer(account: Account, client: Client) -> None:
     CONTROLS["faults"](account, {"faults": ["never-an-answer=ListModels"]})
     with pytest.raises(ConnectionClosedError):

@@ -79,7 +79,7 @@ WRONG: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
                                       "ProcessingResources.ClusterConfig.InstanceType": "ml.g5.xlarge"},
      "VolumeKmsKeyId is not supported"),
     ("CreateTrainingJob", TRAIN, {"AlgorithmSpecification.AlgorithmName": "x"}, "Either TrainingImage or"),
-    ("CreateModelPackage", {"ModelPackageGroupName": "group", "Tags": [{"Key": "k", "Value": "v"}]}, {}, "Tags are not"),
+    ("CreateModelPackage", {"ModelPackageGroupName": "group", "Tags": [{"Key": "k", "Value": "v"}]}, {}, "Tags are"),
     ("CreateTransformJob", TRANSFORM, {"ModelName": "loose"}, "ModelDataSource of loose cannot be used"),
     ("CreateEndpointConfig", SERVERLESS, {"DataCaptureConfig": {
         "InitialSamplingPercentage": 1, "DestinationS3Uri": "s3://b/c", "CaptureOptions": [{"CaptureMode": "Input"}]}},
@@ -133,7 +133,7 @@ WRONG: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
     ("RegisterScalableTarget", SCALE, {"MinCapacity": 0}, "MinCapacity 0 is for asynchronous"),
     ("RegisterScalableTarget", SCALE, {"ResourceId": "endpoint/small/variant/a"}, "ml.t2.medium is burstable"),
     ("CreateSchedule", SCHEDULE, {"Target.Arn": "arn:aws:scheduler:::aws-sdk:sagemaker:listModels"}, "reads"),
-    ("CreateSchedule", SCHEDULE, {"Target.Arn": "arn:aws:scheduler:::aws-sdk:sagemaker:endEndpoint"}, "is no operation"),
+    ("CreateSchedule", SCHEDULE, {"Target.Arn": "arn:aws:scheduler:::aws-sdk:sagemaker:endEndpoint"}, "no operation"),
     ("CreateSchedule", SCHEDULE, {"Target.RetryPolicy": {"MaximumRetryAttempts": 186}}, "less than or equal to 185"),
 ]  # fmt: skip
 PROVOKED = set[str]()

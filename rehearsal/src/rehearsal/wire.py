@@ -97,6 +97,15 @@ def _element(name: str, value: Any, shape: Shape) -> str:
     return f"<{name}>{content}</{name}>"
 
 
+def token(service: str, operation: str, request: Request) -> str:
+    """By what AWS knows the repetition of a request; empty where it does not."""
+    if operation not in model(service).operation_names:
+        return ""
+    names = model(service).operation_model(operation).idempotent_members
+    given = next((str(request[name]) for name in names if request.get(name)), "")
+    return given and f"{service}:{operation}:{given}"
+
+
 def _members(service: str, operation: str, parser: Any, body: bytes) -> Request:
     """A request is read as an answer with the members of the input would be."""
     shape = model(service).operation_model(operation).input_shape
