@@ -114,6 +114,7 @@ class Host:
     container: docker.Container
     address: tuple[str, int]
     role: str
+    network: str = ""  # of its own
 
     def ask(
         self, method: str, path: str, body: bytes = b"", headers: Mapping[str, str] | None = None, seconds: float = 60
@@ -148,6 +149,8 @@ class Host:
         """As AWS ends a container of hosting."""
         if self.container.code is None:
             self.container.stop(STOP_SECONDS)
+        if self.network:
+            docker.run("network", "rm", self.network)
 
 
 def host(
@@ -194,11 +197,13 @@ def host(
         account, image, name, ["serve"], env=variables, mounts={"/opt/ml/model:ro": folder / "model"}, more=more,
         read=functools.partial(log, account, role, group, stream),
     )  # fmt: skip
-    found = Host(container, _address(container, isolated), role)
+    found = Host(container, _address(container, isolated), role, name if isolated else "")
     deadline = time.monotonic() + patience
     while not found.healthy():
         if container.code is not None or time.monotonic() > deadline or account.closing.is_set():
             container.kill()
+            container.wait()
+            found.stop()
             raise HostingError("did not pass the ping health check. Please check CloudWatch logs for this endpoint.")
         time.sleep(0.2)
     return found
