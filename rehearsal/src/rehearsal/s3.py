@@ -7,6 +7,7 @@ import gzip
 import json
 import shutil
 import tarfile
+import tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -129,7 +130,12 @@ class Mirror:
             with contextlib.suppress(FileNotFoundError):  # written under another name, and renamed meanwhile
                 if path.is_file() and not path.is_symlink() and (stamp := _stamp(path)) != self._sent.get(path):
                     name = str(path.relative_to(self._folder))
-                    client.upload_file(str(path), bucket, f"{prefix}/{name}" if prefix else name, ExtraArgs=self._extra)
+                    key = f"{prefix}/{name}" if prefix else name
+                    with tempfile.TemporaryFile() as copy:  # it may be written to while it is sent
+                        with path.open("rb") as file:
+                            shutil.copyfileobj(file, copy, 1 << 20)
+                        copy.seek(0)
+                        client.upload_fileobj(copy, bucket, key, ExtraArgs=self._extra)
                     self._sent[path] = stamp
 
 
