@@ -112,8 +112,8 @@ def play(verb: str, fault: str, recovers: bool, said: str) -> list[str]:
 def main() -> int:
     """Command line."""
     chosen, bad = sys.argv[1:] or ["train", "deploy", "pipeline"], 0
-    for verb, owner in (("bootstrap", True), ("image-push", False)):
-        code, text = make(verb, owner, YES="1")
+    for verb, variables in (("bootstrap", {"YES": "1"}), ("image-push", {})):
+        code, text = make(verb, verb == "bootstrap", **variables)
         if code:
             print(text)
             return 1

@@ -13,7 +13,7 @@ import pytest
 from botocore.exceptions import ClientError
 
 from conftest import ROLE, until
-from rehearsal import docker
+from rehearsal import docker, endpoints
 from rehearsal.operations import CONTROLS, Account
 
 Client = Callable[[str], Any]
@@ -103,7 +103,10 @@ def test_two_variants_by_weight_and_by_name(account: Account, client: Client, mo
 
 
 @pytest.mark.parametrize(("kind", "size"), [("CANARY", "CanarySize"), ("LINEAR", "LinearStepSize")])
-def test_an_update_in_steps(account: Account, client: Client, model: Callable[..., str], kind: str, size: str) -> None:
+def test_an_update_in_steps(
+    account: Account, client: Client, model: Callable[..., str], kind: str, size: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(endpoints, "STEP", 5.0)
     serve(client, model("one", says("one")))
     model("two", says("two"))
     routing = {"Type": kind, "WaitIntervalInSeconds": 300, size: {"Type": "CAPACITY_PERCENT", "Value": 50}}
@@ -163,7 +166,9 @@ def test_an_alarm_takes_an_update_back(client: Client, model: Callable[..., str]
     assert ask(client)[0] == b"one"
 
 
-def test_answers_that_are_none(account: Account, client: Client, model: Callable[..., str]) -> None:
+def test_answers_that_are_none(
+    account: Account, client: Client, model: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     code = """
 import os, time
 def answer(body, headers):
@@ -181,14 +186,10 @@ def answer(body, headers):
     assert 'Received client error (415) from primary with message "{"error": "no"}"' in str(error.value)
     with pytest.raises(ClientError, match="Member must have length less than or equal to 6291456"):
         ask(client, b"x" * (6 * 2**20 + 1))
-    from rehearsal import endpoints
-
-    before, endpoints.REALTIME_SECONDS = endpoints.REALTIME_SECONDS, 1
-    try:
+    with monkeypatch.context() as patched:
+        patched.setattr(endpoints, "REALTIME_SECONDS", 1)
         with pytest.raises(ClientError, match="Your invocation timed out"):
             ask(client, b"sleep")
-    finally:
-        endpoints.REALTIME_SECONDS = before
     with pytest.raises(ClientError) as gone:
         ask(client, b"die")
     assert gone.value.response["ResponseMetadata"]["HTTPStatusCode"] in (424, 503)

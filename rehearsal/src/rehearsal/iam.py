@@ -18,8 +18,9 @@ from typing import Any
 from urllib.parse import unquote
 
 from botocore.exceptions import BotoCoreError, ClientError
+from moto.core.common_models import CloudFormationModel
 from moto.iam.access_control import PermissionResult
-from moto.s3.models import FakeBucket
+from moto.s3.models import FakeBucket, s3_backends
 
 from rehearsal.operations import Account, Answer, Call, after, before, refuse
 
@@ -38,10 +39,45 @@ S3_ACTIONS = {
 KIND = re.compile(r"(?:Create|Delete|Describe|Stop|Start|Update|Invoke|List)(.+?)(?:Async|WeightsAndCapacities)?")
 ROLES = ("RoleArn", "ExecutionRoleArn")
 MOTOS = re.compile(r":(model-package|model-package-group|pipeline)/")  # whose tags moto keeps
+NAMED = ("StackName", "TopicArn", "KeyId", "PolicySourceArn", "PolicyArn")  # members that name a resource
 ANYBODY = ("sts:GetCallerIdentity",)
 XML = ("s3", "iam", "sns", "cloudwatch", "cloudformation", "sts")
 # Moto 5.2.5 holds requests against a bucket's policy as well, without its conditions; here `check` does that.
 FakeBucket.get_permission = lambda *_: PermissionResult.PERMITTED  # type: ignore[method-assign]
+
+
+class BucketPolicy(CloudFormationModel):
+    """A bucket's policy in a stack, which moto's CloudFormation leaves out."""
+
+    @staticmethod
+    def cloudformation_name_type() -> str:
+        """It has no name."""
+        return ""
+
+    @staticmethod
+    def cloudformation_type() -> str:
+        """What a template calls it."""
+        return "AWS::S3::BucketPolicy"
+
+    @classmethod
+    def create_from_cloudformation_json(cls, *given: Any, **_: Any) -> BucketPolicy:
+        """Put it onto its bucket; `given` is a name, the resource and the account."""
+        made, properties = cls(), given[1]["Properties"]
+        made.physical_resource_id = made.bucket = properties["Bucket"]
+        policy = json.dumps(properties["PolicyDocument"]).encode()
+        s3_backends[given[2]]["aws"].put_bucket_policy(made.bucket, policy)
+        return made
+
+    @classmethod
+    def update_from_cloudformation_json(cls, **given: Any) -> BucketPolicy:
+        """Another one takes its place."""
+        return cls.create_from_cloudformation_json("", given["cloudformation_json"], given["account_id"])
+
+    @classmethod
+    def delete_from_cloudformation_json(cls, *given: Any, **_: Any) -> None:
+        """The bucket has none any more, where it is there."""
+        with contextlib.suppress(Exception):
+            s3_backends[given[2]]["aws"].delete_bucket_policy(given[0])
 
 
 class UnknownError(Exception):
@@ -185,7 +221,8 @@ def _read(document: Any) -> dict[str, Any]:
         text = unquote(document) if document.startswith("%") else document
         # Of roles that a stack makes, moto 5.2.5 answers with Python's way to write a policy.
         document = ast.literal_eval(text) if text.startswith("{'") else json.loads(text)
-    return dict(document)
+    # Where a stack's condition leaves a statement out, moto 5.2.5 keeps an empty one.
+    return dict(document) | {"Statement": [part for part in listed(document["Statement"]) if part]}
 
 
 def _of_bucket(account: Account, resource: str) -> list[dict[str, Any]]:
@@ -255,8 +292,12 @@ def needs(account: Account, call: Call) -> list[Need]:
         if places and name.startswith(("Put", "Delete")):
             found = [(f"cloudwatch:{name}", place, context) for place in places]
             return found + [("cloudwatch:TagResource", place, context) for place in places if tags]
-    where = asked.get("TopicArn") or asked.get("KeyId") or "*"
-    return [(f"{service}:{name}", where if str(where).startswith("arn:") else "*", context)]
+    where = next((str(asked[key]) for key in NAMED if asked.get(key)), "*")
+    if service == "cloudformation" and "StackName" in asked and not where.startswith("arn:"):
+        where = arn(f"stack/{where}/0a1b")
+    if service == "iam" and "RoleName" in asked:
+        where = arn(f"role/{asked['RoleName']}", region="")
+    return [(f"{service}:{name}", where if where.startswith("arn:") else "*", context)]
 
 
 def _tags(tags: Any) -> dict[str, str]:
