@@ -179,7 +179,7 @@ class Journey:
         for policy in iam.list_policies(Scope="Local")["Policies"]:
             if re.search("-(Verbs|Around)Policy-", policy["PolicyName"]):
                 iam.attach_user_policy(UserName="person", PolicyArn=policy["Arn"])
-        self.verb("doctor", "these credentials may do what the verbs do")
+        self.verb("doctor", "is there and up to date")
 
     def process(self) -> None:
         """Images become a packed data set."""

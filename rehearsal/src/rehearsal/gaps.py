@@ -50,7 +50,7 @@ def simulate(account: Account, request: Request) -> Answer:
     results = []
     for action in request["ActionNames"]:
         for resource in request.get("ResourceArns") or ["*"]:
-            right = policies is None or iam.allowed(policies, action, resource, context)
+            right = policies is None or iam.allowed(policies, action, resource, context, request["PolicySourceArn"])
             decision = "allowed" if right else "implicitDeny"
             results.append({"EvalActionName": action, "EvalResourceName": resource, "EvalDecision": decision})
     return {"IsTruncated": False} | page(results, {}, "EvaluationResults", len(results))
