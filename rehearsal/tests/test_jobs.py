@@ -211,11 +211,9 @@ def test_the_time_of_a_job_is_limited(account: Account, client: Clients) -> None
 def test_processing_moves_inputs_and_outputs(account: Account, client: Clients) -> None:
     put(client, raw__a="1", raw__b="2")
     code = """
-import os, json
-config = json.load(open("/opt/ml/config/processingjobconfig.json"))
-names = sorted(os.listdir("/opt/ml/processing/in"))
-os.makedirs("/opt/ml/processing/out/deep")
-open("/opt/ml/processing/out/deep/names", "w").write(config["ProcessingJobName"] + " " + " ".join(names))
+import os, json; os.chdir("/opt/ml")
+config = json.load(open("config/processingjobconfig.json")); os.makedirs("processing/out/deep")
+print(config["ProcessingJobName"], *sorted(os.listdir("processing/in")), file=open("processing/out/deep/names", "w"))
 """
     request: dict[str, Any] = {
         "ProcessingJobName": "a-job", "RoleArn": ROLE,
@@ -231,7 +229,7 @@ open("/opt/ml/processing/out/deep/names", "w").write(config["ProcessingJobName"]
     sagemaker.create_processing_job(**request)
     facts = ended(client, word="ProcessingJob")
     assert facts["ProcessingJobStatus"] == "Completed", facts.get("FailureReason")
-    assert content(client, "packed/deep/names") == b"a-job a b"
+    assert content(client, "packed/deep/names") == b"a-job a b\n"
     request |= {"ProcessingJobName": "b-job"}
     request["AppSpecification"]["ContainerArguments"] = ["raise SystemExit(4)"]
     sagemaker.create_processing_job(**request)

@@ -67,6 +67,13 @@ class Front(http.server.BaseHTTPRequestHandler):
     def log_message(self, *_: Any) -> None:
         """Nothing is said."""
 
+    def handle_expect_100(self) -> bool:
+        """Let a client send its body at once: it waits for this."""
+        self.send_response_only(100)
+        self.end_headers()
+        self.wfile.flush()
+        return True
+
     def _body(self) -> bytes:
         if self.headers.get("Transfer-Encoding", "").lower() != "chunked":
             return self.rfile.read(int(self.headers.get("Content-Length") or 0))
