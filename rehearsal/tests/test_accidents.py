@@ -75,9 +75,10 @@ def test_a_repetition_that_has_a_token_gets_the_first_answer(account: Account, c
 
 
 def test_no_attempt_gets_an_answer(account: Account, client: Client) -> None:
-    CONTROLS["faults"](account, {"faults": ["never-an-answer=ListModels"]})
-    with pytest.raises(ConnectionClosedError):
-        client("sagemaker", attempts=3).list_models()
+    CONTROLS["faults"](account, {"faults": ["never-an-answer=CreateModel"]})
+    with pytest.raises(ConnectionClosedError):  # and no refusal of the second one
+        client("sagemaker", attempts=3).create_model(ModelName="m", **MODEL)
+    assert [*account.things["Model"]] == ["m"]
 
 
 def test_an_accident_happens_once_and_to_its_kind(account: Account) -> None:

@@ -65,19 +65,29 @@ def throttle(account: Account, call: Call) -> None:
         raise refuse("ThrottlingException", "Rate exceeded")
 
 
+@before
+def stay_silent(account: Account, call: Call) -> None:
+    """Nobody hears what became of a repetition either."""
+    if _lost(account, "never-an-answer", call) and _done(account)[f"never-an-answer {call.operation}"]:
+        raise NoAnswer
+
+
 @after
 def lose(account: Account, call: Call, _: Answer) -> None:
     """Nobody hears what was carried out."""
     for name in ("lost-answer", "never-an-answer"):
-        operation = _value(account, name, "CreateTrainingJob")
-        if operation is None or call.operation not in operation.split(","):
-            continue
-        with account.lock:
-            _done(account)[f"{name} {call.operation}"] += 1
-            first = _done(account)[f"{name} {call.operation}"] == 1
-        if first or name == "never-an-answer":
-            account.note("fault", name, call.operation)
-            raise NoAnswer
+        if _lost(account, name, call):
+            with account.lock:
+                _done(account)[f"{name} {call.operation}"] += 1
+            if _done(account)[f"{name} {call.operation}"] == 1:
+                account.note("fault", name, call.operation)
+                raise NoAnswer
+
+
+def _lost(account: Account, name: str, call: Call) -> bool:
+    """Whether a fault is about an operation."""
+    operations = _value(account, name, "CreateTrainingJob")
+    return bool(operations) and call.operation in str(operations).split(",")
 
 
 @started
