@@ -18,7 +18,8 @@ from typing import Any
 
 from botocore.exceptions import BotoCoreError, ClientError
 
-from rehearsal import hosting, s3
+from rehearsal import docker, hosting, s3
+from rehearsal.docker import Container
 from rehearsal.hosting import Host, HostingError, forget, keep, listed, thing
 from rehearsal.operations import CALLER, STARTED, Account, Answer, Request, control, no_gpu, now, operation, refuse
 
@@ -140,20 +141,22 @@ def _host(account: Account, name: str, variant: Mapping[str, Any]) -> Host:
         raise HostingError(reason)
     serverless = variant.get("ServerlessConfig")
     stream = f"{variant['VariantName']}/i-{secrets.token_hex(8)}"
-    more = {"patience": 180.0, "memory": serverless["MemorySizeInMB"]} if serverless else {}
+    more: dict[str, Any] = {"patience": 180.0, "memory": serverless["MemorySizeInMB"]} if serverless else {}
+
+    def began(container: Container) -> None:
+        def die(_: str) -> None:
+            while container.code is None and docker.run("kill", container.name).returncode:
+                time.sleep(0.1)  # it is not there yet
+
+        for hook in STARTED:
+            hook(account, "endpoint", name, die)
+
     try:
-        made = hosting.host(account, variant["ModelName"], f"/aws/sagemaker/Endpoints/{name}", stream, **more)
+        group = f"/aws/sagemaker/Endpoints/{name}"
+        return hosting.host(account, variant["ModelName"], group, stream, began=began, **more)
     except HostingError as error:
         word = f"The primary container for production variant {variant['VariantName']} "
         raise HostingError(f"{word if str(error).startswith('did not') else ''}{error}") from error
-
-    def accident(what: str) -> None:
-        if what in ("die", "reclaim"):
-            made.container.kill()
-
-    for hook in STARTED:
-        hook(account, "endpoint", name, accident)
-    return made
 
 
 def _in_service(account: Account, name: str, fleet: Fleet) -> None:

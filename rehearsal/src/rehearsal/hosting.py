@@ -155,7 +155,7 @@ class Host:
 
 def host(
     account: Account, model: str, group: str, stream: str, env: Mapping[str, str] | None = None, patience: float = 480,
-    memory: int = 0,
+    memory: int = 0, began: Callable[[docker.Container], None] = lambda _: None,
 ) -> Host:  # fmt: skip
     """Start a model's container, and wait until it is healthy.
 
@@ -167,6 +167,7 @@ def host(
         env: more variables than the model names.
         patience: seconds until /ping has to answer.
         memory: MB that it may take; 0: what there is.
+        began: is handed the container as soon as it runs.
 
     Raises:
         HostingError: when it does not serve.
@@ -197,6 +198,7 @@ def host(
         account, image, name, ["serve"], env=variables, mounts={"/opt/ml/model:ro": folder / "model"}, more=more,
         read=functools.partial(log, account, role, group, stream),
     )  # fmt: skip
+    began(container)
     found = Host(container, _address(container, isolated), role, name if isolated else "")
     deadline = time.monotonic() + patience
     while not found.healthy():
