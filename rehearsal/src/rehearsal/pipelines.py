@@ -19,7 +19,7 @@ from typing import Any
 from botocore.exceptions import BotoCoreError, ClientError
 
 from rehearsal import jobs, s3, wire
-from rehearsal.operations import Account, Answer, Request, missing, now, operation, page
+from rehearsal.operations import Account, Answer, Request, missing, now, operation, page, refuse
 
 RUNS = {"Training": "TrainingJob", "Processing": "ProcessingJob", "Transform": "TransformJob",
         "Tuning": "HyperParameterTuningJob"}  # fmt: skip
@@ -151,8 +151,8 @@ class Execution:
                     self.steps.append(entry)
                     threads[step["Name"]] = self.account.spawn(self._step, step, entry, waiting)
             if not any(thread.is_alive() for thread in threads.values()):
-                over = not waiting or failed or self.stop.is_set()
-                if over or all(set(needs(step)) - {*status} for step in waiting if not failed):
+                begun = {entry["StepName"]: entry["StepStatus"] for entry in self.steps}
+                if begun == status and (failed or all(needs(step) - {*begun} for step in waiting)):
                     break
             time.sleep(jobs.PULSE)
         words = [entry["StepStatus"] for entry in self.steps]
@@ -308,6 +308,18 @@ def _execution(account: Account, request: Request) -> Execution:
     if found is None:
         raise missing(f"the pipeline execution {request['PipelineExecutionArn']}")
     return found
+
+
+@operation("sagemaker", "CreatePipeline")
+def create(account: Account, request: Request) -> Answer:
+    """Moto 5.2.5 takes a name twice, and keeps what it had."""
+    name = request["PipelineName"]
+    try:
+        account.pass_on("sagemaker", "DescribePipeline", {"PipelineName": name})
+    except ClientError:
+        return account.pass_on("sagemaker", "CreatePipeline", request)
+    text = "Pipeline names must be unique within an AWS account and region. Pipeline with name"
+    raise refuse("ValidationException", f"{text} ({name}) already exists.")
 
 
 @operation("sagemaker", "StartPipelineExecution")
