@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -175,10 +174,10 @@ def push(account: Account, request: Request) -> Answer:
               for layer in facts[0]["RootFS"]["Layers"]]  # fmt: skip
     config = {"mediaType": "application/vnd.docker.container.image.v1+json", "size": 1, "digest": facts[0]["Id"]}
     text = json.dumps({"schemaVersion": 2, "mediaType": kind, "config": config, "layers": layers})
-    account.client("ecr").put_image(
+    made = account.client("ecr").put_image(
         repositoryName=place["name"], imageTag=place["tag"] or "latest", imageManifest=text, imageManifestMediaType=kind
     )
-    keep(account, place["name"], f"sha256:{hashlib.sha256(text.encode()).hexdigest()}", uri)
+    keep(account, place["name"], made["image"]["imageId"]["imageDigest"], uri)
     return {}
 
 
