@@ -50,13 +50,15 @@ if given["layers"] == "2": raise SystemExit(1)
         HyperParameterTuningJobName=name,
         HyperParameterTuningJobConfig={
             "Strategy": "Grid", "ResourceLimits": {"MaxNumberOfTrainingJobs": 3, "MaxParallelTrainingJobs": 2},
-            "HyperParameterTuningJobObjective": {"Type": "Maximize", "MetricName": "accuracy"}, "ParameterRanges": ranges,
+            "HyperParameterTuningJobObjective": {"Type": "Maximize", "MetricName": "accuracy"},
+            "ParameterRanges": ranges,
         },
         TrainingJobDefinition={
             "StaticHyperParameters": {"code": code}, "RoleArn": ROLE, "ResourceConfig": MACHINES,
             "AlgorithmSpecification": {"TrainingImage": STUB, "TrainingInputMode": "File", "MetricDefinitions": [
                 {"Name": "accuracy", "Regex": "accuracy=([0-9.]+)"}]},
-            "OutputDataConfig": {"S3OutputPath": "s3://the-bucket/jobs"}, "StoppingCondition": {"MaxRuntimeInSeconds": 60},
+            "OutputDataConfig": {"S3OutputPath": "s3://the-bucket/jobs"},
+            "StoppingCondition": {"MaxRuntimeInSeconds": 60},
         },
         Tags=[{"Key": "project", "Value": "p"}],
     )  # fmt: skip

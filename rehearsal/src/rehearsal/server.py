@@ -10,6 +10,7 @@ import re
 import socket
 import traceback
 import urllib.request
+import warnings
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -26,7 +27,9 @@ HOPS = {"connection", "keep-alive", "transfer-encoding", "te", "upgrade", "host"
 def start(account: Account) -> None:
     """Moto, and the front before it, on free ports of 127.0.0.1; both end with the account."""
     gaps.mend()
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    for name in ("werkzeug", "moto"):  # what moto lacks is noted as a gap, and told to who asked
+        logging.getLogger(name).setLevel(logging.CRITICAL + 1)
+    warnings.filterwarnings("ignore", module=r"moto\.")
     moto = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     moto.start()
     account.moto = f"http://127.0.0.1:{moto.get_host_and_port()[1]}"
