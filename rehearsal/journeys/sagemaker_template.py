@@ -30,6 +30,8 @@ CHANGES = {
     "COMPUTE__INSTANCE_TYPE": "ml.m5.xlarge",
     "ENDPOINT__INSTANCE_TYPE": "ml.m5.xlarge",
     "ENDPOINT__CAPTURE_PERCENT": "100",
+    "TRAINING__EPOCHS": "6",
+    "PIPELINE__MIN_ACCURACY": "0.5",
     "TUNING__MAX_JOBS": "2",
     "TUNING__MAX_PARALLEL_JOBS": "1",
     "MONITORING__MINIMUM": "10",
@@ -361,4 +363,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)
