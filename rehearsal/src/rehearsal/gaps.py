@@ -8,7 +8,7 @@ from moto.cloudformation import models as cloudformation
 from moto.cloudformation.parsing import OutputMap
 
 from rehearsal import iam
-from rehearsal.operations import CALLER, Account, Answer, Request, operation, page
+from rehearsal.operations import CALLER, Account, Answer, Request, operation, page, refuse
 
 
 def mend() -> None:
@@ -39,6 +39,12 @@ def identity(account: Account, _: Request) -> Answer:
     """Who asks."""
     arn = CALLER.get().principal
     return {"UserId": arn.rpartition("/")[2].rpartition(":")[2], "Account": account.number, "Arn": arn}
+
+
+@operation("pricing", "GetProducts")
+def prices(_: Account, __: Request) -> Answer:
+    """None: a program may keep what it hears, and ask AWS no more."""
+    raise refuse("AccessDeniedException", "the rehearsal knows no prices")
 
 
 @operation("iam", "SimulatePrincipalPolicy")
