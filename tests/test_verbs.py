@@ -166,7 +166,8 @@ def test_names_that_left_are_gone_and_the_others_stay() -> None:
     assert set(ROWS) == set(
         "help setup data train-local evaluate report compare predict serve-local batch-local tune-local pipeline-local "
         "track notebook image bootstrap doctor image-push rehearse process train tune pipeline logs pull register "
-        "approve deploy invoke shift-traffic batch monitor status destroy test lint format audit update-template clean".split()
+        "approve deploy invoke shift-traffic batch monitor status destroy test lint format audit update-template "
+        "clean".split()
     )
 
 
