@@ -145,11 +145,28 @@ def test_a_bucket_forbids_also_who_may_do_all(client: As, may: Callable[..., Non
     client("s3", OWNER).put_bucket_policy(
         Bucket="mine", Policy=json.dumps({"Version": "2012-10-17", "Statement": [once, tls]})
     )
-    may(statement("s3:*"))
-    client("s3").put_object(Bucket="mine", Key="data/a", Body=b"x")
+    for key in ("models/a", "models/b"):  # the second time with nothing but the rights on S3
+        client("s3").put_object(Bucket="mine", Key="data/a", Body=b"x")
+        with pytest.raises(ClientError, match="AccessDenied"):
+            client("s3").put_object(Bucket="mine", Key=key, Body=b"x")
+        client("s3").put_object(Bucket="mine", Key=key, Body=b"x", IfNoneMatch="*")
+        may(statement("s3:*"))
+
+
+def test_a_stack_gives_a_bucket_its_policy(client: As) -> None:
+    def template(prefix: str) -> str:
+        deny = {"Effect": "Deny", "Principal": "*", "Action": "s3:PutObject",
+                "Resource": {"Fn::Sub": f"${{B.Arn}}/{prefix}/*"}}  # fmt: skip
+        policy = {"Bucket": {"Ref": "B"}, "PolicyDocument": {"Version": "2012-10-17", "Statement": [deny]}}
+        bucket = {"Type": "AWS::S3::Bucket", "Properties": {"BucketName": "stacks"}}
+        return json.dumps({"Resources": {"B": bucket, "P": {"Type": "AWS::S3::BucketPolicy", "Properties": policy}}})
+
+    cloud = client("cloudformation")
+    cloud.create_stack(StackName="s", TemplateBody=template("a"))
+    cloud.update_stack(StackName="s", TemplateBody=template("b"))
+    client("s3").put_object(Bucket="stacks", Key="a/x", Body=b"")
     with pytest.raises(ClientError, match="AccessDenied"):
-        client("s3").put_object(Bucket="mine", Key="models/a", Body=b"x")
-    client("s3").put_object(Bucket="mine", Key="models/a", Body=b"x", IfNoneMatch="*")
+        client("s3").put_object(Bucket="stacks", Key="b/x", Body=b"")
 
 
 @pytest.mark.parametrize(

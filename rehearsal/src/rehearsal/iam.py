@@ -41,6 +41,7 @@ ROLES = ("RoleArn", "ExecutionRoleArn")
 MOTOS = re.compile(r":(model-package|model-package-group|pipeline)/")  # whose tags moto keeps
 NAMED = ("StackName", "TopicArn", "KeyId", "PolicySourceArn", "PolicyArn")  # members that name a resource
 ANYBODY = ("sts:GetCallerIdentity",)
+ALL = {"Statement": [{"Effect": "Allow", "Action": "*", "Resource": "*"}]}
 XML = ("s3", "iam", "sns", "cloudwatch", "cloudformation", "sts")
 # Moto 5.2.5 holds requests against a bucket's policy as well, without its conditions; here `check` does that.
 FakeBucket.get_permission = lambda *_: PermissionResult.PERMITTED  # type: ignore[method-assign]
@@ -48,6 +49,8 @@ FakeBucket.get_permission = lambda *_: PermissionResult.PERMITTED  # type: ignor
 
 class BucketPolicy(CloudFormationModel):
     """A bucket's policy in a stack, which moto's CloudFormation leaves out."""
+
+    physical_resource_id = ""
 
     @staticmethod
     def cloudformation_name_type() -> str:
@@ -63,13 +66,13 @@ class BucketPolicy(CloudFormationModel):
     def create_from_cloudformation_json(cls, *given: Any, **_: Any) -> BucketPolicy:
         """Put it onto its bucket; `given` is a name, the resource and the account."""
         made, properties = cls(), given[1]["Properties"]
-        made.physical_resource_id = made.bucket = properties["Bucket"]
+        made.physical_resource_id = properties["Bucket"]
         policy = json.dumps(properties["PolicyDocument"]).encode()
-        s3_backends[given[2]]["aws"].put_bucket_policy(made.bucket, policy)
+        s3_backends[given[2]]["aws"].put_bucket_policy(made.physical_resource_id, policy)
         return made
 
     @classmethod
-    def update_from_cloudformation_json(cls, **given: Any) -> BucketPolicy:
+    def update_from_cloudformation_json(cls, *_: Any, **given: Any) -> BucketPolicy:
         """Another one takes its place."""
         return cls.create_from_cloudformation_json("", given["cloudformation_json"], given["account_id"])
 
@@ -164,8 +167,9 @@ def check(account: Account, call: Call) -> None:
     if not call.principal.startswith("arn:"):
         raise refuse("UnrecognizedClientException", "The security token included in the request is invalid.", 403)
     try:
-        known = policies(account, call.principal)
-        for action, resource, context in [] if known is None else needs(account, call):
+        found = policies(account, call.principal)
+        known = [ALL] if found is None else found
+        for action, resource, context in needs(account, call) if known != [ALL] or call.service == "s3" else []:
             own = [*known, *_of_bucket(account, resource)] if action.startswith("s3:") else known
             if action not in ANYBODY and not allowed(own, action, resource, context, call.principal):
                 code, status = ("AccessDenied", 403) if call.service in XML else ("AccessDeniedException", 400)

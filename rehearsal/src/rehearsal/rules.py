@@ -22,10 +22,11 @@ GUIDE, API = f"{DOCS}/dg", f"{DOCS}/APIReference"
 OWN_DISK = re.compile(r"ml\.(g[4-9]|p[4-9]|p3dn|trn|inf2|[a-z]+\d+[a-z]*d)")  # hardware encrypts these disks, no key
 HELD = ("sagemaker", "sagemaker-runtime", "scheduler")  # services whose constraints are looked at
 Check = Callable[[Account, Request], Iterator[str]]
+Taken = Callable[[Check], Check]
 RULES: list[tuple[str, tuple[tuple[str, str], ...], str, Check]] = []
 
 
-def rule(page: str, *operations: str, service: str = "sagemaker", code: str = "ValidationException") -> Any:
+def rule(page: str, *operations: str, service: str = "sagemaker", code: str = "ValidationException") -> Taken:
     """A rule of some operations; the function yields why it refuses a request."""
 
     def take(check: Check) -> Check:
@@ -365,7 +366,7 @@ def what_can_scale(account: Account, asked: Request) -> Iterator[str]:
       "UpdateSchedule", service="scheduler")  # fmt: skip
 def universal_targets_change_something(_: Account, asked: Request) -> Iterator[str]:
     """A target of any service is `…:aws-sdk:service:operation`, its name in camel case, and does not only read."""
-    service, _, operation = str(asked["Target"]["Arn"]).partition(":aws-sdk:")[2].partition(":")
+    service, operation = str(asked["Target"]["Arn"]).partition(":aws-sdk:")[2].partition(":")[::2]
     if not service:
         return
     if re.match(r"(get|describe|list|poll|receive|search|scan|query|select|read|batchGet)[A-Z]", operation):
