@@ -271,7 +271,7 @@ def needs(account: Account, call: Call) -> list[Need]:
     if service == "sagemaker":
         return _of_sagemaker(account, name, asked, context)
     if service == "logs" and "logGroupName" in asked:
-        stream = asked.get("logStreamName", "") if name.endswith(("LogEvents",)) else ""
+        stream = asked.get("logStreamName", "") if name.endswith(("LogEvents", "LogStream")) else ""
         return [(f"logs:{name}", arn(f"log-group:{asked['logGroupName']}:log-stream:{stream}"), context)]
     if service == "ecr" and asked.get("repositoryName"):
         return [(f"ecr:{name}", arn(f"repository/{asked['repositoryName']}"), context)]
