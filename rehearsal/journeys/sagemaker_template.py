@@ -211,7 +211,7 @@ class Journey:
 
     def look(self) -> None:
         """Its log, its run on this machine, what there is and what it costs."""
-        self.verb("logs", "rank|epoch|train", ARGS="--once")
+        self.verb("logs", "epoch", ARGS="--once")
         self.verb("pull", self.facts["run"])
         self.verb("status", "in all at most")
 

@@ -26,6 +26,12 @@ def mend() -> None:
         return given
 
     cloudformation.Stack.parameter_list = property(as_text)
+    outputs = cloudformation.Stack.outputs.fget
+
+    def when_there(self: Any) -> list[Any]:  # asking for them makes what they are of, which nobody would remove
+        return [] if self.status.startswith(("REVIEW", "DELETE")) else outputs(self)
+
+    cloudformation.Stack.outputs = property(when_there)
 
     def with_outputs(self: Any) -> None:
         original(self)
