@@ -165,8 +165,9 @@ def test_the_makefile_is_short_and_old_enough_for_macos() -> None:
 def test_names_that_left_are_gone_and_the_others_stay() -> None:
     assert set(ROWS) == set(
         "help setup data train-local evaluate report compare predict serve-local batch-local tune-local pipeline-local "
-        "track notebook image bootstrap doctor image-push process train tune pipeline logs pull register approve "
-        "deploy invoke shift-traffic batch monitor status destroy test lint format audit update-template clean".split()
+        "track notebook image bootstrap doctor image-push rehearse process train tune pipeline logs pull register "
+        "approve deploy invoke shift-traffic batch monitor status destroy test lint format audit update-template "
+        "clean".split()
     )
 
 

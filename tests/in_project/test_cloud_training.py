@@ -266,6 +266,7 @@ def test_ctrl_c_while_starting_says_whether_a_job_runs(account: Recorder, starte
 
     found = {"TrainingJobName": "j", "TrainingJobArn": "a", "CreationTime": datetime.now(UTC), "TrainingJobStatus": "x"}
     account.answers["ListTrainingJobs"] = {"TrainingJobSummaries": [found] if started_already else []}
+    account.answers["DescribeTrainingJob"] = found
     account.answers["CreateTrainingJob"] = interrupt
     with pytest.raises(UserError, match="stopped by SIGINT") as error:
         started(account)

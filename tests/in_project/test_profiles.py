@@ -128,7 +128,7 @@ TROUBLES: dict[str, tuple[Exception, str]] = {  # what every request ends in, an
     "clock": (answers("SignatureDoesNotMatch", "Signature expired"), "this machine's clock"),
     "no credentials": (NoCredentialsError(), "there are no AWS credentials"),
     "no network": (EndpointConnectionError(endpoint_url="https://a.invalid"), "AWS cannot be reached"),
-    "no answer": (ReadTimeoutError(endpoint_url="https://a.invalid"), "AWS cannot be reached"),
+    "no answer": (ReadTimeoutError(endpoint_url="https://a.invalid"), "AWS gave no answer"),
     "proxy": (ProxyConnectionError(proxy_url="http://proxy.invalid"), "AWS cannot be reached"),
     "not allowed": (answers("AccessDenied", "User: a is not authorized to perform: b"), "may not do that"),
     "too many": (answers("ThrottlingException", "Rate exceeded"), "too many requests, 5 attempts"),

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from pipelines import project
-from pipelines.cloud import errors
+from pipelines.cloud import answers, errors
 from pipelines.cloud.errors import ATTEMPTS, missing
 from pipelines.config import Settings
 from pipelines.terminal import UserError
@@ -83,6 +83,7 @@ class Account:
             os.environ.setdefault(name, value)  # not in a Config, instead of which the SDK has one of its own
         own = botocore.session.get_session()
         own.set_default_client_config(Config(connect_timeout=10, read_timeout=60))
+        answers.watch(self, own)
         try:
             session = boto3.Session(botocore_session=own, region_name=self.region)
             if credentials := session.get_credentials():

@@ -18,7 +18,8 @@ REASONS = {
     "quota": ("ResourceLimitExceeded", "LimitExceeded", "LimitExceededException", "ServiceQuotaExceededException"),
     "capacity": ("CapacityError", "InsufficientCapacity", "InsufficientInstanceCapacity"),
     "throttled": ("Throttling", "ThrottlingException", "TooManyRequestsException", "RequestLimitExceeded", "SlowDown"),
-    "network": ("EndpointConnection", "ConnectTimeout", "ReadTimeout", "ConnectionClosed", "SSL", "ProxyConnection"),
+    "network": ("EndpointConnection", "ConnectTimeout", "SSL", "ProxyConnection"),
+    "unanswered": ("ReadTimeout", "ConnectionClosed"),
 }  # fmt: skip
 MISSING = ("ResourceNotFoundException", "ResourceNotFound", "RepositoryNotFoundException", "NoSuchBucket", "NoSuchKey",
            "404")  # the last is S3's answer to a HEAD  # fmt: skip
@@ -32,6 +33,7 @@ STEPS = {
     "trust": "SageMaker may not use the execution role; `make bootstrap` puts its trust policy right",
     "throttled": f"too many requests, {ATTEMPTS} attempts were refused; try again in a minute",
     "network": "AWS cannot be reached; check the network, the proxy and aws.region",
+    "unanswered": "AWS gave no answer; check the network, and with `make status` whether it did what it was asked for",
 }
 HOPELESS = ("no credentials", "expired", "invalid")  # reasons that hold for every other request, too
 SIGN_IN = "sign in again with `aws {} --profile {}`"

@@ -99,17 +99,32 @@ def starting(account: Account, kind: str, name: str) -> Iterator[None]:
         name: of the job; of a training job, whose name the SDK makes, a part.
 
     Raises:
-        UserError: when AWS refuses, or a signal came: with whether a job runs.
+        UserError: when AWS refuses, gives no answer, or a signal came: with whether a job runs.
     """
+    from botocore.exceptions import BotoCoreError
+
     word = words(kind, " ").rpartition(" ")[2]
-    with explained(f"starting the {word} job"):
-        try:
-            with interruptible():
-                yield
-        except Interrupted as error:
-            job = newest(account, name) if kind == "Training" else describe(account, kind, name).get("Name")
-            end = f"{job} runs. {after(account, kind, job)}" if job else f"no {word} job was started"
-            raise UserError(f"stopped by {error}; {end}", code=130) from error
+    try:
+        with explained(f"starting the {word} job"), interruptible():
+            yield
+    except Interrupted as error:
+        end = _runs(account, kind, name) or f"no {word} job was started"
+        raise UserError(f"stopped by {error}; {end}", code=130) from error
+    except UserError as error:
+        end = ""
+        if isinstance(error.__cause__, BotoCoreError):  # no answer came, not even a refusal
+            with contextlib.suppress(UserError):
+                end = _runs(account, kind, name)
+        if not end:
+            raise
+        raise UserError(f"{error}; but {end}") from error
+
+
+def _runs(account: Account, kind: str, name: str) -> str:
+    """That a job runs, and what to do with it; nothing when none does."""
+    job = newest(account, name) if kind == "Training" else name
+    facts = describe(account, kind, job) if job else {}
+    return f"{job} runs. {after(account, kind, job)}" if job and facts and facts["Status"] not in ENDED else ""
 
 
 def _print_new_lines(

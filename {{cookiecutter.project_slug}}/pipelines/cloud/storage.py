@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from inference.artifact import digest_of
 from pipelines.cloud.account import Account, explained, pages, place, unless_missing
@@ -174,11 +175,24 @@ def artifact(account: Account, archive: Path) -> str:
             # In one request, which can say that it replaces nothing: the bucket takes no other below models/.
             print(f"uploading {archive.name} ({archive.stat().st_size / 1e6:.0f} MB)", flush=True)
             with archive.open("rb") as body:
-                s3.put_object(**place(uri), Body=body, IfNoneMatch="*", **account.encryption())
-        elif _digest(account, uri) != digest:
+                there = _put_new(s3, Body=body, **place(uri), **account.encryption())
+        if there and _digest(account, uri) != digest:
             raise UserError(f"{uri} is not the artifact that its name says: find out who put it there, remove it, and "
                             "do it again")  # fmt: skip
     return uri
+
+
+def _put_new(s3: Any, **request: Any) -> bool:
+    """Write an object; whether there is one already: another's, or ours of which the answer was lost."""
+    from botocore.exceptions import ClientError
+
+    try:
+        s3.put_object(IfNoneMatch="*", **request)
+    except ClientError as error:
+        if error.response["Error"]["Code"] != "PreconditionFailed":
+            raise
+        return True
+    return False
 
 
 def _digest(account: Account, uri: str) -> str:

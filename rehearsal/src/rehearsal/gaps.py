@@ -1,0 +1,68 @@
+"""What moto 5.2.5 does not do, or not as AWS does, beyond what the other modules take over."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from moto.cloudformation import models as cloudformation
+from moto.cloudformation.parsing import OutputMap
+
+from rehearsal import iam
+from rehearsal.operations import CALLER, Account, Answer, Request, operation, page, refuse
+
+
+def mend() -> None:
+    """A change set that is carried out works out no outputs of its stack, and a parameter that is a list is no text."""
+    original = cloudformation.ChangeSet.apply
+    if original.__name__ != "apply":
+        return
+    listed = cloudformation.Stack.parameter_list.fget
+
+    def as_text(self: Any) -> list[dict[str, Any]]:
+        given = listed(self)
+        for item in given:
+            if isinstance(item["ParameterValue"], list):
+                item["ParameterValue"] = ",".join(item["ParameterValue"])
+        return given
+
+    cloudformation.Stack.parameter_list = property(as_text)
+    outputs = cloudformation.Stack.outputs.fget
+
+    def when_there(self: Any) -> list[Any]:  # asking for them makes what they are of, which nobody would remove
+        return [] if self.status.startswith(("REVIEW", "DELETE")) else outputs(self)
+
+    cloudformation.Stack.outputs = property(when_there)
+
+    def with_outputs(self: Any) -> None:
+        original(self)
+        self.stack.output_map = OutputMap(self.stack.resource_map, self.template_dict, self.stack_id)
+
+    cloudformation.ChangeSet.apply = with_outputs
+
+
+@operation("sts", "GetCallerIdentity")
+def identity(account: Account, _: Request) -> Answer:
+    """Who asks."""
+    arn = CALLER.get().principal
+    return {"UserId": arn.rpartition("/")[2].rpartition(":")[2], "Account": account.number, "Arn": arn}
+
+
+@operation("pricing", "GetProducts")
+def prices(_: Account, __: Request) -> Answer:
+    """None: a program may keep what it hears, and ask AWS no more."""
+    raise refuse("AccessDeniedException", "the rehearsal knows no prices")
+
+
+@operation("iam", "SimulatePrincipalPolicy")
+def simulate(account: Account, request: Request) -> Answer:
+    """What the policies of a user or role say of requests that nobody makes."""
+    policies = iam.policies(account, request["PolicySourceArn"])
+    context = {entry["ContextKeyName"]: entry["ContextKeyValues"] for entry in request.get("ContextEntries", [])}
+    context = {key: values[0] if len(values) == 1 else values for key, values in context.items()}
+    results = []
+    for action in request["ActionNames"]:
+        for resource in request.get("ResourceArns") or ["*"]:
+            right = policies is None or iam.allowed(policies, action, resource, context, request["PolicySourceArn"])
+            decision = "allowed" if right else "implicitDeny"
+            results.append({"EvalActionName": action, "EvalResourceName": resource, "EvalDecision": decision})
+    return {"IsTruncated": False} | page(results, {}, "EvaluationResults", len(results))
