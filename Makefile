@@ -33,7 +33,7 @@ test: $(READY) ## tests of the template, and those of the project that it genera
 test-faults: $(READY) ## kills, truncated checkpoints, full disks and hung peers, injected into real training jobs
 	@.venv/bin/python -m pytest -m faults $(ARGS)
 
-test-slow: $(READY) ## what is too long for CI: every pair of options, lowest versions, benchmarks, fuzzing, a soak (about an hour)
+test-slow: $(READY) ## what is too long for CI: every pair of options, lowest versions, benchmarks, fuzzing, a soak, the rehearsal (over an hour)
 	@.venv/bin/python -m pytest -m slow $(ARGS)
 
 test-hosts: $(READY) ## the handlers under Ray Serve, and under TorchServe with the PyTorch toolkit, which needs Java 17
