@@ -233,7 +233,7 @@ class Journey:
     def deploy(self) -> None:
         """The champion behind an endpoint, and a question."""
         self.verb("deploy", "is in service", PACKAGE="champion", YES="1")
-        self.verb("invoke", self.image(), IMAGE=self.image())
+        self.verb("invoke", re.escape(Path(self.image()).name), IMAGE=self.image())
 
     def image(self) -> str:
         """A picture of the data."""
