@@ -211,6 +211,8 @@ class Journey:
 
     def look(self) -> None:
         """Its log, its run on this machine, what there is and what it costs."""
+        if "evaluate" in self.there:
+            self.verb("data", **self.data)  # what the run was tested on lies on this machine, too
         self.verb("logs", "epoch", ARGS="--once")
         self.verb("pull", self.facts["run"])
         self.verb("status", "in all at most")
@@ -341,6 +343,7 @@ def main() -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else "")
     parser.add_argument("--data", help="folder of images, a sub-folder a class (the sample digits)")
+    parser.add_argument("--without", default="", help="verbs whose steps are left out, as in `tune batch`")
     options = parser.parse_args()
     if not Path("pipelines/__main__.py").is_file():
         print("this is no folder of a project that the template made", file=sys.stderr)
@@ -348,6 +351,7 @@ def main() -> int:
     print("requests are executed in containers on this machine; nothing reaches AWS. Set for it:")
     print("".join(f"  {name}={value}\n" for name, value in CHANGES.items()), flush=True)
     began, journey = time.monotonic(), Journey(options.data)
+    journey.there -= {*options.without.split()}
     journey.run()
     left = journey.left()
     wrong = [row for row in journey.rows if row.wrong]

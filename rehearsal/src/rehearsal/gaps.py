@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from moto.cloudformation import models as cloudformation
-from moto.cloudformation.parsing import OutputMap
+from moto.cloudformation.parsing import OutputMap, ResourceMap
 
 from rehearsal import iam
 from rehearsal.operations import CALLER, Account, Answer, Request, operation, page, refuse
 
 
 def mend() -> None:
-    """A change set that is carried out works out no outputs of its stack, and a parameter that is a list is no text."""
+    """What moto does to stacks: no outputs after a change set, lists as parameters, roles that nobody deletes.
+
+    Asking for what a stack gives out, or for its resources, makes them: before it is there, and again when it is gone.
+    """
     original = cloudformation.ChangeSet.apply
     if original.__name__ != "apply":
         return
@@ -26,18 +31,30 @@ def mend() -> None:
         return given
 
     cloudformation.Stack.parameter_list = property(as_text)
-    outputs = cloudformation.Stack.outputs.fget
+    for name in ("outputs", "exports"):
+        asked = getattr(cloudformation.Stack, name).fget
+        setattr(cloudformation.Stack, name, property(partial(_while_there, asked)))
 
-    def when_there(self: Any) -> list[Any]:  # asking for them makes what they are of, which nobody would remove
-        return [] if self.status.startswith(("REVIEW", "DELETE")) else outputs(self)
+    deleted, resources = ResourceMap.delete, cloudformation.Stack.stack_resources.fget
 
-    cloudformation.Stack.outputs = property(when_there)
+    def remembered(self: Any) -> None:
+        self.gone = [made for name, made in self._parsed_resources.items() if name in self._resource_json_map and made]
+        deleted(self)
+
+    ResourceMap.delete = remembered
+    cloudformation.Stack.stack_resources = property(
+        lambda self: self.resource_map.gone if self.status.startswith("DELETE") else resources(self)
+    )
 
     def with_outputs(self: Any) -> None:
         original(self)
         self.stack.output_map = OutputMap(self.stack.resource_map, self.template_dict, self.stack_id)
 
     cloudformation.ChangeSet.apply = with_outputs
+
+
+def _while_there(asked: Callable[[Any], list[Any]], stack: Any) -> list[Any]:
+    return [] if stack.status.startswith(("REVIEW", "DELETE")) else asked(stack)
 
 
 @operation("sts", "GetCallerIdentity")
