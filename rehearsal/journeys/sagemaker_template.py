@@ -63,7 +63,7 @@ class Journey:
     """The project in this folder, on its way."""
 
     def __init__(self, data: str | None) -> None:
-        self.data = {"DATA": data} if data else {}
+        self.data: dict[str, Any] = {"DATA": data} if data else {}
         self.owner = boto3.session.Session(os.environ["REHEARSAL_OWNER"], "rehearsal")
         self.rows, self.row, self.seen, self.facts = list[Row](), Row(""), 0, dict[str, str]()
         FOLDER.mkdir(parents=True, exist_ok=True)
@@ -122,7 +122,7 @@ class Journey:
             time.sleep(1)
         raise FailedError(f"{what} did not come within {PATIENCE} s")
 
-    def step(self, title: str, needs: str, work: Callable[[], None], always: bool = False) -> None:
+    def step(self, title: str, needs: str, work: Callable[[], object], always: bool = False) -> None:
         """One step, where the project has the verbs for it and none has failed before."""
         missing = [verb for verb in needs.split() if verb not in self.there]
         if missing or (not always and any(row.wrong for row in self.rows)):
@@ -294,9 +294,9 @@ class Journey:
 
     def run(self) -> None:
         """All steps that the project has verbs for."""
-        steps: list[tuple[str, str, Callable[[], None]]] = [
+        steps: list[tuple[str, str, Callable[[], object]]] = [
             ("bootstrap, doctor", "bootstrap doctor", self.bootstrap),
-            ("image-push", "image-push", lambda: self.verb("image-push") and None),
+            ("image-push", "image-push", lambda: self.verb("image-push")),
             ("process", "process", self.process),
             ("train on 2 hosts, stop it, train RUN=", "train", self.train),
             ("logs, pull, status", "logs pull status", self.look),
@@ -313,11 +313,9 @@ class Journey:
         ]
         for title, needs, work in steps:
             self.step(title, needs, work)
-        self.step(
-            "destroy", "destroy", lambda: self.verb("destroy", "nothing is left|nothing of", YES="1") and None, True
-        )
+        self.step("destroy", "destroy", lambda: self.verb("destroy", "nothing is left|nothing of", YES="1"), True)
         self.step("destroy ALL=1", "destroy",
-                  lambda: self.as_owner("destroy", ALL="1", CONFIRM=self.name, YES="1") and None, True)  # fmt: skip
+                  lambda: self.as_owner("destroy", ALL="1", CONFIRM=self.name, YES="1"), True)  # fmt: skip
 
 
 def page(journey: Journey, left: list[str], seconds: float) -> str:
