@@ -63,7 +63,7 @@ class Journey:
     """The project in this folder, on its way."""
 
     def __init__(self, data: str | None) -> None:
-        self.data = {"DATA": data} if data else {}
+        self.data: dict[str, Any] = {"DATA": data} if data else {}
         self.owner = boto3.session.Session(os.environ["REHEARSAL_OWNER"], "rehearsal")
         self.rows, self.row, self.seen, self.facts = list[Row](), Row(""), 0, dict[str, str]()
         FOLDER.mkdir(parents=True, exist_ok=True)
@@ -122,7 +122,7 @@ class Journey:
             time.sleep(1)
         raise FailedError(f"{what} did not come within {PATIENCE} s")
 
-    def step(self, title: str, needs: str, work: Callable[[], None], always: bool = False) -> None:
+    def step(self, title: str, needs: str, work: Callable[[], object], always: bool = False) -> None:
         """One step, where the project has the verbs for it and none has failed before."""
         missing = [verb for verb in needs.split() if verb not in self.there]
         if missing or (not always and any(row.wrong for row in self.rows)):
@@ -211,6 +211,8 @@ class Journey:
 
     def look(self) -> None:
         """Its log, its run on this machine, what there is and what it costs."""
+        if "evaluate" in self.there:
+            self.verb("data", **self.data)  # what the run was tested on lies on this machine, too
         self.verb("logs", "epoch", ARGS="--once")
         self.verb("pull", self.facts["run"])
         self.verb("status", "in all at most")
@@ -233,7 +235,7 @@ class Journey:
     def deploy(self) -> None:
         """The champion behind an endpoint, and a question."""
         self.verb("deploy", "is in service", PACKAGE="champion", YES="1")
-        self.verb("invoke", self.image(), IMAGE=self.image())
+        self.verb("invoke", re.escape(Path(self.image()).name), IMAGE=self.image())
 
     def image(self) -> str:
         """A picture of the data."""
@@ -292,9 +294,9 @@ class Journey:
 
     def run(self) -> None:
         """All steps that the project has verbs for."""
-        steps: list[tuple[str, str, Callable[[], None]]] = [
+        steps: list[tuple[str, str, Callable[[], object]]] = [
             ("bootstrap, doctor", "bootstrap doctor", self.bootstrap),
-            ("image-push", "image-push", lambda: self.verb("image-push") and None),
+            ("image-push", "image-push", lambda: self.verb("image-push")),
             ("process", "process", self.process),
             ("train on 2 hosts, stop it, train RUN=", "train", self.train),
             ("logs, pull, status", "logs pull status", self.look),
@@ -311,11 +313,9 @@ class Journey:
         ]
         for title, needs, work in steps:
             self.step(title, needs, work)
-        self.step(
-            "destroy", "destroy", lambda: self.verb("destroy", "nothing is left|nothing of", YES="1") and None, True
-        )
+        self.step("destroy", "destroy", lambda: self.verb("destroy", "nothing is left|nothing of", YES="1"), True)
         self.step("destroy ALL=1", "destroy",
-                  lambda: self.as_owner("destroy", ALL="1", CONFIRM=self.name, YES="1") and None, True)  # fmt: skip
+                  lambda: self.as_owner("destroy", ALL="1", CONFIRM=self.name, YES="1"), True)  # fmt: skip
 
 
 def page(journey: Journey, left: list[str], seconds: float) -> str:
@@ -341,6 +341,7 @@ def main() -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else "")
     parser.add_argument("--data", help="folder of images, a sub-folder a class (the sample digits)")
+    parser.add_argument("--without", default="", help="verbs whose steps are left out, as in `tune batch`")
     options = parser.parse_args()
     if not Path("pipelines/__main__.py").is_file():
         print("this is no folder of a project that the template made", file=sys.stderr)
@@ -348,6 +349,7 @@ def main() -> int:
     print("requests are executed in containers on this machine; nothing reaches AWS. Set for it:")
     print("".join(f"  {name}={value}\n" for name, value in CHANGES.items()), flush=True)
     began, journey = time.monotonic(), Journey(options.data)
+    journey.there -= {*options.without.split()}
     journey.run()
     left = journey.left()
     wrong = [row for row in journey.rows if row.wrong]

@@ -121,6 +121,23 @@ def test_a_schedule_fires_with_the_rights_of_its_role(account: Account, client: 
     assert client("scheduler").list_schedules()["Schedules"] == []  # they delete themselves
 
 
+def test_the_end_of_an_endpoint_ends_its_scaling_by_the_rights_of_its_role(account: Account, client: Client) -> None:
+    arn = account.arn("endpoint", "e")
+    account.things["Endpoint"] = {"e": {"EndpointName": "e", "EndpointArn": arn, "EndpointStatus": "InService"}}
+    scaling = account.client("application-autoscaling")
+    scaling.register_scalable_target(
+        ServiceNamespace="sagemaker", ResourceId="endpoint/e/variant/a", MinCapacity=0, MaxCapacity=1,
+        ScalableDimension="sagemaker:variant:DesiredInstanceCount",
+    )  # fmt: skip
+    rights = ["sagemaker:DeleteEndpoint", "application-autoscaling:DeregisterScalableTarget"]
+    policy = {"Version": "2012-10-17", "Statement": [{"Effect": "Allow", "Action": rights, "Resource": "*"}]}
+    client("iam").put_role_policy(RoleName="end", PolicyName="p", PolicyDocument=json.dumps(policy))
+    schedule(client, "deleteEndpoint", EndpointName="e")
+    (fired,) = CONTROLS["fire"](account, {"schedule": "end"})["fired"]
+    assert "error" not in fired
+    assert scaling.describe_scalable_targets(ServiceNamespace="sagemaker")["ScalableTargets"] == []
+
+
 def test_a_rule_tells_its_topic_of_a_job_that_ended(account: Account, client: Client) -> None:
     topic = client("sns").create_topic(Name="t")["TopicArn"]
     pattern = {"source": ["aws.sagemaker"], "detail-type": ["SageMaker Training Job State Change"],

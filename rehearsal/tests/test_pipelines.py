@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import secrets
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -56,7 +57,7 @@ def executed(client: Clients, steps: list[Any], parameters: list[Any] | None = N
     document = {"Version": "2020-12-01", "Parameters": parameters or [], "Steps": steps}
     try:
         sagemaker.create_pipeline(PipelineName="p", PipelineDefinition=json.dumps(document), RoleArn=ROLE,
-                                  ClientRequestToken="0" * 32)  # fmt: skip
+                                  ClientRequestToken=secrets.token_hex(16))  # fmt: skip
     except ClientError:
         sagemaker.update_pipeline(PipelineName="p", PipelineDefinition=json.dumps(document))
     arn = sagemaker.start_pipeline_execution(
@@ -116,7 +117,7 @@ def test_a_package_is_registered_and_a_failed_job_fails_the_pipeline(account: Ac
     package = client("sagemaker").describe_model_package(ModelPackageName=arn)
     assert package["InferenceSpecification"]["Containers"][0]["ModelDataUrl"] == "s3://the-bucket/m"
     steps = executed(client, [processing("Broken", "raise SystemExit(5)"),
-                              processing("Later", "", DependsOn=["Broken"])])["steps"]  # fmt: skip
+                              processing("Later", "pass", DependsOn=["Broken"])])["steps"]  # fmt: skip
     assert "exit code: 5" in steps["Broken"]["FailureReason"]
     assert "Later" not in steps
 
@@ -126,7 +127,7 @@ def test_an_execution_is_stopped_with_its_jobs(account: Account, client: Clients
     document = {
         "Version": "2020-12-01",
         "Parameters": [],
-        "Steps": [processing("Long", "import time; time.sleep(600)")],
+        "Steps": [processing("Long", "import signal, time; signal.signal(15, lambda *_: exit()); time.sleep(600)")],
     }
     sagemaker.create_pipeline(PipelineName="p", PipelineDefinition=json.dumps(document), RoleArn=ROLE,
                               ClientRequestToken="0" * 32)  # fmt: skip

@@ -74,8 +74,7 @@ VERBS: Table = {
         "doctor": ("cloud.doctor", "what is missing, here and in AWS, with its fix"),
         "image-push": ("cloud.images", "put the images into ECR, when they are not there"),
         "rehearse": (
-            "cloud.rehearse",
-            "all of these verbs on this machine, in containers, without an account (DATA= ARGS=--keep)",
+            "cloud.rehearse", "these verbs on this machine, in containers, without an account (DATA= ARGS=--keep)"
         ),
     },
     "On SageMaker: training": {

@@ -165,7 +165,7 @@ def push(account: Account, request: Request) -> Answer:
     place, facts = ECR.fullmatch(uri), json.loads(run("image", "inspect", uri).stdout or "[]")
     if place is None or not facts:
         raise ValueError(f"{uri} does not exist locally")
-    who = account.keys.get(request["key"], request["key"])
+    who = str(account.keys.get(request["key"], request["key"]))
     for name in PUSHES:
         for hook in operations.BEFORE:
             hook(account, Call("ecr", name, {"repositoryName": place["name"]}, who))

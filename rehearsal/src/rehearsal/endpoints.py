@@ -307,13 +307,13 @@ def scale(account: Account, request: Request) -> Answer:
 def delete(account: Account, request: Request) -> Answer:
     """The endpoint ends, and its scaling with it, by the rights of who asks."""
     name = request["EndpointName"]
+    facts = thing(account, "Endpoint", name)
+    if facts["EndpointStatus"] in ("Updating", "RollingBack"):
+        raise refuse("ValidationException", f'Cannot delete in-progress endpoint "{facts["EndpointArn"]}".')
+    _unscale(account, name, CALLER.get().principal)  # a request of its own, so the lock is free
     with account.lock:
-        facts = thing(account, "Endpoint", name)
-        if facts["EndpointStatus"] in ("Updating", "RollingBack"):
-            raise refuse("ValidationException", f'Cannot delete in-progress endpoint "{facts["EndpointArn"]}".')
         if facts["EndpointStatus"] == "Deleting":
             return {}
-        _unscale(account, name, CALLER.get().principal)
         facts["EndpointStatus"] = "Deleting"
     account.spawn(_delete, account, name)
     return {}

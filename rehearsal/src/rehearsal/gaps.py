@@ -2,42 +2,61 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
-from moto.cloudformation import models as cloudformation
-from moto.cloudformation.parsing import OutputMap
+from moto.cloudformation import models, parsing
 
 from rehearsal import iam
 from rehearsal.operations import CALLER, Account, Answer, Request, operation, page, refuse
 
 
 def mend() -> None:
-    """A change set that is carried out works out no outputs of its stack, and a parameter that is a list is no text."""
-    original = cloudformation.ChangeSet.apply
+    """What moto does to stacks: no outputs after a change set, lists as parameters, roles that nobody deletes.
+
+    Asking for what a stack gives out, or for its resources, makes them: before it is there, and again when it is gone.
+    """
+    stacks: Any = models.Stack
+    changes: Any = models.ChangeSet
+    resource_map: Any = parsing.ResourceMap
+    original = changes.apply
     if original.__name__ != "apply":
         return
-    listed = cloudformation.Stack.parameter_list.fget
+    listed = stacks.parameter_list.fget
 
     def as_text(self: Any) -> list[dict[str, Any]]:
-        given = listed(self)
+        given: list[dict[str, Any]] = listed(self)
         for item in given:
             if isinstance(item["ParameterValue"], list):
                 item["ParameterValue"] = ",".join(item["ParameterValue"])
         return given
 
-    cloudformation.Stack.parameter_list = property(as_text)
-    outputs = cloudformation.Stack.outputs.fget
+    stacks.parameter_list = property(as_text)
+    for name in ("outputs", "exports"):
+        asked = getattr(stacks, name).fget
+        setattr(stacks, name, property(partial(_while_there, asked)))
 
-    def when_there(self: Any) -> list[Any]:  # asking for them makes what they are of, which nobody would remove
-        return [] if self.status.startswith(("REVIEW", "DELETE")) else outputs(self)
+    deleted, resources = resource_map.delete, stacks.stack_resources.fget
 
-    cloudformation.Stack.outputs = property(when_there)
+    def remembered(self: Any) -> None:
+        self.gone = [made for name, made in self._parsed_resources.items() if name in self._resource_json_map and made]
+        deleted(self)
+
+    resource_map.delete = remembered
+    stacks.stack_resources = property(
+        lambda self: self.resource_map.gone if self.status.startswith("DELETE") else resources(self)
+    )
 
     def with_outputs(self: Any) -> None:
         original(self)
-        self.stack.output_map = OutputMap(self.stack.resource_map, self.template_dict, self.stack_id)
+        self.stack.output_map = parsing.OutputMap(self.stack.resource_map, self.template_dict, self.stack_id)
 
-    cloudformation.ChangeSet.apply = with_outputs
+    changes.apply = with_outputs
+
+
+def _while_there(asked: Callable[[Any], list[Any]], stack: Any) -> list[Any]:
+    return [] if stack.status.startswith(("REVIEW", "DELETE")) else asked(stack)
 
 
 @operation("sts", "GetCallerIdentity")

@@ -193,7 +193,7 @@ def cluster(
         ]  # fmt: skip
         for hook in STARTED:
             hook(account, KINDS[job.word], job.name, lambda what: setattr(job, "accident", what))
-        ends, beaten = [], time.monotonic()
+        ends, beaten = list[threading.Thread](), time.monotonic()
         while any(container.code is None for container in running):
             late = time.monotonic() > deadline
             if (job.stop.is_set() or late) and not ends:

@@ -11,7 +11,7 @@ import secrets
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -23,7 +23,11 @@ from rehearsal.operations import Account, Answer, Request, missing, now, operati
 
 RUNS = {"Training": "TrainingJob", "Processing": "ProcessingJob", "Transform": "TransformJob",
         "Tuning": "HyperParameterTuningJob"}  # fmt: skip
-CASTS = {"Integer": int, "Float": float, "Boolean": lambda value: str(value).lower() == "true"}
+CASTS: dict[str, Callable[[Any], Any]] = {
+    "Integer": int,
+    "Float": float,
+    "Boolean": lambda value: str(value).lower() == "true",
+}
 COMPARES = {
     "Equals": lambda left, right: left == right,
     "GreaterThan": lambda left, right: left > right,

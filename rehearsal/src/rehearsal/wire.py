@@ -176,8 +176,8 @@ def refused(service: str, error: Refused, path: str = "") -> Reply:
     if protocol in ("rest-xml", "query", "ec2"):
         escaped = html.escape(text, quote=False)
         inner = f"<Error><Type>Sender</Type><Code>{error.code}</Code><Message>{escaped}</Message></Error>"
-        body = inner if service == "s3" else f"<ErrorResponse>{inner}<RequestId>1</RequestId></ErrorResponse>"
-        return error.status, {"Content-Type": "text/xml"}, body.encode()
+        said = inner if service == "s3" else f"<ErrorResponse>{inner}<RequestId>1</RequestId></ErrorResponse>"
+        return error.status, {"Content-Type": "text/xml"}, said.encode()
     content = {"__type": error.code, "message": text, "Message": text} | error.members
     return error.status, headers | {"Content-Type": "application/json"}, json.dumps(content, default=_plain).encode()
 
