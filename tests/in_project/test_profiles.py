@@ -24,6 +24,7 @@ from botocore.exceptions import (
     TokenRetrievalError,
     UnauthorizedSSOTokenError,
 )
+from botocore.parsers import ResponseParserError
 
 from pipelines import ROOT, config, terminal
 from pipelines.__main__ import VERBS as TABLE
@@ -129,6 +130,7 @@ TROUBLES: dict[str, tuple[Exception, str]] = {  # what every request ends in, an
     "no credentials": (NoCredentialsError(), "there are no AWS credentials"),
     "no network": (EndpointConnectionError(endpoint_url="https://a.invalid"), "AWS cannot be reached"),
     "no answer": (ReadTimeoutError(endpoint_url="https://a.invalid"), "AWS gave no answer"),
+    "a login's page": (ResponseParserError("invalid XML received:\nb'<html>'"), "what answered is not AWS"),
     "proxy": (ProxyConnectionError(proxy_url="http://proxy.invalid"), "AWS cannot be reached"),
     "not allowed": (answers("AccessDenied", "User: a is not authorized to perform: b"), "may not do that"),
     "too many": (answers("ThrottlingException", "Rate exceeded"), "too many requests, 5 attempts"),

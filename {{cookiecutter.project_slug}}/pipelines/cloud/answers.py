@@ -21,6 +21,7 @@ def watch(account: Account, session: Any) -> None:
     """Let the clients that come from botocore's `session` find the answers of SageMaker's that were lost."""
     from botocore import xform_name
     from botocore.exceptions import BotoCoreError, ClientError
+    from botocore.parsers import ResponseParserError
 
     def remember(params: Any, context: Any, **_: Any) -> None:
         context["asked"] = params
@@ -35,7 +36,7 @@ def watch(account: Account, session: Any) -> None:
         try:
             describe = getattr(account.client("sagemaker"), f"describe_{xform_name(kind)}")
             facts = describe(**{f"{kind}Name": asked[f"{kind}Name"]})
-        except (BotoCoreError, ClientError):
+        except (BotoCoreError, ClientError, ResponseParserError):
             return  # what AWS said stands
         if _same(facts, asked):
             http_response.status_code = 200

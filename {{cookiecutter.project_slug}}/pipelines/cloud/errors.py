@@ -20,6 +20,7 @@ REASONS = {
     "throttled": ("Throttling", "ThrottlingException", "TooManyRequestsException", "RequestLimitExceeded", "SlowDown"),
     "network": ("EndpointConnection", "ConnectTimeout", "SSL", "ProxyConnection"),
     "unanswered": ("ReadTimeout", "ConnectionClosed"),
+    "foreign": ("ResponseParser",),
 }  # fmt: skip
 MISSING = ("ResourceNotFoundException", "ResourceNotFound", "RepositoryNotFoundException", "NoSuchBucket", "NoSuchKey",
            "404")  # the last is S3's answer to a HEAD  # fmt: skip
@@ -34,6 +35,7 @@ STEPS = {
     "throttled": f"too many requests, {ATTEMPTS} attempts were refused; try again in a minute",
     "network": "AWS cannot be reached; check the network, the proxy and aws.region",
     "unanswered": "AWS gave no answer; check the network, and with `make status` whether it did what it was asked for",
+    "foreign": "what answered is not AWS, but the page of a proxy or of a network's login, perhaps; check both",
 }
 HOPELESS = ("no credentials", "expired", "invalid")  # reasons that hold for every other request, too
 SIGN_IN = "sign in again with `aws {} --profile {}`"

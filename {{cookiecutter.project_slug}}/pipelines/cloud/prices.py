@@ -175,6 +175,7 @@ def _cached() -> dict[str, Any]:
 def _ask(account: Account, kind: str, instance_type: str) -> float | None:
     """The dearest offer on demand: the tier below it may be a free one that is used up."""
     from botocore.exceptions import BotoCoreError, ClientError
+    from botocore.parsers import ResponseParserError
 
     region, usage = account.region, f"{USAGE[kind]}:{instance_type}"
     if region.startswith("cn-"):
@@ -192,7 +193,7 @@ def _ask(account: Account, kind: str, instance_type: str) -> float | None:
                     offers = product["terms"].get("OnDemand", {}).values()
                     steps = [step for offer in offers for step in offer["priceDimensions"].values()]
                     prices += [float(step["pricePerUnit"]["USD"]) * _units(step["unit"]) for step in steps]
-    except (BotoCoreError, ClientError, KeyError, ValueError):
+    except (BotoCoreError, ClientError, ResponseParserError, KeyError, ValueError):
         return None
     return max(prices, default=0.0) or None
 
