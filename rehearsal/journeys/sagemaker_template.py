@@ -29,6 +29,7 @@ FOLDER = Path(".cache") / "rehearsal"
 CHANGES = {
     "COMPUTE__INSTANCE_TYPE": "ml.m5.xlarge",
     "ENDPOINT__INSTANCE_TYPE": "ml.m5.xlarge",
+    "ENDPOINT__INSTANCES": "2",
     "ENDPOINT__CAPTURE_PERCENT": "100",
     "TRAINING__EPOCHS": "6",
     "PIPELINE__MIN_ACCURACY": "0.5",

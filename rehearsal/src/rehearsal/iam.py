@@ -38,7 +38,7 @@ S3_ACTIONS = {
 }  # fmt: skip
 KIND = re.compile(r"(?:Create|Delete|Describe|Stop|Start|Update|Invoke|List)(.+?)(?:Async|WeightsAndCapacities)?")
 ROLES = ("RoleArn", "ExecutionRoleArn")
-MOTOS = re.compile(r":(model-package|model-package-group|pipeline)/")  # whose tags moto keeps
+MOTOS = re.compile(r":pipeline/")  # whose tags moto keeps
 NAMED = ("StackName", "TopicArn", "KeyId", "PolicySourceArn", "PolicyArn")  # members that name a resource
 ANYBODY = ("sts:GetCallerIdentity",)
 ALL = {"Statement": [{"Effect": "Allow", "Action": "*", "Resource": "*"}]}

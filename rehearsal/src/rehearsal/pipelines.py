@@ -18,7 +18,7 @@ from typing import Any
 
 from botocore.exceptions import BotoCoreError, ClientError
 
-from rehearsal import jobs, s3, wire
+from rehearsal import jobs, packages, s3, wire
 from rehearsal.operations import Account, Answer, Request, missing, now, operation, page, refuse
 
 RUNS = {"Training": "TrainingJob", "Processing": "ProcessingJob", "Transform": "TransformJob",
@@ -249,8 +249,7 @@ class Execution:
                 self.made[step["Name"]] = {"ModelName": name, "ModelArn": made["ModelArn"]}
             elif kind == "RegisterModel":
                 group = {"ModelPackageGroupName": arguments.get("ModelPackageGroupName", "")}
-                listed = self.account.pass_on("sagemaker", "ListModelPackageGroups", {})["ModelPackageGroupSummaryList"]
-                if group["ModelPackageGroupName"] not in [item["ModelPackageGroupName"] for item in listed]:
+                if group["ModelPackageGroupName"] not in self.account.things.get(packages.GROUP, {}):
                     sagemaker.create_model_package_group(**group)
                 made = sagemaker.create_model_package(**arguments)
                 entry["Metadata"] = {"RegisterModel": {"Arn": made["ModelPackageArn"]}}
