@@ -127,14 +127,27 @@ def test_an_execution_is_stopped_with_its_jobs(account: Account, client: Clients
     document = {
         "Version": "2020-12-01",
         "Parameters": [],
-        "Steps": [processing("Long", "import signal, time; signal.signal(15, lambda *_: exit()); time.sleep(600)")],
+        "Steps": [
+            processing(
+                "Long", "import signal, time; signal.signal(15, lambda *_: exit()); print('up'); time.sleep(600)"
+            )
+        ],
     }
     sagemaker.create_pipeline(PipelineName="p", PipelineDefinition=json.dumps(document), RoleArn=ROLE,
                               ClientRequestToken="0" * 32)  # fmt: skip
     same = {"PipelineName": "p", "ClientRequestToken": "1" * 32}
     arn = sagemaker.start_pipeline_execution(**same)["PipelineExecutionArn"]
     assert sagemaker.start_pipeline_execution(**same)["PipelineExecutionArn"] == arn
-    until(lambda: sagemaker.list_processing_jobs()["ProcessingJobSummaries"])
+
+    def up() -> bool:
+        """Whether it can hear a signal: what is not caught means nothing to a container's first process."""
+        logs, group = client("logs"), "/aws/sagemaker/ProcessingJobs"
+        if not logs.describe_log_groups(logGroupNamePrefix=group)["logGroups"]:
+            return False
+        names = [stream["logStreamName"] for stream in logs.describe_log_streams(logGroupName=group)["logStreams"]]
+        return any(logs.get_log_events(logGroupName=group, logStreamName=name)["events"] for name in names)
+
+    until(up)
     sagemaker.stop_pipeline_execution(PipelineExecutionArn=arn, ClientRequestToken="2" * 32)
 
     def status() -> str:
