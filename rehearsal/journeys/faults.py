@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import boto3
@@ -54,7 +54,7 @@ def ask(name: str, **request: Any) -> dict[str, Any]:
         return dict(json.loads(answer.read()))
 
 
-def make(verb: str, owner: bool = False, **variables: str) -> tuple[int, str]:
+def make(verb: str, variables: Mapping[str, str], owner: bool = False) -> tuple[int, str]:
     """Run a verb: its exit code and what it says."""
     words = ["make", "--no-print-directory", verb, *(f"{key}={value}" for key, value in variables.items())]
     outer = {key: value for key, value in os.environ.items() if key not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
@@ -95,7 +95,7 @@ def play(verb: str, fault: str, recovers: bool, said: str, quick: bool, given: d
     """One case; what is wrong."""
     wrong, before, seen = list[str](), len(jobs(verb)), len(ask("events")["events"])
     ask("faults", faults=[fault])
-    code, text = make(verb, **given)
+    code, text = make(verb, given)
     played = [event for event in ask("events", since=seen)["events"] if event["kind"] == "fault"]
     ask("faults", faults=[])
     over = "plays no GPU" in text and "answer" not in text if quick and verb == "deploy" else code == 0
@@ -108,11 +108,11 @@ def play(verb: str, fault: str, recovers: bool, said: str, quick: bool, given: d
         wrong.append(f"{new} were started")
     until(lambda: not running(verb))
     if not recovers and not quick:
-        again, text = make(verb, **given)
+        again, text = make(verb, given)
         if again:
             wrong.append(f"the same verb again ended with {again}, and said:\n{text[-1200:]}")
     if quick and verb == "deploy":
-        make("destroy", YES="1")
+        make("destroy", {"YES": "1"})
         until(lambda: not jobs(verb), 30)
     if left := running(verb) + (jobs(verb) if quick and verb == "deploy" else []):
         wrong.append(f"still there: {left}")
@@ -122,7 +122,7 @@ def play(verb: str, fault: str, recovers: bool, said: str, quick: bool, given: d
 def prepare(quick: bool, deploys: bool) -> str:
     """The stack, its rights, the images, and a run to deploy; what went wrong."""
     for verb, variables in (("bootstrap", {"YES": "1"}), ("image-push", {})):
-        code, text = make(verb, verb == "bootstrap", **variables)
+        code, text = make(verb, variables, verb == "bootstrap")
         if code:
             return text
     for policy in OWNER.client("iam").list_policies(Scope="Local")["Policies"]:
@@ -130,7 +130,7 @@ def prepare(quick: bool, deploys: bool) -> str:
             OWNER.client("iam").attach_user_policy(UserName="person", PolicyArn=policy["Arn"])
     if deploys and not quick:
         for verb, variables in (("train", {"WAIT": "1", "YES": "1"}), ("pull", {})):
-            code, text = make(verb, **variables)
+            code, text = make(verb, variables)
             if code:
                 return text
     return ""
@@ -164,7 +164,7 @@ def main() -> int:
             if event["kind"] == "broken":
                 print(f"    {event['kind']}: {event['what']} {event['text'][-600:]}")
         print("".join(f"    {line}\n" for line in "\n".join(wrong).splitlines()), end="", flush=True)
-    make("destroy", YES="1")
+    make("destroy", {"YES": "1"})
     until(lambda: not jobs("deploy"), 60)
     left = jobs("deploy") + running("train")
     print(f"left that bills: {left or 'nothing'}")
