@@ -261,7 +261,9 @@ class Journey:
         fired = self.ask("fire", prefix=f"{name}-end")["fired"]
         if not fired or any("error" in item for item in fired):
             raise FailedError(f"the end of {name} did not take place: {fired}")
-        self.verb("destroy", "nothing is left|nothing of", ENDPOINT=name, YES="1")
+        left = [line for line in self.left() if name in line and not line.startswith(("EndpointConfigs", "Models"))]
+        if left:
+            raise FailedError(f"{name} has deleted itself, and left what bills: {left}")
 
     def serverless(self) -> None:
         """An endpoint without instances, and its removal."""
