@@ -195,8 +195,8 @@ def test_what_is_no_file_is_no_archive(made: str, tmp_path: Path) -> None:
         unpack(path, tmp_path / "inside")
 
 
-NAMED = ["/dev/zero", "../../../../dev/zero", "/etc/hostname", "code", "pipe", "link", "link to a file", "linked/file", "code/../a",
-         ""]  # fmt: skip
+NAMED = ["/dev/zero", "../../../../dev/zero", "/etc/hostname", "code", "pipe", "link", "link to a file", "linked/file",
+         "code/../a", ""]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", NAMED)
