@@ -34,14 +34,15 @@ def test_the_stand_in_comes_from_the_template_as_it_was(template: str, place: st
 def test_credentials_stay_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[Any] = []
     monkeypatch.setattr(engine, "check", lambda: None)
-    monkeypatch.setattr(rehearse, "STATE", tmp_path / "state.json")
-    rehearse.STATE.write_text(json.dumps({"template": "https://example.com/template", "commit": COMMIT}))
+    state = tmp_path / "state.json"
+    monkeypatch.setattr(rehearse, "STATE", state)
+    state.write_text(json.dumps({"template": "https://example.com/template", "commit": COMMIT}))
 
     def run(words: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
         ran.append((words, options["env"]))
         return subprocess.CompletedProcess(words, 7)
 
-    monkeypatch.setattr(rehearse.subprocess, "run", run)
+    monkeypatch.setattr(subprocess, "run", run)
     for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY", "SESSION_TOKEN", "PROFILE", "ENDPOINT_URL_S3"):
         monkeypatch.setenv(f"AWS_{name}", "real")
     monkeypatch.setenv("IMAGES__BASE", "registry.example/python:3.12")
@@ -54,10 +55,11 @@ def test_credentials_stay_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_what_it_needs_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rehearse, "STATE", tmp_path / "state.json")
+    state = tmp_path / "state.json"
+    monkeypatch.setattr(rehearse, "STATE", state)
     with pytest.raises(UserError, match="the template that brings the rehearsal is not known"):
         rehearse.rehearse(None, [])
-    rehearse.STATE.write_text("{}")
+    state.write_text("{}")
 
     def absent() -> None:
         raise engine.EngineError("Docker does not answer")
