@@ -261,9 +261,9 @@ class Journey:
         fired = self.ask("fire", prefix=f"{name}-end")["fired"]
         if not fired or any("error" in item for item in fired):
             raise FailedError(f"the end of {name} did not take place: {fired}")
-        left = [line for line in self.left() if name in line and not line.startswith(("EndpointConfigs", "Models"))]
-        if left:
-            raise FailedError(f"{name} has deleted itself, and left what bills: {left}")
+        free = ("EndpointConfigs", "Models")  # which it leaves, as they cost nothing
+        self.until(f"the end of {name}", lambda: not [
+            line for line in self.left() if name in line and not line.startswith(free)])  # fmt: skip
 
     def serverless(self) -> None:
         """An endpoint without instances, and its removal."""
