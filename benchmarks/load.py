@@ -24,6 +24,7 @@ from pipelines.local import serve as serve_local
 from tree import children, cpu_seconds, memory_mb
 
 KIND = "application/x-image"
+CROWDS = (32, 128)  # clients; the server lets half of the second in
 Host = Callable[[Path, int], contextlib.AbstractContextManager[Any]]  # serves a folder's artifact on a port
 BARE = """
 import sys, time
@@ -91,6 +92,25 @@ def measure(roots: Iterable[int], port: int, body: bytes, clients: int, seconds:
         "p50_ms": 1000 * statistics.median(latencies),
         "p99_ms": 1000 * latencies[int(0.99 * len(latencies))],
     }
+
+
+def crowd(model: Path, seconds: float) -> dict[str, float]:
+    """What our server does with more clients, also with more than it lets in: each gets its answer or a 503."""
+    body, port, found = model.with_name("photo.jpg").read_bytes(), free_port(), dict[str, float]()
+    with our_server(model, port):
+        for clients in CROWDS:
+            fire(port, body, clients, min(seconds, 2))  # warms up
+            started = time.perf_counter()
+            answers = fire(port, body, clients, seconds)
+            passed, statuses = time.perf_counter() - started, Counter(status for status, _ in answers)
+            if not {200} <= set(statuses) <= {200, 503}:
+                sys.exit(f"error: {clients} clients got {dict(statuses)}; every answer must be 200 or 503")
+            latencies = sorted(latency for status, latency in answers if status == 200)
+            found[f"requests_per_second_c{clients}"] = len(latencies) / passed
+            found[f"refused_c{clients}"] = statuses[503] / len(answers)
+            found[f"p50_ms_c{clients}"] = 1000 * statistics.median(latencies)
+            found[f"p99_ms_c{clients}"] = 1000 * latencies[int(0.99 * len(latencies))]
+    return found
 
 
 class Bare:

@@ -72,13 +72,13 @@ def hosts() -> dict[str, str]:
 
 def rounds_of(name: str, rounds: int, seconds: float, folder: Path) -> Measured:
     """What a case measures, a value a round."""
-    from load import compare
+    from load import compare, crowd
     from material import make_artifact
 
     measured: Measured = {}
     model = make_artifact(folder / name, *CASES[name])
     print("{} at {} pixels".format(*CASES[name]) + f": {rounds} rounds of {seconds:g} s a load", flush=True)
-    for found in (compare(model, seconds) for _ in range(rounds)):
+    for found in (compare(model, seconds) | crowd(model, seconds) for _ in range(rounds)):
         for key, value in found.items():
             measured.setdefault(f"{name}.{key}", []).append(value)
     return measured
