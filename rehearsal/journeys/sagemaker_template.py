@@ -333,7 +333,8 @@ def page(journey: Journey, left: list[str], seconds: float) -> str:
     changes = "".join(f"<li><code>{cell(name)}={cell(value)}</code>" for name, value in CHANGES.items())
     return (
         "<!doctype html><meta charset=utf-8><title>Rehearsal</title><style>body{font:16px sans-serif;margin:2em auto;"
-        "max-width:70em}th{text-align:left}td{padding:.3em .8em;vertical-align:top;border-top:1px solid #ccc}.wrong{background:#fdd}"
+        "max-width:70em}th{text-align:left}"
+        "td{padding:.3em .8em;vertical-align:top;border-top:1px solid #ccc}.wrong{background:#fdd}"
         f"pre{{white-space:pre-wrap}}</style><h1>Rehearsal of {cell(journey.name)}</h1><p>Executed as requested in "
         f"containers on this machine in {seconds:.0f} s; never run on AWS. Left: {cell(', '.join(left) or 'nothing')}."
         f"<p>Set for it:<ul>{changes}</ul><table><tr><th>step<th>time<th>made<th>refused, failed, not played<th>{rows}"
