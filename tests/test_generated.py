@@ -68,13 +68,18 @@ def test_other_hosts(bake: Bake, ready: Project, monkeypatch: pytest.MonkeyPatch
     run_tests(project, *wanted)
 
 
-@pytest.mark.faults
-def test_faults(bake: Bake, ready: Project) -> None:
-    """Kills, truncated files, full disks, hung peers: minutes of waiting, so in a run of their own."""
+@pytest.mark.parametrize(
+    "which", [pytest.param("not one_rank", marks=pytest.mark.faults), pytest.param("one_rank", marks=pytest.mark.slow)]
+)
+def test_faults(bake: Bake, ready: Project, which: str) -> None:
+    """Kills, truncated files, full disks, hung peers: minutes of waiting, so in a run of their own.
+
+    What is tried with one rank and with two is tried with two in CI.
+    """
     project = bake(scope="full")
     (project.path / ".venv").symlink_to(ready.path / ".venv")
     assert FAULTS in add_tests(project)
-    run_tests(project, FAULTS)
+    run_tests(project, FAULTS, "-k", which)
 
 
 def engine_state() -> set[str]:

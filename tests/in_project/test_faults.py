@@ -104,7 +104,7 @@ def undisturbed(packed: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
     return jobs
 
 
-@pytest.fixture(params=[1, 2], ids=["1 rank", "2 ranks"])
+@pytest.fixture(params=[1, 2], ids=["one_rank", "two_ranks"])
 def ranks(request: pytest.FixtureRequest) -> int:
     return int(request.param)
 
