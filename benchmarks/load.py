@@ -85,12 +85,15 @@ def measure(roots: Iterable[int], port: int, body: bytes, clients: int, seconds:
     statuses = Counter(status for status, _ in answers)
     if set(statuses) != {200}:
         sys.exit(f"error: {clients} clients got {dict(statuses)}; every answer must be 200")
-    latencies = sorted(latency for _, latency in answers)
+    return {"cpu_ms": 1000 * cpu / len(answers)} | as_seen([latency for _, latency in answers], passed)
+
+
+def as_seen(latencies: list[float], passed: float) -> dict[str, float]:
+    """What clients see of requests that were answered within so many seconds, from the seconds that each took."""
     return {
-        "cpu_ms": 1000 * cpu / len(latencies),
         "requests_per_second": len(latencies) / passed,
         "p50_ms": 1000 * statistics.median(latencies),
-        "p99_ms": 1000 * latencies[int(0.99 * len(latencies))],
+        "p99_ms": 1000 * sorted(latencies)[int(0.99 * len(latencies))],
     }
 
 
@@ -105,11 +108,9 @@ def crowd(model: Path, seconds: float) -> dict[str, float]:
             passed, statuses = time.perf_counter() - started, Counter(status for status, _ in answers)
             if not {200} <= set(statuses) <= {200, 503}:
                 sys.exit(f"error: {clients} clients got {dict(statuses)}; every answer must be 200 or 503")
-            latencies = sorted(latency for status, latency in answers if status == 200)
-            found[f"requests_per_second_c{clients}"] = len(latencies) / passed
-            found[f"refused_c{clients}"] = statuses[503] / len(answers)
-            found[f"p50_ms_c{clients}"] = 1000 * statistics.median(latencies)
-            found[f"p99_ms_c{clients}"] = 1000 * latencies[int(0.99 * len(latencies))]
+            seen = as_seen([latency for status, latency in answers if status == 200], passed)
+            seen["refused"] = statuses[503] / len(answers)
+            found |= {f"{key}_c{clients}": value for key, value in seen.items()}
     return found
 
 

@@ -557,7 +557,7 @@ for _word in KINDS:
 
 @operation("sagemaker", "ListTags", "AddTags", "DeleteTags")
 def tags(account: Account, request: Request) -> Answer:
-    """Tags of jobs; moto has those of all else."""
+    """Tags of what modules keep; moto has those of pipelines."""
     arn = request["ResourceArn"]
     name = "AddTags" if "Tags" in request else "DeleteTags" if "TagKeys" in request else "ListTags"
     if arn not in account.tags:

@@ -173,13 +173,11 @@ def explained(doing: str) -> Iterator[None]:
         UserError: for every error that botocore raises.
     """
     from boto3.exceptions import Boto3Error
-    from botocore.exceptions import BotoCoreError, ClientError
-    from botocore.parsers import ResponseParserError
     from pydantic import ValidationError  # SDK V3 checks requests and answers
 
     try:
         yield
-    except (Boto3Error, BotoCoreError, ClientError, ResponseParserError, ValidationError) as error:
+    except (Boto3Error, ValidationError, *errors.of_requests()) as error:
         text, reason = errors.said(error)
         kind = errors.ProfileError if reason in errors.HOPELESS else UserError
         raise kind(f"{doing} failed: {text}") from error

@@ -10,6 +10,8 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any
 
+from pipelines.cloud import errors
+
 if TYPE_CHECKING:
     from pipelines.cloud.account import Account
 
@@ -20,8 +22,6 @@ CHANGE = re.compile(r"(?:Create|Update)(.+?)(?:WeightsAndCapacities)?")
 def watch(account: Account, session: Any) -> None:
     """Let the clients that come from botocore's `session` find the answers of SageMaker's that were lost."""
     from botocore import xform_name
-    from botocore.exceptions import BotoCoreError, ClientError
-    from botocore.parsers import ResponseParserError
 
     def remember(params: Any, context: Any, **_: Any) -> None:
         context["asked"] = params
@@ -36,7 +36,7 @@ def watch(account: Account, session: Any) -> None:
         try:
             describe = getattr(account.client("sagemaker"), f"describe_{xform_name(kind)}")
             facts = describe(**{f"{kind}Name": asked[f"{kind}Name"]})
-        except (BotoCoreError, ClientError, ResponseParserError):
+        except errors.of_requests():
             return  # what AWS said stands
         if _same(facts, asked):
             http_response.status_code = 200

@@ -59,6 +59,14 @@ class ProfileError(UserError):
     """The credentials that are chosen cannot be had, so that nothing in AWS can be asked, not even a price."""
 
 
+def of_requests() -> tuple[type[Exception], type[Exception], type[Exception]]:
+    """What a request to AWS may end in: no answer, a refusal, an answer that is not AWS's."""
+    from botocore.exceptions import BotoCoreError, ClientError
+    from botocore.parsers import ResponseParserError
+
+    return BotoCoreError, ClientError, ResponseParserError
+
+
 def of_profile(error: Exception) -> str:
     """Why the chosen profile gives no credentials, and what to do."""
     name = os.environ.get("AWS_PROFILE") or os.environ.get("AWS_DEFAULT_PROFILE") or "default"

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from pipelines import ROOT
 from pipelines.cloud.account import NO_STACK, Account, Stack, confirm
-from pipelines.cloud.errors import ProfileError
+from pipelines.cloud.errors import ProfileError, of_requests
 from pipelines.config import Settings
 from pipelines.terminal import Finished, Parser, UserError
 
@@ -174,9 +174,6 @@ def _cached() -> dict[str, Any]:
 
 def _ask(account: Account, kind: str, instance_type: str) -> float | None:
     """The dearest offer on demand: the tier below it may be a free one that is used up."""
-    from botocore.exceptions import BotoCoreError, ClientError
-    from botocore.parsers import ResponseParserError
-
     region, usage = account.region, f"{USAGE[kind]}:{instance_type}"
     if region.startswith("cn-"):
         return None
@@ -193,7 +190,7 @@ def _ask(account: Account, kind: str, instance_type: str) -> float | None:
                     offers = product["terms"].get("OnDemand", {}).values()
                     steps = [step for offer in offers for step in offer["priceDimensions"].values()]
                     prices += [float(step["pricePerUnit"]["USD"]) * _units(step["unit"]) for step in steps]
-    except (BotoCoreError, ClientError, ResponseParserError, KeyError, ValueError):
+    except (KeyError, ValueError, *of_requests()):
         return None
     return max(prices, default=0.0) or None
 
