@@ -190,6 +190,7 @@ class Journey:
 
     def train(self) -> None:
         """On two hosts, stopped in the middle, resumed and finished."""
+        self.verb("train", r"costs at most \d", DATA=self.facts["packed"], INSTANCE_COUNT="2", PLAN="1")
         job = self.verb("train", r"started (\S+)\.", DATA=self.facts["packed"], INSTANCE_COUNT="2", YES="1")
         run = re.search(r"\d{8}-\d{6}-[0-9a-f]{4}", job)
         sagemaker, self.facts["run"] = self.owner.client("sagemaker"), run[0] if run else ""
@@ -336,7 +337,8 @@ def page(journey: Journey, left: list[str], seconds: float) -> str:
         "max-width:70em}th{text-align:left}"
         "td{padding:.3em .8em;vertical-align:top;border-top:1px solid #ccc}.wrong{background:#fdd}"
         f"pre{{white-space:pre-wrap}}</style><h1>Rehearsal of {cell(journey.name)}</h1><p>Executed as requested in "
-        f"containers on this machine in {seconds:.0f} s; never run on AWS. Left: {cell(', '.join(left) or 'nothing')}."
+        f"containers on this machine in {seconds:.0f} s; never run on AWS. Prices are recorded ones. Left: "
+        f"{cell(', '.join(left) or 'nothing')}."
         f"<p>Set for it:<ul>{changes}</ul><table><tr><th>step<th>time<th>made<th>refused, failed, not played<th>{rows}"
         "</table>"
     )
@@ -351,7 +353,8 @@ def main() -> int:
     if not Path("pipelines/__main__.py").is_file():
         print("this is no folder of a project that the template made", file=sys.stderr)
         return 2
-    print("requests are executed in containers on this machine; nothing reaches AWS. Set for it:")
+    print("requests are executed in containers on this machine; nothing reaches AWS. Prices are recorded ones of "
+          "us-east-1. Set for it:")  # fmt: skip
     print("".join(f"  {name}={value}\n" for name, value in CHANGES.items()), flush=True)
     began, journey = time.monotonic(), Journey(options.data)
     journey.there -= {*options.without.split()}

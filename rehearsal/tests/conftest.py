@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -21,12 +22,15 @@ from rehearsal import account as accounts
 from rehearsal import docker
 from rehearsal.operations import OWNER, SECRET, Account
 
-STUB = "rehearsal-stub:1"
+STUB = "rehearsal-stub:2"
 LEFT_OUT = re.compile(
     r"/(test|tests|site-packages|ensurepip|idlelib|tkinter|lib2to3|config-[^/]*|__pycache__|pydoc_data)$"
 )
 # `train` runs the hyperparameter `code`; `serve` is the model's handler.py, or answers with what it was asked.
+# SageMaker's SDK starts a script by bash and these, and asks whether there is a pip.
+SHELL = ("bash", "cat", "chmod")
 PROGRAMS = {
+    "pip3": "#!/usr/bin/python3\nraise SystemExit('there is no pip')\n",
     "train": """#!/usr/bin/python3
 import json
 exec(json.load(open("/opt/ml/input/config/hyperparameters.json"))["code"])
@@ -53,13 +57,16 @@ def make_stub() -> None:
     """This Python with its libraries, imported into Docker as an image."""
     interpreter = Path(sys.base_prefix, "bin", f"python{sys.version_info[0]}.{sys.version_info[1]}").resolve()
     library, packed = Path(sysconfig.get_path("stdlib", vars={"installed_base": sys.base_prefix})), io.BytesIO()
-    programs = [interpreter, *(library / "lib-dynload").glob("*.so")]
+    shell = {name: Path(shutil.which(name) or "").resolve() for name in SHELL}
+    programs = [interpreter, *(library / "lib-dynload").glob("*.so"), *shell.values()]
     linked = subprocess.run(["ldd", *map(str, programs)], capture_output=True, text=True).stdout
     with tarfile.open(fileobj=packed, mode="w", dereference=True) as tar:
         for path in sorted({*re.findall(r"(/\S+) \(0x", linked)}):
             tar.add(path, path.lstrip("/"))
         tar.add(interpreter, str(interpreter).lstrip("/"))
         tar.add(library, str(library).lstrip("/"), filter=lambda f: None if LEFT_OUT.search(f"/{f.name}") else f)
+        for name, path in shell.items():
+            tar.add(path, f"bin/{name}")
         for name in ("tmp", "opt/ml", "etc"):
             folder = tarfile.TarInfo(name)
             folder.type, folder.mode = tarfile.DIRTYPE, 0o777
@@ -71,7 +78,7 @@ def make_stub() -> None:
             file = tarfile.TarInfo(f"usr/bin/{name}")
             file.mode, file.size = 0o755, len(text)
             tar.addfile(file, io.BytesIO(text.encode()))
-    environment = ["--change", "ENV PATH=/usr/bin", "--change", "ENV PYTHONUNBUFFERED=1"]
+    environment = ["--change", "ENV PATH=/usr/bin:/bin", "--change", "ENV PYTHONUNBUFFERED=1"]
     subprocess.run(["docker", "import", *environment, "-", STUB], input=packed.getvalue(), check=True,
                    capture_output=True)  # fmt: skip
 

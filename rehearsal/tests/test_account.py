@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -53,6 +54,23 @@ def test_an_account_stays_until_ctrl_c(image: str, tmp_path: Path) -> None:
     exported = dict(line.removeprefix("export ").strip().split("=", 1) for line in lines)
     assert {"AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_SAGEMAKER_RUNTIME", "AWS_DEFAULT_REGION", "PATH"} <= {*exported}
     assert not Path(exported["PATH"].split(os.pathsep)[0]).exists()
+
+
+def test_prices_are_recorded_ones_and_say_so(client: Callable[[str], Any]) -> None:
+    def asked(usage: str) -> list[dict[str, Any]]:
+        filters = [{"Type": "TERM_MATCH", "Field": "regionCode", "Value": "us-east-1"},
+                   {"Type": "CONTAINS", "Field": "usagetype", "Value": usage}]  # fmt: skip
+        return [*map(json.loads, client("pricing").get_products(ServiceCode="AmazonSageMaker", Filters=filters)[
+            "PriceList"])]  # fmt: skip
+
+    (product,) = asked("Host:ml.m5.xlarge")
+    (step,) = product["terms"]["OnDemand"]["recorded"]["priceDimensions"].values()
+    assert (float(step["pricePerUnit"]["USD"]), step["unit"]) == (0.23, "Hrs")
+    assert step["description"].startswith("recorded")
+    (product,) = asked("ServerlessInf:Mem-4GB")
+    (step,) = product["terms"]["OnDemand"]["recorded"]["priceDimensions"].values()
+    assert (float(step["pricePerUnit"]["USD"]), step["unit"]) == (0.00008, "Seconds")
+    assert not asked("Host:ml.x9.large")
 
 
 def test_what_is_pushed_is_in_ecr_and_gone_at_the_end(

@@ -203,8 +203,14 @@ def test_the_rules_of_iam() -> None:
         ("ForAllValues:StringEquals", ["1"], {}, True), ("ForAnyValue:StringEquals", ["1"], several, True),
         ("ForAnyValue:StringEquals", ["1"], {}, False), ("StringLike", "a*c", {"a": "a/b:c"}, True),
         ("Bool", "false", {"a": "False"}, True), ("Bool", "false", {}, False),
+        ("StringNotEquals", "1", {"a": "1"}, False), ("StringEqualsIgnoreCase", "Cat", {"a": "cAT"}, True),
+        ("StringNotEqualsIgnoreCase", "Cat", {"a": "cAT"}, False), ("StringNotLike", "a*", {"a": "b"}, True),
+        ("ArnNotLike", ["a*", "b"], {"a": "b"}, False), ("StringLikeIfExists", "a*", {}, True),
     ]  # fmt: skip
     for operator, wanted, context, right in cases:
         assert holds({operator: {"a": wanted}}, context) == right, (operator, wanted, context)
+    studio = {**allow, "Resource": "arn:aws:s3:::b/${sagemaker:DomainId}"}  # which no request has here
+    assert not answer(studio)
+    assert answer(allow, studio)
     with pytest.raises(UnknownError, match="several values"):
         holds({"StringEquals": {"a": "1"}}, several)

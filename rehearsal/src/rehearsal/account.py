@@ -17,12 +17,21 @@ from rehearsal.operations import OWNER, PERSON, SECRET, Account
 # What would lead a program to another account, or an engine to other images than the rehearsal's.
 FOREIGN = ("AWS_", "SAGEMAKER_", "BOTO_", "SSO_")
 KEPT = ("AWS_CA_BUNDLE",)
+# What an administrator would tell SageMaker's SDK: it asks AWS itself who it is to name a bucket, and for telemetry.
+SDK = """SchemaVersion: '1.0'
+SageMaker:
+  PythonSDK:
+    Modules:
+      Session: {{DefaultS3Bucket: sagemaker-{region}-{number}}}
+      TelemetryOptOut: true
+"""
 
 
 @contextlib.contextmanager
 def opened(region: str = "us-east-1", faults: Sequence[str] = ()) -> Iterator[Account]:
     """An account with nothing in it; at the end nothing is left of it."""
     os.environ.update(AWS_CONFIG_FILE=os.devnull, AWS_SHARED_CREDENTIALS_FILE=os.devnull)
+    os.environ["MOTO_IAM_LOAD_MANAGED_POLICIES"] = "true"  # those of AWS, such as AmazonSageMakerFullAccess
     for name in [name for name in os.environ if name.startswith(FOREIGN) and name not in (*KEPT, "AWS_CONFIG_FILE",
                  "AWS_SHARED_CREDENTIALS_FILE")]:  # fmt: skip
         del os.environ[name]
@@ -35,6 +44,8 @@ def opened(region: str = "us-east-1", faults: Sequence[str] = ()) -> Iterator[Ac
         account.at_end(docker.clean, account)
         server.start(account)
         docker.put_first(account)
+        text = SDK.format(region=account.region, number=account.number)
+        (account.folder / "sdk.yaml").write_text(text, encoding="utf-8")
         account.client("iam").create_user(UserName=account.keys[PERSON].rpartition("/")[2])
         yield account
     finally:
@@ -53,6 +64,7 @@ def variables(account: Account, key: str = PERSON) -> dict[str, str]:
         "AWS_CONFIG_FILE": os.devnull,
         "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
         "AWS_EC2_METADATA_DISABLED": "true",
+        "SAGEMAKER_ADMIN_CONFIG_OVERRIDE": str(account.folder / "sdk.yaml"),
         "SAGEMAKER_VALIDATE_ROLE": "false",  # the SDK asks IAM to simulate policies, which moto does not
         "REHEARSAL": account.front,
         "REHEARSAL_OWNER": OWNER,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -9,7 +11,16 @@ from typing import Any
 from moto.cloudformation import models, parsing
 
 from rehearsal import iam
-from rehearsal.operations import CALLER, Account, Answer, Request, operation, page, refuse
+from rehearsal.operations import CALLER, Account, Answer, Request, operation, page
+
+# USD an hour on demand in us-east-1, for each use; a second of a GB of memory without instances.
+RECORDED = {
+    "ml.t3.medium": 0.05, "ml.m5.large": 0.115, "ml.m5.xlarge": 0.23, "ml.m5.2xlarge": 0.461, "ml.m5.4xlarge": 0.922,
+    "ml.c5.xlarge": 0.204, "ml.c5.2xlarge": 0.408, "ml.g4dn.xlarge": 0.7364, "ml.g5.xlarge": 1.408,
+    "ml.g5.2xlarge": 1.515, "ml.p3.2xlarge": 3.825,
+}  # fmt: skip
+SERVERLESS = 0.00002
+NOTE = "recorded by the rehearsal; ask https://aws.amazon.com/sagemaker/pricing/ for what it is today"
 
 
 def mend() -> None:
@@ -67,9 +78,17 @@ def identity(account: Account, _: Request) -> Answer:
 
 
 @operation("pricing", "GetProducts")
-def prices(_: Account, __: Request) -> Answer:
-    """None: a program may keep what it hears, and ask AWS no more."""
-    raise refuse("AccessDeniedException", "the rehearsal knows no prices")
+def prices(_: Account, request: Request) -> Answer:
+    """What a use of an instance type costs, as recorded; nothing for one that is not."""
+    usage = next((entry["Value"] for entry in request.get("Filters", []) if entry["Field"] == "usagetype"), "")
+    kind, _, machine = usage.partition(":")
+    memory = re.fullmatch(r"Mem-(\d)GB", machine) if kind == "ServerlessInf" else None
+    price = SERVERLESS * int(memory[1]) if memory else RECORDED.get(machine)
+    if price is None:
+        return {"PriceList": []}
+    step = {"unit": "Seconds" if memory else "Hrs", "pricePerUnit": {"USD": f"{price:.7f}"}, "description": NOTE}
+    terms = {"OnDemand": {"recorded": {"priceDimensions": {"recorded": step}}}}
+    return {"PriceList": [json.dumps({"product": {"attributes": {"usagetype": usage}}, "terms": terms})]}
 
 
 @operation("iam", "SimulatePrincipalPolicy")

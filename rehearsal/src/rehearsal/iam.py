@@ -13,7 +13,7 @@ import ast
 import contextlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 from urllib.parse import unquote
 
@@ -38,6 +38,7 @@ S3_ACTIONS = {
 }  # fmt: skip
 KIND = re.compile(r"(?:Create|Delete|Describe|Stop|Start|Update|Invoke|List)(.+?)(?:Async|WeightsAndCapacities)?")
 ROLES = ("RoleArn", "ExecutionRoleArn")
+STUDIO = re.compile(r"\$\{sagemaker:(DomainId|UserProfileName)\}")  # which requests have in Studio, and nowhere else
 MOTOS = re.compile(r":pipeline/")  # whose tags moto keeps
 NAMED = ("StackName", "TopicArn", "KeyId", "PolicySourceArn", "PolicyArn")  # members that name a resource
 ANYBODY = ("sts:GetCallerIdentity",)
@@ -94,22 +95,31 @@ def listed(value: Any) -> list[Any]:
 
 def like(pattern: str, text: str, ignore_case: bool = False) -> bool:
     """Whether IAM's wildcards match: `*` is any characters, also / and :, and `?` is one."""
+    if STUDIO.search(pattern):
+        return False
     if "${" in pattern:
         raise UnknownError(f"policy variable in {pattern}")
     parts = ".*".join(".".join(map(re.escape, part.split("?"))) for part in pattern.split("*"))
     return re.fullmatch(parts, text, re.DOTALL | (re.IGNORECASE if ignore_case else 0)) is not None
 
 
+COMPARED: dict[str, Callable[[str, str], bool]] = {
+    "StringEquals": lambda wanted, value: value == wanted,
+    "StringEqualsIgnoreCase": lambda wanted, value: value.lower() == wanted.lower(),
+    "StringLike": like,
+    "ArnEquals": like,
+    "ArnLike": like,
+    "Bool": lambda wanted, value: value.lower() == wanted.lower(),
+}  # fmt: skip
+
+
 def _compare(operator: str, wanted: list[Any], value: str) -> bool:
     """One value of the request with those of the policy."""
-    wanted = [str(item).lower() if isinstance(item, bool) else item for item in wanted]
-    if operator in ("StringEquals", "StringNotEquals"):
-        return (value in wanted) == (operator == "StringEquals")
-    if operator in ("StringLike", "ArnLike", "ArnEquals"):
-        return any(like(item, value) for item in wanted)
-    if operator == "Bool":
-        return value.lower() in [item.lower() for item in wanted]
-    raise UnknownError(f"operator {operator}")
+    compared = COMPARED.get(operator.replace("Not", ""))
+    if not compared:
+        raise UnknownError(f"operator {operator}")
+    texts = [str(item).lower() if isinstance(item, bool) else item for item in wanted]
+    return any(compared(item, value) for item in texts) == ("Not" not in operator)
 
 
 def holds(condition: Mapping[str, Mapping[str, Any]], context: Context) -> bool:
