@@ -81,6 +81,20 @@ def test_a_price_is_found_on_any_page_and_asked_once_a_day(
     check_golden("prices", aws[:1])
 
 
+def test_what_a_stand_in_for_aws_says_is_not_kept(
+    aws: Recorder, account: Account, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert prices.hourly(account, "training", "ml.g5.xlarge") == 1.408
+    aws.answers["GetProducts"] = {"PriceList": [offer("Train:ml.g5.xlarge", 2), offer("Host:ml.m5.large", 2)]}
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:5000")
+    assert prices.hourly(account, "training", "ml.g5.xlarge") == 2.0
+    assert prices.hourly(account, "hosting", "ml.m5.large") == 2.0
+    monkeypatch.delenv("AWS_ENDPOINT_URL")
+    aws.answers["GetProducts"] = list_prices
+    assert prices.hourly(account, "training", "ml.g5.xlarge") == 1.408
+    assert prices.hourly(account, "hosting", "ml.m5.large") == 0.115
+
+
 @pytest.mark.parametrize(
     "answer",
     [

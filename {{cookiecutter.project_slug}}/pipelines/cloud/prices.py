@@ -1,6 +1,7 @@
 """What an instance costs an hour, from AWS's Price List, and whether a sum is inside the budget.
 
-A price is kept for a day in `.cache/prices.json`. One that cannot be known counts as over budget.
+A price is kept for a day in `.cache/prices.json`, unless another address than AWS's was asked (`AWS_ENDPOINT_URL`). One
+that cannot be known counts as over budget.
 """
 
 from __future__ import annotations
@@ -41,12 +42,13 @@ def hourly(account: Account, kind: str, instance_type: str) -> float | None:
     Returns:
         None when it cannot be known: no permission, no network, no such product, or another currency (China).
     """
-    name, known = f"{account.region} {kind} {instance_type}", _cached()
+    elsewhere = "AWS_ENDPOINT_URL" in os.environ
+    name, known = f"{account.region} {kind} {instance_type}", {} if elsewhere else _cached()
     price: float | None
     price, when = known.get(name, (None, 0.0))
     if price is None or not 0 <= time.time() - when < DAY:
         price = _ask(account, kind, instance_type)
-        if price is not None:
+        if price is not None and not elsewhere:
             CACHE.parent.mkdir(parents=True, exist_ok=True)
             whole = CACHE.with_suffix(f".{os.getpid()}")
             whole.write_text(json.dumps(known | {name: (price, time.time())}), encoding="utf-8")
