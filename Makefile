@@ -1,6 +1,6 @@
 # The template's own verbs. The generated project has a Makefile of its own.
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-faults test-hosts test-slow try lint bench bench-train bench-serve record picture
+.PHONY: help demo test test-faults test-hosts test-rehearsal test-slow try lint bench bench-train bench-serve record picture
 
 PYTHON ?= python3
 READY := .venv/.ready
@@ -28,12 +28,15 @@ try: $(READY) ## lint, types and tests of ROOM=cloud, as many as fit into a minu
 	@.venv/bin/python -m tests.room "$$ROOM"
 
 test: $(READY) ## tests of the template, and those of the project that it generates
-	@.venv/bin/python -m pytest -n 2 --no-loadscope-reorder -m "not faults and not hosts and not slow" $(ARGS)
+	@.venv/bin/python -m pytest -n 2 --no-loadscope-reorder -m "not faults and not hosts and not rehearsal and not slow" $(ARGS)
 
 test-faults: $(READY) ## kills, truncated checkpoints, full disks and hung peers, injected into real training jobs
 	@.venv/bin/python -m pytest -m faults $(ARGS)
 
-test-slow: $(READY) ## what is too long for CI: every pair of options, lowest versions, benchmarks, fuzzing, a soak, the rehearsal (over an hour)
+test-rehearsal: $(READY) ## the stand-in for AWS: its own tests, all verbs of a project in it, and accidents
+	@.venv/bin/python -m pytest -m "rehearsal and not slow" $(ARGS)
+
+test-slow: $(READY) ## what is too long for CI: every pair of options, lowest versions, benchmarks, fuzzing, a soak (over an hour)
 	@.venv/bin/python -m pytest -m slow $(ARGS)
 
 test-hosts: $(READY) ## the handlers under Ray Serve, and under TorchServe with the PyTorch toolkit, which needs Java 17

@@ -43,8 +43,9 @@ HOSTILE = {  # every other answer
 }
 NO_ENGINE = {"DOCKER_HOST": "unix:///nowhere", "REQUIRE_CONTAINERS": ""}
 # `make test` gives each of its workers whole files, and several tests look whether a container is left: so one file has
-# all that use the engine, and the others cannot. The tests of ALONE are long and share nothing: any worker takes one.
-ENGINE_FILE, ALONE = "test_generated.py", "test_without_engine.py"
+# all that use the engine, and the others cannot; but the rehearsal's, which have a run of their own. The tests of ALONE
+# are long and share nothing: any worker takes one.
+ENGINE_FILE, ALONE, REHEARSAL_FILE = "test_generated.py", "test_without_engine.py", "test_rehearsal.py"
 FIRST = [ENGINE_FILE, ALONE]  # the two longest; each worker begins with one, and the others fill up
 WORKER = os.environ.get("PYTEST_XDIST_WORKER")
 # Tests in `tests/in_project` that have a run of their own; the last one needs the answer mlflow.
@@ -187,7 +188,7 @@ def one_worker_has_the_engine(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     """The other files find none."""
-    if request.path.name != ENGINE_FILE:
+    if request.path.name not in (ENGINE_FILE, REHEARSAL_FILE):
         monkeypatch.setenv("DOCKER_HOST", NO_ENGINE["DOCKER_HOST"])
     elif WORKER:
         owner = tmp_path_factory.getbasetemp().parent / "engine"

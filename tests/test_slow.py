@@ -66,23 +66,6 @@ def test_every_family_of_models(bake: Bake) -> None:
     run_tests(project, FAMILIES, **NO_ENGINE)
 
 
-def test_the_rehearsal_s_own_tests() -> None:
-    """In an environment of its own, as it is a package of its own; with an engine, as most of them start containers."""
-    words = ["uv", "run", "--isolated", "--no-project", "--with", "./rehearsal[test]", "python", "-m", "pytest"]
-    done = subprocess.run([*words, "rehearsal"], cwd=TEMPLATE, env=fresh_shell(), capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
-@pytest.mark.parametrize("scope", ["cloud", "full"])
-def test_the_journey(bake: Bake, ready: Project, scope: str) -> None:
-    """All verbs for AWS, as they are, in a stand-in that carries out in containers what they ask for."""
-    project = bake(scope=scope)
-    (project.path / ".venv").symlink_to(ready.path / ".venv")
-    done = project.make("rehearse")
-    assert re.search(r"executed: [1-9]", done.stdout)
-    assert "left: nothing" in done.stdout
-
-
 def test_few_photos_begin_with_weights_or_say_that_they_are_too_few(ready: Project, tmp_path: Path) -> None:
     """200 photos of two kinds that differ little, as in the tutorials' ants and bees."""
     store_insects(tmp_path / "shapes", SHAPES, 200, (5, 25))

@@ -149,7 +149,7 @@ VERBS: Table = {
     },
 }  # fmt: skip
 AWS = "On SageMaker"
-UNPROVEN = f"{AWS}: request validated, not run on AWS."
+UNPROVEN = f"{AWS}: request validated, not run on AWS;\n`make rehearse` executes each in containers on this machine."
 USUAL = "train-local report predict serve-local bootstrap train deploy destroy data evaluate compare test"
 SHOWN = 8  # of them, the first that the project has
 # Not of verbs, but of make, and of programs that a verb starts; any other variable of the environment goes before make.
