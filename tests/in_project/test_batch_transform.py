@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import shutil
-import subprocess
 import sys
 from argparse import Namespace
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -289,49 +286,3 @@ def test_status_shows_and_destroy_stops_and_removes(
     destroy.destroy(Account(settings()), None, yes=True)
     assert left() == []
     check_golden("batch_destroy", written(Recorder(hosting.calls[start_of:])))
-
-
-@pytest.fixture
-def local(aws: Recorder, tmp_path: Path, archive: Path, serving_image: str) -> Iterator[Any]:
-    """SDK V3's local mode with the project's image: it publishes the server on port 8080, and leaves its container."""
-    from sagemaker.core.local.local_session import LocalSession
-
-    assert aws is not None
-    session = LocalSession()
-    session.config = {"local": {"local_code": False, "container_root": str(tmp_path)}}
-    own = tmp_path / "model"
-    own.mkdir()
-    shutil.copy(archive, own)
-    model = {"Image": serving_image, "ModelDataUrl": f"file://{own / archive.name}", "Environment": {}}
-    session.sagemaker_client.create_model(ModelName="model", PrimaryContainer=model)
-    yield session.sagemaker_client
-    left = ["docker", "ps", "--all", "--quiet", "--filter", f"ancestor={serving_image}"]
-    for name in subprocess.check_output([*left, "--filter", "network=sagemaker-local"], text=True).split():
-        subprocess.run(["docker", "rm", "--force", name], check=True, capture_output=True)
-    subprocess.run(["docker", "network", "rm", "sagemaker-local"], capture_output=True, check=False)
-
-
-@pytest.mark.container
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # the SDK leaves a pipe open
-def test_the_request_in_a_real_container(local: Any, hosting: Hosting, tmp_path: Path) -> None:
-    """The job's own request, but for manifest and folders, which local mode does not know; and the lines it gives."""
-    images, output = tmp_path / "flat", tmp_path / "output"
-    images.mkdir()
-    for name, label in PHOTOS.items():
-        (images / Path(name).name).write_bytes(photo(label))
-    transform = Transform(hosting)
-    transform.bad = {path.name for path in images.iterdir()}  # the container answers
-    name = start(images)
-    (asked,) = hosting.calls.named("CreateTransformJob")
-    source = {"S3DataSource": {"S3DataType": "S3Prefix", "S3Uri": f"file://{images}"}}
-    local.create_transform_job(
-        **{key: value for key, value in asked.items() if key not in ("Tags", "ModelName")}
-        | {"ModelName": "model", "TransformInput": asked["TransformInput"] | {"DataSource": source},
-           "TransformOutput": asked["TransformOutput"] | {"S3OutputPath": f"file://{output}"},
-           "TransformResources": {"InstanceType": "local", "InstanceCount": 1}}
-    )  # fmt: skip
-    for path in output.rglob("*.out"):
-        boto3.client("s3").upload_file(str(path), STACK.bucket, f"batch/{name}/output/{path.relative_to(output)}")
-    assert batch_transform.join(Account(settings()), name) == 0
-    lines = [json.loads(line) for line in (runs.ARTIFACTS / "batch" / f"{name}.jsonl").read_text().splitlines()]
-    assert {line["file"]: line["label"] for line in lines} == {Path(name).name: PHOTOS[name] for name in PHOTOS}

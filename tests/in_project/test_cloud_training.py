@@ -775,36 +775,6 @@ def test_processing_requests(account: Recorder, name: str, overrides: list[str])
     check_golden(name, [call for call in account if call[0] in CREATE])
 
 
-def test_the_processing_job_runs_on_the_files_that_are_sent(account: Recorder, raw: Path, tmp_path: Path) -> None:
-    """The code archive and the arguments of the request pack the images that were uploaded."""
-    process_job.process(Account(settings()), str(raw), yes=False)
-    request = account.named("CreateProcessingJob")[0]
-    places = {item["InputName"]: item["S3Input"] for item in request["ProcessingInputs"]}
-    s3 = boto3.client("s3")
-    bucket, _, prefix = places["raw"]["S3Uri"].removeprefix("s3://").partition("/")
-    found = [item["Key"] for item in s3.list_objects_v2(Bucket=bucket, Prefix=prefix)["Contents"]]
-    assert sorted(key.removeprefix(prefix) for key in found) == sorted(
-        path.relative_to(raw).as_posix() for path in raw.rglob("*.png")
-    )
-    bucket, _, code = places["code"]["S3Uri"].removeprefix("s3://").partition("/")
-    for item in s3.list_objects_v2(Bucket=bucket, Prefix=code)["Contents"]:
-        path = tmp_path / "code" / item["Key"].removeprefix(code)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        s3.download_file(bucket, item["Key"], str(path))
-    here = {process_job.CODE: tmp_path / "code", process_job.INPUT: raw, process_job.OUTPUT: tmp_path}
-    specification = request["AppSpecification"]
-    text = json.dumps(specification["ContainerEntrypoint"][1:] + specification["ContainerArguments"])
-    for there, path in here.items():
-        text = text.replace(there, str(path))
-    assert specification["ContainerEntrypoint"][0] == "python3"
-    subprocess.run([sys.executable, *json.loads(text)], cwd="/", check=True)
-    assert {item["S3Input"]["LocalPath"] for item in request["ProcessingInputs"]} == {
-        process_job.CODE,
-        process_job.INPUT,
-    }
-    assert (tmp_path / "images" / "train" / "dataset.json").is_file()
-
-
 def test_what_the_processing_verb_says(
     account: Recorder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

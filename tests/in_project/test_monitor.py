@@ -639,38 +639,3 @@ def test_refusals_of_aws_are_one_sentence(captured: Hosting) -> None:
     captured.calls.answers["UpdateSchedule"] = denied
     with pytest.raises(UserError, match=rf"monitoring {NAME} failed: no .*make doctor"):
         watch()
-
-
-# ---- the container
-
-
-@pytest.mark.container
-def test_the_job_runs_in_the_image_as_sagemaker_starts_it(
-    captured: Hosting, watched: Path, model: inference.Classifier, tmp_path: Path, nothing_left: str
-) -> None:
-    """The request's own command, arguments, paths; inputs as the platform lays them down; without a network."""
-    watch()
-    job = requested(captured.calls, "CreateSchedule")
-    scheduled = datetime(2026, 11, 21, 13, 20, tzinfo=UTC).isoformat().replace("+00:00", "Z")
-    arguments = [word.replace("<aws.scheduler.scheduled-time>", scheduled)
-                 for word in job["AppSpecification"]["ContainerArguments"]]  # fmt: skip
-    shade = [image.point(lambda value: value // 3) for image in usual(4)]
-    write(tmp_path / "captured", [answered(model, png(image)) for image in shade])
-    places = {"code": SOURCE, "artifact": tmp_path / "artifact", "captured": tmp_path / "captured"}
-    places["artifact"].mkdir()
-    (places["artifact"] / "model.tar.gz").write_bytes(watched.read_bytes())
-    (tmp_path / "report").mkdir()
-    mounts = [f"{places[item['InputName']]}:{item['S3Input']['LocalPath']}:ro" for item in job["ProcessingInputs"]]
-    (output,) = job["ProcessingOutputConfig"]["Outputs"]
-    mounts.append(f"{tmp_path / 'report'}:{output['S3Output']['LocalPath']}")
-    program, *first = job["AppSpecification"]["ContainerEntrypoint"]
-    volumes = [word for mount in mounts for word in ("--volume", mount)]
-    command = ["docker", "run", "--rm", "--network", "none", *volumes,
-               "--entrypoint", program, nothing_left, *first, *arguments]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    found = json.loads((tmp_path / "report" / "report-20261121T13.json").read_text())
-    assert (found["verdict"], found["images"], found["skipped"]) == ("drift", 240, {})
-    emitted = json.loads(done.stdout.splitlines()[-1])
-    assert emitted["EndpointName"] == NAME
-    assert emitted["Drift"] > 1

@@ -335,31 +335,6 @@ def checkpoints(ml: Path) -> list[str]:
 
 
 @pytest.mark.container
-def test_a_tuners_job_runs_in_the_projects_image(job: Container, search: Recorder, tmp_path: Path) -> None:
-    command = job(
-        "training.epochs=2",
-        "tuning.ranges={learning_rate: {min: 0.01, max: 0.1}, batch_size: [16, 32], horizontal_flip: [true, false]}",
-    )
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    log = done.stdout + done.stderr
-    assert done.returncode == 0, log[-3000:]
-    assert not list((tmp_path / "ml" / "output").glob("failure"))
-    model = {path.name for path in (tmp_path / "ml" / "model").iterdir()}  # SageMaker makes model.tar.gz of it
-    assert model == {"model.safetensors", "model.json", "golden.json", "baseline.json", "code"}
-    request = search.named(CREATE)[0]
-    definition = request["TrainingJobDefinition"]
-    wanted = request["HyperParameterTuningJobConfig"]["HyperParameterTuningJobObjective"]["MetricName"]
-    metrics = {metric["Name"]: metric["Regex"] for metric in definition["AlgorithmSpecification"]["MetricDefinitions"]}
-    values = re.findall(metrics[wanted], log)
-    epochs = (tmp_path / "ml" / "output" / "data" / "metrics.jsonl").read_text().splitlines()
-    reached = [json.loads(epoch)["val_accuracy"] for epoch in epochs]
-    assert [float(value) for value in values] == pytest.approx([*reached, max(reached)], abs=1e-4)
-    run = json.loads((tmp_path / "ml" / "output" / "data" / "run.json").read_text())
-    given = {key: run["hyperparameters"][key] for key in ("learning_rate", "batch_size", "epochs", "horizontal_flip")}
-    assert given == {"learning_rate": 0.01, "batch_size": 16, "epochs": 2, "horizontal_flip": True}
-
-
-@pytest.mark.container
 def test_a_tuners_job_that_is_interrupted_goes_on_with_its_own_checkpoints(
     job: Container, search: Recorder, tmp_path: Path
 ) -> None:
