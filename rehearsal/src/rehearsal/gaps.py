@@ -81,7 +81,7 @@ def identity(account: Account, _: Request) -> Answer:
 def prices(_: Account, request: Request) -> Answer:
     """What a use of an instance type costs, as recorded; nothing for one that is not."""
     usage = next((entry["Value"] for entry in request.get("Filters", []) if entry["Field"] == "usagetype"), "")
-    kind, _, machine = usage.partition(":")
+    kind, machine = usage.split(":", 1) if ":" in usage else ("", usage)
     memory = re.fullmatch(r"Mem-(\d)GB", machine) if kind == "ServerlessInf" else None
     price = SERVERLESS * int(memory[1]) if memory else RECORDED.get(machine)
     if price is None:
