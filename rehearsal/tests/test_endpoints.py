@@ -5,8 +5,11 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+import threading
+import time
 from collections import Counter
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -106,7 +109,12 @@ def test_two_variants_by_weight_and_by_name(account: Account, client: Client, mo
 def test_an_update_in_steps(
     account: Account, client: Client, model: Callable[..., str], kind: str, size: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(endpoints, "STEP", 5.0)
+    go_on = threading.Event()  # until then the first step lasts
+
+    def sleep(seconds: float) -> None:
+        time.sleep(seconds) if seconds < endpoints.STEP else go_on.wait(60)
+
+    monkeypatch.setattr(endpoints, "time", SimpleNamespace(monotonic=time.monotonic, sleep=sleep))
     serve(client, model("one", says("one")))
     model("two", says("two"))
     routing = {"Type": kind, "WaitIntervalInSeconds": 300, size: {"Type": "CAPACITY_PERCENT", "Value": 50}}
@@ -120,6 +128,7 @@ def test_an_update_in_steps(
     facts = client("sagemaker").describe_endpoint(EndpointName="e")
     assert (facts["EndpointConfigName"], facts["PendingDeploymentSummary"]["EndpointConfigName"]) == ("one", "two")
     assert {ask(client)[0] for _ in range(20)} == {b"one", b"two"}
+    go_on.set()
     assert settled(client)["EndpointConfigName"] == "two"
     assert [event["text"].partition(" ")[0] for event in account.events if event["kind"] == "step"] == ["50%", "100%"]
     assert {ask(client)[0] for _ in range(10)} == {b"two"}

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import errno
+import gc
 import gzip
 import hashlib
 import json
@@ -158,6 +160,43 @@ def test_own_handlers_get_bytes_unless_they_say_that_they_take_files(tmp_path: P
         handlers.TAKES_FILES = True
         batcher._decode(file, None, None)
     assert got == [b"a body", file]
+
+
+FAILING = """
+class Trouble(Exception): pass
+def model_fn(folder): return None
+def input_fn(body, *_): return fail(body, b"input")
+def predict_fn(body, *_): return fail(body, b"predict")
+def output_fn(body, *_): return fail(body, b"output")
+def fail(body, where):
+    if body == where:
+        raise Trouble
+    return body
+"""
+
+
+def test_nothing_of_a_failed_request_waits_for_the_garbage_collector(artifact: Path, tmp_path: Path) -> None:
+    """Its traceback holds the body and the picture, so nothing may hold both it and what it comes from."""
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code" / "inference.py").write_text(FAILING)
+
+    async def failed(folder: Path, bodies: Sequence[bytes]) -> int:
+        batcher = Batcher(folder, 1, 1, 1, 1)
+        await batcher.load()
+        for body in bodies:
+            with contextlib.suppress(Exception):
+                await batcher.answer(body, "image/png", None, None)
+                pytest.fail("it did not fail")
+        await batcher.answer(photo(), "image/png", None, None)
+        return sum(type(each).__name__ in ("Trouble", "RequestError", "ImageError") for each in gc.get_objects())
+
+    gc.collect()
+    gc.disable()
+    try:
+        assert not asyncio.run(failed(artifact, [photo()[:-40], b"{", b"\x93NUMPY", b"[" * 99]))
+        assert not asyncio.run(failed(tmp_path, [b"input", b"predict", b"output"]))
+    finally:
+        gc.enable()
 
 
 def received(parts: Sequence[bytes], limit: int) -> tuple[bytes, int, bool]:

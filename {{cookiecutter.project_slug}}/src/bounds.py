@@ -6,6 +6,7 @@ And the bytes of a large body, which lie in a file: `Stored`.
 from __future__ import annotations
 
 import ctypes
+import functools
 import io
 import math
 import mmap
@@ -223,6 +224,9 @@ def memory_of(image: ImageFile.ImageFile, data: Data, deep: bool) -> int:
     return image.width * image.height * (held + (9 if deep else 6 if image.mode[0] in "IF" else 3))
 
 
+_libc = functools.cache(lambda: ctypes.CDLL(None))
+
+
 class Room:
     """The memory that all pictures which are being decoded have together, of all threads.
 
@@ -256,7 +260,7 @@ class Room:
             self._changed.notify_all()
         if size >= LARGE:
             with suppress(OSError, AttributeError):  # other systems have no such function, and need none
-                ctypes.CDLL(None).malloc_trim(0)
+                _libc().malloc_trim(0)
 
 
 ROOM = Room()

@@ -116,11 +116,15 @@ class Batcher:
         """
         loop = asyncio.get_running_loop()
         batch = await loop.run_in_executor(self._decoders, self._decode, body, content_type, context)
-        waiting = Waiting(batch, loop.create_future())
+        rendered = call(self._handlers.output_fn, await self._wait(batch), accept, context)
+        return rendered if isinstance(rendered, tuple) else (rendered, "application/json")
+
+    def _wait(self, batch: Any) -> asyncio.Future[Any]:
+        """Put a batch in front of the model."""
+        waiting = Waiting(batch, asyncio.get_running_loop().create_future())
         self._waiting.append(waiting)
         self._wake.set()
-        rendered = call(self._handlers.output_fn, await waiting.answer, accept, context)
-        return rendered if isinstance(rendered, tuple) else (rendered, "application/json")
+        return waiting.answer
 
     def _decode(self, body: bytes | IO[bytes], content_type: str | None, context: Any) -> Any:
         """Where the handlers have a function `fit`, it makes images small before they wait, however large they came."""
@@ -156,6 +160,7 @@ class Batcher:
                         one.answer.set_exception(answer)
                     else:
                         one.answer.set_result(answer)
+                answers.clear()  # an exception among them knows the thread's frames, and these know the list
             self._wake.clear()
 
     def _choose(self) -> list[Waiting]:
@@ -189,13 +194,14 @@ class Batcher:
                 if parts is not None:
                     return parts
                 self._merged = 1  # these handlers answer in a way of their own, which only they can take apart
-        answers: list[Any] = []
-        for batch in batches:
-            try:
-                answers.append(call(self._handlers.predict_fn, batch, model))
-            except Exception as error:
-                answers.append(error)
-        return answers
+        return [self._predict(batch, model) for batch in batches]
+
+    def _predict(self, batch: Any, model: Any) -> Any:
+        """An answer, or the exception in its place."""
+        try:
+            return call(self._handlers.predict_fn, batch, model)
+        except Exception as error:
+            return error
 
 
 def processors(root: Path = Path("/")) -> int:

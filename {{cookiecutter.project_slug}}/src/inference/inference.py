@@ -167,7 +167,10 @@ def input_fn(
 def _refuse(error: RequestError, context: Any) -> Refusal:
     """Set the status where the host lets a handler do so; elsewhere raise."""
     if not hasattr(context, "set_response_status"):
-        raise error
+        try:
+            raise error
+        finally:
+            del error  # whose traceback holds this call: the body would stay until the garbage collector comes
     context.set_response_status(code=error.status, phrase=HTTPStatus(error.status).phrase, idx=0)
     return Refusal(str(error))
 
