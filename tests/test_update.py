@@ -111,6 +111,21 @@ def test_lines_that_both_changed_are_named_and_nothing_is_lost(template: Path, p
     assert "batch_size: 48" in both
 
 
+def test_what_was_changed_before_the_first_commit_stays(template: Path, project: Project) -> None:
+    """Git has never seen the template's lines, so it cannot merge, and leaves what it could not apply in a file."""
+    replace(project.path / "configs" / "training.yaml", "batch_size: 64", "batch_size: 16")
+    shutil.rmtree(project.path / ".git")
+    git(project.path, "init", "--quiet")
+    commit(project.path)
+    improve(template)
+    done = project.run("make", "update-template", "YES=1")
+    assert done.returncode
+    assert "you and the template changed the same lines of configs/training.yaml.rej; settle them" in done.stderr
+    assert "batch_size: 16" in (project.path / "configs" / "training.yaml").read_text()
+    assert "+batch_size: 48" in (project.path / "configs" / "training.yaml.rej").read_text()
+    assert NEW in (project.path / "docs" / "scaling.md").read_text()
+
+
 def test_what_is_not_committed_is_not_touched(template: Path, project: Project) -> None:
     improve(template)
     (project.path / "README.md").write_text("mine")

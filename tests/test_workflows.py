@@ -156,7 +156,9 @@ HOSTILE = [
     "1 && touch canary", "'; touch canary; '", '"; touch canary; "', "a[$(touch canary)]", "1\r", "--help", "0", "-1",
     "1" * 400, f"{ARN}\n{ARN}", f"{ARN} ", f" {ARN}", ARN.replace("sagemaker", "iam"), ARN + "$(touch canary)", "*",
     "${PATH}", "${{ github.token }}", "\x1b]52;c;cm0=\x07", "\u0663", "\uff11", "%0A", "::set-output name=x::y",
-    "Champion", "champion;", "../1", "",
+    "Champion", "champion;", "../1", "", f"x{ARN}", ARN.replace("aws:", "gcp:", 1), ARN.replace("12:", ":"),
+    ARN.replace("12:", "123:"), ARN.replace("eu-central-1", "e" * 31), ARN.replace("model-package", "endpoint"),
+    ARN.replace("image-classifier", "a" * 64), ARN.replace("image-classifier", "a_b"), ARN.replace("/7", "/1234567890"),
 ]  # fmt: skip
 
 
