@@ -247,6 +247,7 @@ def test_without_git_and_inside_a_repository(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "plain" / "image_classifier" / "Makefile").exists()
     assert not (tmp_path / "plain" / "image_classifier" / ".git").exists()
+    assert "image_classifier is ready. Next:" in done.stdout
     (programs / "git").write_text("no program")  # one that cannot be started
     (programs / "git").chmod(0o755)
     done = bake(tmp_path / "broken", PATH=str(programs))
@@ -288,9 +289,10 @@ ADDRESSES = {
     "git://u:s3cret@host/it": "git://host/it",
     "ssh://git:s3cret@host:22/it": "ssh://git@host:22/it",
     "git+ssh://git:s3cret@host/it": "git+ssh://git@host/it",
+    "SSH://git:s3cret@host/it": "SSH://git@host/it",
 }
 SAME = ("ssh://git@host/it", "git@host:team/it.git", "https://host/it.git", "https://host/@scope/it", "/srv/it@home?x",
-        "file:///srv/it#1", "../it")  # fmt: skip
+        "file:///srv/it#1", "FILE:///srv/it#1", "../it")  # fmt: skip
 
 
 def test_an_address_is_kept_without_what_lets_somebody_in() -> None:
@@ -312,12 +314,19 @@ def test_a_token_in_the_templates_address_is_not_written_down(tmp_path: Path) ->
     code = "import sys; from unittest import mock; from cookiecutter.main import cookiecutter\n"
     code += "with mock.patch('cookiecutter.main.determine_repo_dir', return_value=(sys.argv[2], False)):\n"
     code += "    cookiecutter(sys.argv[1], no_input=True, output_dir=sys.argv[3])"
-    done = subprocess.run([sys.executable, "-c", code, url, str(clone), str(tmp_path)], capture_output=True, text=True)
+    command = [sys.executable, "-c", code, url, str(clone)]
+    clean = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    done = subprocess.run([*command, str(tmp_path)], env=clean, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     text = (tmp_path / "image_classifier" / ".cruft.json").read_text()
     assert json.loads(text)["template"] == "https://example.com/it.git"
     assert "s3cret" not in text
     assert not list((tmp_path / "image_classifier").rglob("__pycache__"))
+    subprocess.run(["git", "-C", str(clone), "remote", "rename", "origin", "upstream"], check=True)
+    done = subprocess.run([*command, str(tmp_path / "unknown")], env=clean, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "unknown" / "image_classifier" / "Makefile").exists()
+    assert not (tmp_path / "unknown" / "image_classifier" / ".cruft.json").exists()
 
 
 def test_a_template_in_the_folder_where_one_stands_is_remembered(tmp_path: Path) -> None:
@@ -327,3 +336,34 @@ def test_a_template_in_the_folder_where_one_stands_is_remembered(tmp_path: Path)
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "image_classifier" / ".cruft.json").read_text())["template"] == str(TEMPLATE)
+
+
+def test_a_template_in_no_repository_is_not_remembered(tmp_path: Path) -> None:
+    """It has no commit, so there is nothing that an update could begin at."""
+    for name in ("cookiecutter.json", "hooks", TREE.name):
+        source, place = TEMPLATE / name, tmp_path / "template" / name
+        place.parent.mkdir(exist_ok=True)
+        shutil.copytree(source, place) if source.is_dir() else shutil.copy(source, place)
+    command = [sys.executable, "-m", "cookiecutter", str(tmp_path / "template"), "--no-input"]
+    done = subprocess.run([*command, "--output-dir", str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "image_classifier" / ".git").is_dir()
+    assert not (tmp_path / "image_classifier" / ".cruft.json").exists()
+
+
+def test_a_folder_is_the_one_that_was_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the one where somebody stands when none was named, as in cruft's bakes; not the new project's neighbour."""
+    source = (TEMPLATE / "hooks" / "post_gen_project.py").read_text(encoding="utf-8")
+    variables: dict[str, Any] = {"__name__": "hook"}
+    exec(jinja2.Environment(autoescape=False).from_string(source).render(cookiecutter={}), variables)
+    started = variables["started"]
+    monkeypatch.setenv("PWD", str(TEMPLATE))
+    assert started(".") == started(str(TEMPLATE)) == TEMPLATE
+    assert started("") is None
+    monkeypatch.chdir(TEMPLATE)
+    for words in ("", "out/image_classifier"):
+        monkeypatch.setenv("PWD", words)
+        assert started(".") is None
+    monkeypatch.delenv("PWD")
+    assert started(f"../{TEMPLATE.name}") is None
+    assert started(str(TEMPLATE)) == TEMPLATE

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import shutil
 import subprocess
@@ -54,6 +55,7 @@ def made(template: Path, folder: Path, ready: Project, **answers: object) -> Pro
     """A project of the template as it is, committed."""
     project = Project(Path(cookiecutter(str(template), no_input=True, extra_context=answers, output_dir=str(folder))))
     (project.path / ".venv").symlink_to(ready.path / ".venv")
+    os.utime(project.path / "pyproject.toml", (0, 0))  # older than the environment: make does not install it again
     commit(project.path)
     return project
 
@@ -109,6 +111,21 @@ def test_lines_that_both_changed_are_named_and_nothing_is_lost(template: Path, p
     assert "batch_size: 48" in both
 
 
+def test_what_was_changed_before_the_first_commit_stays(template: Path, project: Project) -> None:
+    """Git has never seen the template's lines, so it cannot merge, and leaves what it could not apply in a file."""
+    replace(project.path / "configs" / "training.yaml", "batch_size: 64", "batch_size: 16")
+    shutil.rmtree(project.path / ".git")
+    git(project.path, "init", "--quiet")
+    commit(project.path)
+    improve(template)
+    done = project.run("make", "update-template", "YES=1")
+    assert done.returncode
+    assert "you and the template changed the same lines of configs/training.yaml.rej; settle them" in done.stderr
+    assert "batch_size: 16" in (project.path / "configs" / "training.yaml").read_text()
+    assert "+batch_size: 48" in (project.path / "configs" / "training.yaml.rej").read_text()
+    assert NEW in (project.path / "docs" / "scaling.md").read_text()
+
+
 def test_what_is_not_committed_is_not_touched(template: Path, project: Project) -> None:
     improve(template)
     (project.path / "README.md").write_text("mine")
@@ -126,6 +143,32 @@ def test_a_template_that_is_gone_is_said(template: Path, project: Project) -> No
     assert not git(project.path, "status", "--porcelain")
     (project.path / ".cruft.json").unlink()
     assert "the template of this project is not known" in project.run("make", "update-template").stderr
+
+
+def test_a_project_without_a_commit_is_not_touched(template: Path, project: Project) -> None:
+    """Neither one that is in no repository, where cruft would write over changes, nor one in a new repository."""
+    improve(template)
+    shutil.rmtree(project.path / ".git")
+    before = (project.path / ".cruft.json").read_text()
+    for _ in range(2):
+        done = project.run("make", "update-template", "YES=1")
+        assert done.returncode
+        assert "error: the project has no commit yet; `git add . && git commit` first" in done.stderr
+        assert (project.path / ".cruft.json").read_text() == before
+        git(project.path, "init", "--quiet")
+
+
+def test_a_template_that_cannot_be_baked_is_said(template: Path, project: Project) -> None:
+    hook = template / "hooks" / "pre_gen_project.py"
+    hook.write_text("import sys\nsys.exit('not today')\n")
+    improve(template)
+    done = project.run("make", "update-template", "YES=1")
+    assert done.returncode
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert line.startswith(f"error: cruft could not update from {template}: ")
+    assert line.endswith("; nothing was changed")
+    assert "merged" not in done.stdout
+    assert not git(project.path, "status", "--porcelain")
 
 
 BORDERS = {  # lines of infrastructure.yaml beside which a larger scope has more: git would not merge two that touch
@@ -208,11 +251,42 @@ def test_what_is_new_is_shown_before_any_of_it_runs(template: Path, project: Pro
     assert not git(project.path, "status", "--porcelain")
     assert "harmless" in done.stdout
     assert f"+open({str(ran)!r}, 'w')  # " in done.stdout
+    assert "+x\\rforged" in done.stdout.splitlines()
     assert all(character.isprintable() or character == "\n" for character in done.stdout)
     assert project.run("make", "update-template", "YES=no").returncode
     assert not ran.exists()
     project.make("update-template", "YES=1")
     assert ran.exists()
+
+
+def test_nothing_of_what_is_new_is_shown_as_binary(template: Path, project: Project, tmp_path: Path) -> None:
+    """A shell runs a hook with a NUL in it; and somebody's own settings for git are for other repositories."""
+    (template / "hooks" / "pre_gen_project.sh").write_bytes(b"#!/bin/sh\n# \0 \xff\necho hook\n")
+    (template / "notes.txt").write_text("a note\n")
+    commit(template)
+    (tmp_path / "attributes").write_text("*.txt diff=quiet\n")
+    settings = ("[color]\nui = always\n[diff]\nexternal = true\n", '[diff "quiet"]\ntextconv = true\n')
+    for text in settings:
+        (tmp_path / "settings").write_text(f"{text}[core]\nattributesFile = {tmp_path / 'attributes'}\n")
+        done = project.run("make", "update-template", GIT_CONFIG_GLOBAL=str(tmp_path / "settings"))
+        assert "say YES=1 to go on" in done.stderr
+        assert {"+# \\x00 \ufffd", "+echo hook", "+a note"} <= {*done.stdout.splitlines()}
+        assert "Binary" not in done.stdout
+        assert "\\x1b" not in done.stdout
+
+
+def test_what_was_shown_is_what_comes(template: Path, project: Project, tmp_path: Path) -> None:
+    """Whatever the template has got in the meantime: here, just before cruft starts."""
+    shown = improve(template)
+    (tmp_path / "bin").mkdir()
+    uv = tmp_path / "bin" / "uv"
+    later = f"git -C {shlex.quote(str(template))} -c user.name=t -c user.email=t@example.com commit --quiet"
+    uv.write_text(f'#!/bin/sh\n{later} --allow-empty --message later\nexec {TEMPLATE}/.venv/bin/uv "$@"\n')
+    uv.chmod(0o755)
+    done = project.make("update-template", "YES=1", PATH=f"{uv.parent}:{os.environ['PATH']}")
+    assert git(template, "rev-parse", "HEAD") != shown
+    assert f"merged with the template's {shown[:12]}" in done.stdout
+    assert json.loads((project.path / ".cruft.json").read_text())["commit"] == shown
 
 
 @pytest.mark.parametrize(("answer", "taken"), [("y", True), ("n", False), ("", False), ("yes please", False)])
@@ -229,7 +303,7 @@ def test_somebody_at_a_terminal_is_asked(template: Path, project: Project, answe
     assert ("error: nothing was changed" in done.stdout) == (not taken)
 
 
-@pytest.mark.parametrize("commit", ["--output=/tmp/x", "0" * 40, "HEAD", "$(touch canary)"])
+@pytest.mark.parametrize("commit", ["--output=/tmp/x", "0" * 40, "HEAD", "$(touch canary)", "x\nerror: y"])
 def test_a_commit_that_is_none_is_refused(project: Project, commit: str) -> None:
     state = project.path / ".cruft.json"
     facts = json.loads(state.read_text())
@@ -238,18 +312,51 @@ def test_a_commit_that_is_none_is_refused(project: Project, commit: str) -> None
     done = project.run("make", "update-template", "YES=1")
     assert done.returncode
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert f"it has no commit {commit}; nothing was changed" in line
+    shown = commit.replace("\n", "\\n")
+    assert f"it has no commit {shown}; nothing was changed" in line
     assert "Traceback" not in done.stderr
     assert not list(project.path.rglob("canary"))
 
 
-def test_a_token_in_the_address_is_taken_out(project: Project) -> None:
+@pytest.mark.parametrize("damage", ["<<<<<<< HEAD\n{}\n", "{}", "[1]", '"scope"', "\udcff", "null", "huge", 7])
+def test_a_note_of_the_template_that_is_damaged_is_said(project: Project, damage: str | int) -> None:
+    """As where two branches were updated and merged; the last two are a scope that is none."""
     state = project.path / ".cruft.json"
     facts = json.loads(state.read_text())
-    state.write_text(json.dumps(facts | {"template": "https://user:s3cret@example.com/team/template.git"}))
+    if damage in ("huge", 7):
+        facts["context"]["cookiecutter"]["scope"] = damage
+    state.write_text(json.dumps(facts) if damage in ("huge", 7) else str(damage), errors="surrogateescape")
+    before = state.read_bytes()
+    done = project.run("make", "update-template", "YES=1")
+    assert done.returncode
+    assert "error: .cruft.json does not say of which template, commit and scope this project is" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert state.read_bytes() == before
+
+
+def test_an_address_stays_on_its_line(project: Project) -> None:
+    state = project.path / ".cruft.json"
+    state.write_text(json.dumps(json.loads(state.read_text()) | {"template": "/gone\nerror: all is well"}))
+    commit(project.path)
+    done = project.run("make", "update-template")
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert line.startswith("error: cruft could not update from /gone\\nerror: all is well: ")
+
+
+@pytest.mark.parametrize("places", [("template",), ("_template",), ("template", "_template")])
+def test_a_token_in_the_address_is_taken_out(project: Project, places: tuple[str, ...]) -> None:
+    """From among the answers, too, where `cruft link` notes the address once more."""
+    state = project.path / ".cruft.json"
+    facts = json.loads(state.read_text())
+    wheres = {"template": facts, "_template": facts["context"]["cookiecutter"]}
+    for place in places:
+        wheres[place][place] = "https://user:s3cret@example.com/team/template.git"
+    state.write_text(json.dumps(facts))
     git(project.path, "commit", "--quiet", "--all", "--message", "x")
     done = project.run("make", "update-template", "YES=1")
     assert done.returncode
     assert "held a password or token, which is taken out now" in done.stderr
     assert "s3cret" not in state.read_text() + done.stdout + done.stderr
-    assert json.loads(state.read_text())["template"] == "https://example.com/team/template.git"
+    for place in places:
+        wheres[place][place] = "https://example.com/team/template.git"
+    assert json.loads(state.read_text()) == facts

@@ -134,6 +134,8 @@ def test_nothing_is_delivered_unasked(full: Project) -> None:
     for name in ("test", "deploy"):
         assert (SWITCH if name == "test" else SWITCH.replace("AWS_ROLE", "AWS_DEPLOY_ROLE")) in jobs[name]["if"]
         assert BRANCH in jobs[name]["if"]
+    assert "inputs.package == ''" in jobs["test"]["if"], "a version that is there would be trained once more"
+    assert jobs["deploy"]["if"].startswith("!cancelled() && "), "it would be skipped with the jobs before it"
     assert jobs["pipeline"]["needs"] == "test"
     assert "if" not in jobs["pipeline"], "it would run although the tests were skipped or failed"
     assert jobs["test"]["uses"] == "./.github/workflows/ci.yml"
@@ -144,10 +146,14 @@ def test_nothing_is_delivered_unasked(full: Project) -> None:
     assert deliver["concurrency"]["cancel-in-progress"] == "false"
     groups = [workflow(full, name)["concurrency"]["group"] for name in ("ci.yml", "deliver.yml")]
     assert groups[0].startswith("ci-${{ github.workflow }}-"), "a called workflow in its caller's group waits for ever"
+    assert groups[1] == "${{ github.workflow }}-${{ inputs.package || 'champion' }}", "a way back must not wait"
     assert jobs["deploy"]["steps"][0]["name"] == CHECK
     runs = [step["run"] for step in jobs["deploy"]["steps"][1:] if "run" in step]
     assert runs == ["make setup", "make approve YES=1", "make deploy YES=1 ARGS=--rollback"]
-    assert jobs["deploy"]["steps"][-1]["env"]["ENDPOINT__ROLLOUT"] == "canary"
+    *_, approve, deploy = jobs["deploy"]["steps"]
+    assert approve["if"] == "inputs.package == ''", "a version that somebody names is approved already"
+    assert deploy["env"]["PACKAGE"] == "${{ inputs.package || 'champion' }}"
+    assert deploy["env"]["ENDPOINT__ROLLOUT"] == "canary"
 
 
 ARN = "arn:aws:sagemaker:eu-central-1:123456789012:model-package/image-classifier/7"
@@ -156,7 +162,9 @@ HOSTILE = [
     "1 && touch canary", "'; touch canary; '", '"; touch canary; "', "a[$(touch canary)]", "1\r", "--help", "0", "-1",
     "1" * 400, f"{ARN}\n{ARN}", f"{ARN} ", f" {ARN}", ARN.replace("sagemaker", "iam"), ARN + "$(touch canary)", "*",
     "${PATH}", "${{ github.token }}", "\x1b]52;c;cm0=\x07", "\u0663", "\uff11", "%0A", "::set-output name=x::y",
-    "Champion", "champion;", "../1", "",
+    "Champion", "champion;", "../1", "", f"x{ARN}", ARN.replace("aws:", "gcp:", 1), ARN.replace("12:", ":"),
+    ARN.replace("12:", "123:"), ARN.replace("eu-central-1", "e" * 31), ARN.replace("model-package", "endpoint"),
+    ARN.replace("image-classifier", "a" * 64), ARN.replace("image-classifier", "a_b"), ARN.replace("/7", "/1234567890"),
 ]  # fmt: skip
 
 

@@ -16,6 +16,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from typing import Any
 
 from pipelines import ROOT, terminal
 from pipelines.environment import certificates, find_uv
@@ -46,6 +47,11 @@ def address(template: str) -> str:
     return f"{scheme}://{user}{host}{slash}{path}"
 
 
+def cleaned(facts: dict[str, Any]) -> dict[str, Any]:
+    """An object of `.cruft.json` with such addresses only; cruft itself notes the template's among the answers, too."""
+    return {name: address(value) if name in ("template", "_template") else value for name, value in facts.items()}
+
+
 def news(template: str, since: str) -> tuple[str, list[str]]:
     """The template's newest commit, and the lines of its log and diff since another one.
 
@@ -54,16 +60,20 @@ def news(template: str, since: str) -> tuple[str, list[str]]:
     """
     with tempfile.TemporaryDirectory(prefix="template-") as folder:
 
-        def asked(*words: str) -> subprocess.CompletedProcess[str]:
-            return subprocess.run(["git", "-C", folder, *words], capture_output=True, text=True, errors="replace")
+        def asked(*words: str) -> tuple[int, str, str]:
+            """Git's code, answer and errors; a return in them stays one, and makes no new line."""
+            done = subprocess.run(["git", "-C", folder, *words], capture_output=True)
+            return done.returncode, done.stdout.decode(errors="replace"), done.stderr.decode(errors="replace")
 
-        done = asked("clone", "--quiet", "--bare", "--", template, folder)
-        known = re.fullmatch("[0-9a-f]{40,64}", since) and asked("cat-file", "-e", f"{since}^0")
-        if done.returncode or not known or known.returncode:
-            reason = done.stderr.strip().splitlines() or [f"it has no commit {plain(since)}"]
-            raise UserError(f"cruft could not update from {template}: {plain(reason[-1])}; nothing was changed")
-        newest = asked("rev-parse", "HEAD").stdout.strip()
-        shown = asked("log", "--oneline", f"{since}..{newest}").stdout + asked("diff", since, newest).stdout
+        failed, _, errors = asked("clone", "--quiet", "--bare", "--", template, folder)
+        if failed or not re.fullmatch("[0-9a-f]{40,64}", since) or asked("cat-file", "-e", f"{since}^0")[0]:
+            reason = (errors.strip().splitlines() if failed else []) or [f"it has no commit {since}"]
+            raise UserError(f"cruft could not update from {plain(template)}: {plain(reason[-1])}; nothing was changed")
+        newest = asked("rev-parse", "HEAD")[1].strip()
+        # Whatever a file's attributes or bytes are: a hook with a NUL in it runs, and git would call it binary.
+        options = ("--text", "--no-ext-diff", "--no-textconv", "--no-color")
+        log = asked("log", "--oneline", "--no-color", f"{since}..{newest}")[1]
+        shown = log + asked("diff", *options, since, newest)[1]
         return newest, [plain(line.expandtabs()) for line in shown.split("\n")]
 
 
@@ -110,21 +120,26 @@ def update(scope: str | None, yes: bool = False) -> str:
     if not STATE.exists():
         raise UserError(f"{STATE.name} is missing, so the template of this project is not known; "
                         "`uvx cruft link <template>` writes it")  # fmt: skip
-    before = json.loads(STATE.read_text(encoding="utf-8"))
-    template = address(before["template"])
-    if template != before["template"]:
-        STATE.write_text(json.dumps(before | {"template": template}, indent=2) + "\n", encoding="utf-8")
+    try:
+        facts = json.loads(STATE.read_text(encoding="utf-8"))
+        before = json.loads(json.dumps(facts), object_hook=cleaned)
+        template, since = before["template"], str(before["commit"])
+        current, more = SCOPES[SCOPES.index(before["context"]["cookiecutter"]["scope"])], list[str]()
+    except terminal.DAMAGED:
+        raise UserError(f"{STATE.name} does not say of which template, commit and scope this project is; take the file "
+                        "from an earlier commit, or settle it as after `git merge`") from None  # fmt: skip
+    if before != facts:
+        STATE.write_text(json.dumps(before, indent=2) + "\n", encoding="utf-8")
         raise UserError(f"the template's address in {STATE.name} held a password or token, which is taken out now: "
                         "make it invalid where it is from, commit the file, and do this again")  # fmt: skip
-    current, more = before["context"]["cookiecutter"]["scope"], list[str]()
     if scope and not larger(scope, current):
         return f"this project's scope is {current} already; `make update-template` takes what is new in the template"
     if not git("rev-parse", "--quiet", "--verify", "HEAD"):
         raise UserError("the project has no commit yet; `git add . && git commit` first, so that nothing can be lost")
     if git("status", "--porcelain"):
         raise UserError("there are changes that are not committed; commit or stash them, so that nothing can be lost")
-    newest, changes = news(template, before["commit"])
-    if newest != before["commit"] and not yes:
+    newest, changes = news(template, since)
+    if newest != since and not yes:
         agree(changes)
     if scope:
         more = ["--variables-to-update", json.dumps({"scope": scope})]
@@ -138,7 +153,7 @@ def update(scope: str | None, yes: bool = False) -> str:
     if done.returncode:
         said = (done.stdout + done.stderr).strip().splitlines() or ["it gave no reason"]
         reason = next((line for line in said if "fatal:" in line), said[-1]).strip(" \u2502'")
-        raise UserError(f"cruft could not update from {before['template']}: {reason}; nothing was changed")
+        raise UserError(f"cruft could not update from {plain(template)}: {plain(reason)}; nothing was changed")
     facts = json.loads(STATE.read_text(encoding="utf-8"))
     if facts.get("checkout") != before.get("checkout"):  # only this time: the commit that was shown
         STATE.write_text(json.dumps(facts | {"checkout": before.get("checkout")}, indent=2) + "\n", encoding="utf-8")
@@ -148,7 +163,7 @@ def update(scope: str | None, yes: bool = False) -> str:
     if both:
         raise UserError(f"merged with the template's {now}, but you and the template changed the same lines of "
                         f"{', '.join(both)}; settle them as after `git merge`, then commit")  # fmt: skip
-    if now == before["commit"][:12] and not more:
+    if now == since[:12] and not more:
         return f"nothing is new since {now}"
     files = several(len(git("status", "--porcelain").splitlines()), "file")
     return f"merged with the template's {now}, {files}: look at `git diff HEAD`, run `make test`, then commit"
