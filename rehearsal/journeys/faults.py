@@ -40,7 +40,7 @@ CASES: list[tuple[str, str, bool, str]] = [
     ("deploy", "never-an-answer=CreateEndpoint", False, r"AWS gave no answer"),
     ("pipeline", "lost-answer=CreatePipeline,StartPipelineExecution,CreateModelPackageGroup", True, ""),
     ("pipeline", "throttle=3", True, ""),
-    ("pipeline", "container-dies=2s", False, r"error: step \S+ failed: "),
+    ("pipeline", "container-dies=0.5s", False, r"error: step \S+ failed: "),
     ("pipeline", "never-an-answer=StartPipelineExecution", False, r"AWS gave no answer; .*`make status`"),
 ]
 ALONE = ("never-an-answer=CreateEndpoint",)  # cases of `--quick`, where there is no endpoint to update

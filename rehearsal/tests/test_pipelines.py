@@ -12,7 +12,7 @@ import pytest
 from botocore.exceptions import ClientError
 
 from conftest import ROLE, STUB, until
-from rehearsal.operations import Account
+from rehearsal.operations import CONTROLS, Account
 from rehearsal.pipelines import duration, needs
 from test_jobs import MACHINES, content
 
@@ -103,6 +103,18 @@ def test_steps_follow_those_that_they_need_and_results_are_taken_again(account: 
     assert again["First"]["CacheHitResult"] == {"SourcePipelineExecutionArn": facts["PipelineExecutionArn"]}
     assert again["First"]["Metadata"] == facts["steps"]["First"]["Metadata"]
     assert "CacheHitResult" not in again["Second"]
+
+
+@pytest.mark.parametrize(
+    ("policies", "status"), [([], "Succeeded"), ([{"ExceptionType": ["Step.THROTTLING"], "MaxAttempts": 1}], "Failed")]
+)
+def test_a_throttled_step_is_tried_again_by_itself_or_as_its_policy_says(
+    account: Account, client: Clients, policies: list[Any], status: str
+) -> None:
+    CONTROLS["faults"](account, {"faults": ["throttle=2"]})  # of the role; the owner of the account is left alone
+    facts = executed(client, [processing("Pack", "", RetryPolicies=policies)])
+    assert facts["PipelineExecutionStatus"] == status, reasons(facts)
+    assert facts["steps"]["Pack"]["AttemptCount"] == (3 if status == "Succeeded" else 2)
 
 
 def test_a_package_is_registered_and_a_failed_job_fails_the_pipeline(account: Account, client: Clients) -> None:

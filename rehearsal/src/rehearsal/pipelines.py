@@ -44,6 +44,8 @@ RETRIED = {
     "InternalServerError": "SageMaker.JOB_INTERNAL_ERROR",
     "CapacityError": "SageMaker.CAPACITY_ERROR",
 }
+# What Pipelines retries where no policy says it; https://docs.aws.amazon.com/sagemaker/latest/dg/pipelines-retry-policy.html
+AUTOMATIC = {kind: {"MaxAttempts": 5} for kind in ("Step.THROTTLING", "Step.SERVICE_FAULT")}  # how often is not said
 LONGEST_WAIT = 2.0  # seconds before a retry: the rehearsal does not wait as long as a policy says
 # Not part of a cached step's key: https://docs.aws.amazon.com/sagemaker/latest/dg/pipelines-default-keys.html
 UNKEYED = {"Tags", "ExperimentConfig", *(f"{word}Name" for word in RUNS.values())}
@@ -211,7 +213,7 @@ class Execution:
                 break
             except StepFailed as error:
                 kind = RETRIED.get(re.split(r"\W", str(error))[0], "")
-                policy = next((policy for policy in policies if kind in policy["ExceptionType"]), None)
+                policy = next((policy for policy in policies if kind in policy["ExceptionType"]), AUTOMATIC.get(kind))
                 if policy is None or attempt > policy.get("MaxAttempts", 0) or self.stop.is_set():
                     raise
                 self.stop.wait(min(policy.get("IntervalSeconds", 1), LONGEST_WAIT))
