@@ -319,6 +319,8 @@ def test_the_rank_that_explains_is_heard_whichever_fails_first(tmp_path: Path, p
     job.inject(
         "train.py",
         "    settled = config.resolve(",
+        f"Path({str(job.root)!r}, f'there-{{world.rank}}').touch()\n"  # a peer may be gone before the other one is
+        f"while len([*Path({str(job.root)!r}).glob('there-*')]) < 2: pass\n"
         f"while world.rank != {first} and not Path({str(failed)!r}).exists(): pass\n"
         "raise data.DataError('explained') if world.rank else RuntimeError('connection reset')",
     )
