@@ -91,7 +91,7 @@ def test_resumed_inside_an_epoch_everything_ends_with_the_same_bytes(packed: Pat
         killed.inject("loop.py", STEP, KILL)
         code, text = killed.run(**options, max_restarts=1)
         assert code == 0, text
-        assert "resumed after epoch " in text  # of the last checkpoint that was whole; on a busy machine not always the newest
+        assert "resumed after epoch " in text  # of the last whole checkpoint, on a busy machine not the newest
         assert killed.weights() == whole.weights()
         found = [json.loads((job.root / "output" / "metrics.json").read_text()) for job in (whole, killed)]
         assert found[0]["epoch"] == found[1]["epoch"]
