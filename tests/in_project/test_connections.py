@@ -382,6 +382,29 @@ def test_those_that_are_read_on_make_room(beside: Any, monkeypatch: pytest.Monke
 REQUEST = HEAD + b"Content-Length: 3\r\n\r\nabc"
 
 
+def test_who_asks_first_is_told_to_go_on_and_an_answer_is_sent_at_once(
+    beside: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[bytes] = []
+    transport: Any = asyncio.selector_events._SelectorSocketTransport  # type: ignore[attr-defined]
+    real = transport.write
+
+    def write(self: Any, data: bytes) -> None:
+        sent.append(data)
+        real(self, data)
+
+    monkeypatch.setattr(transport, "write", write)
+
+    def test(client: Client) -> None:
+        with client.connect(HEAD + b"Content-Length: 3\r\nExpect: 100-continue\r\n\r\n") as connection:
+            assert connection.recv(2**16).startswith(b"HTTP/1.1 100 ")
+            connection.sendall(b"abc")
+            assert connection.recv(2**16).startswith(b"HTTP/1.1 200 ")
+        assert [data.endswith(b"\r\n\r\n3") for data in sent if data] == [False, True]
+
+    beside(test)
+
+
 @pytest.mark.parametrize(
     ("data", "statuses"),
     [

@@ -5,6 +5,7 @@ python -m pytest tests/test_server.py
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import shutil
@@ -23,7 +24,7 @@ import pytest
 
 import imaging
 from inference import inference
-from inference.batcher import processors, split
+from inference.batcher import Batcher, processors, split
 from tests.helpers import CLASSES, draw
 from tests.hosting import ANY_IMAGE, JSON, NPY, Running, ask, edited, instances, near, npy, probed, serving, started
 from tests.test_inference import artifact, classifier, photo
@@ -150,6 +151,56 @@ def test_requests_that_wait_are_merged_and_not_mixed(probe: Probe, classifier: i
         assert answer.labels() == [label]
         assert answer.json()["classes"] == list(CLASSES)
         near(answer.json()["probabilities"], inference.predict_fn([image], classifier)["probabilities"])
+
+
+ALONE = """
+import threading
+calls, gate = [], threading.Event()
+gate.set()
+def model_fn(folder): return None
+def input_fn(body, *_):
+    calls.append(("input", threading.get_ident()))
+    return [body]
+def predict_fn(batch, model):
+    calls.append((len(batch), threading.get_ident()))
+    assert gate.wait(30)
+    return {"got": batch}
+def output_fn(answer, *_): return answer["got"]
+"""
+
+
+def test_a_request_that_is_alone_stays_in_its_thread_and_others_wait_for_it(tmp_path: Path) -> None:
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code" / "inference.py").write_text(ALONE)
+
+    async def told() -> list[tuple[str | int, int]]:
+        batcher = Batcher(tmp_path, 8, 1, 1, 50)
+        await batcher.load()
+        code = sys.modules["artifact_inference"]
+
+        async def until(count: int) -> None:
+            while len(code.calls) < count:
+                await asyncio.sleep(0.001)
+
+        def ask_for(body: bytes) -> asyncio.Task[tuple[Any, str]]:
+            return asyncio.create_task(batcher.answer(body, None, None, None))
+
+        async with asyncio.timeout(20):
+            assert (await ask_for(b"alone"))[0] == [b"alone"]
+            code.gate.clear()
+            first = ask_for(b"first")
+            await until(4)
+            others = ask_for(b"second"), ask_for(b"third")
+            await until(6)
+            await asyncio.sleep(0.1)
+            code.gate.set()
+            assert [(await each)[0] for each in (first, *others)] == [[b"first"], [b"second"], [b"third"]]
+        return list(code.calls)
+
+    calls = asyncio.run(told())
+    assert [name for name, _ in calls] == ["input", 1, "input", 1, "input", "input", 2]
+    assert calls[0][1] == calls[1][1]
+    assert calls[2][1] == calls[3][1]
 
 
 def test_batches_are_computed_side_by_side(handlers: Path, tmp_path: Path) -> None:

@@ -4,7 +4,8 @@ Part of the server; see `serve.py`. Batches are merged as they are found: nothin
 is answered as soon as it can be, and the more requests there are the larger the batches get; each worker takes its
 share of what waits. On a CPU it computes with as many of torch's threads as there are for it: all while it is the only
 one, and one when all of them work, which wastes least. Of a network that answers within milliseconds only one worker
-computes, as the others would but compete with the decoders. Each GPU has one worker and its own model.
+computes, as the others would but compete with the decoders, and a request that is alone is computed by the thread that
+has decoded it: to hand it over is a good part of what such a network takes. Each GPU has one worker and its own model.
 
 A thread cannot be stopped, as a process could be. But to decode is to call the artifact's own handlers, and each
 process that did so would import torch: 4 s and 500 MB. So `imaging.py` bounds the work beforehand, a decoder that is
@@ -19,11 +20,11 @@ import importlib.util
 import math
 import os
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import IO, Any
@@ -31,13 +32,8 @@ from typing import IO, Any
 FAST = 0.01  # seconds for an image, below which one worker is enough
 HANDLERS = ("model_fn", "input_fn", "predict_fn", "output_fn")
 
-
-@dataclass
-class Waiting:
-    """A decoded request in front of the model."""
-
-    batch: Any
-    answer: asyncio.Future[Any]
+Body = bytes | IO[bytes]
+Waiting = tuple[Any, asyncio.Future[Any]]  # a decoded request in front of the model, and its answer
 
 
 class Batcher:
@@ -55,15 +51,15 @@ class Batcher:
     def __init__(self, model_dir: Path, merged: int, threads: int, workers: int, timeout: float) -> None:
         self._model_dir, self._merged, self._timeout = model_dir, merged, timeout
         self._threads, self._workers, self._gpus = threads, workers, 0
-        self._decoders = ThreadPoolExecutor(max(threads, 2), "decode")
-        self._decoding: dict[Any, float] = {}  # since when each request that is being decoded is
-        self._computers: list[ThreadPoolExecutor] = []  # each of one thread
         self._active = 1  # workers that take something
+        self._decoders = ThreadPoolExecutor(max(threads, 2), "decode")
+        self._decoding: dict[int, float] = {}  # since when each thread that decodes does so
+        self._computers: list[ThreadPoolExecutor] = []  # each of one thread
         self._models: list[Any] = []  # of each worker; the same one, but for GPUs
         self._waiting: deque[Waiting] = deque()
         self._wake = asyncio.Event()
         self._working: list[asyncio.Task[None]] = []
-        self._busy: dict[int, float] = {}  # since when a worker computes
+        self._busy: dict[int, float] = {}  # since when a worker computes; -1 is a decoder in the place of one
         self.computed = 0  # batches
 
     async def load(self) -> None:
@@ -72,15 +68,15 @@ class Batcher:
         Raises:
             Exception: whatever keeps the artifact from answering.
         """
-        loop, first = asyncio.get_running_loop(), ThreadPoolExecutor(1, "model-0")
-        self._gpus = await loop.run_in_executor(first, self._load, 0)
+        first, self._loop = ThreadPoolExecutor(1, "model-0"), asyncio.get_running_loop()
+        self._gpus = await self._loop.run_in_executor(first, self._load, 0)
         if self._gpus:
             self._workers = self._active = self._gpus
         else:  # they share the machine's memory
             self._merged = max(self._merged // self._workers, 1)
         self._computers = [first, *(ThreadPoolExecutor(1, f"model-{number}") for number in range(1, self._workers))]
         for number in range(1, self._gpus):
-            await loop.run_in_executor(self._computers[number], self._load, number)
+            await self._loop.run_in_executor(self._computers[number], self._load, number)
         self._models += self._models[:1] * (self._workers - len(self._models))
         self._working = [asyncio.create_task(self._work(number)) for number in range(self._workers)]
 
@@ -88,10 +84,9 @@ class Batcher:
     def healthy(self) -> bool:
         """Whether requests will be answered: the model is loaded and not stuck, nor are all decoders."""
         now = time.monotonic()
-        stuck = any(now - since > 2 * self._timeout for since in self._busy.values())
+        stuck = any(now - since > 2 * self._timeout for since in [*self._busy.values()])
         lost = sum(now - since > self._timeout for since in [*self._decoding.values()]) >= max(self._threads, 2)
-        working = bool(self._working) and not any(task.done() for task in self._working)
-        return working and not stuck and not lost
+        return bool(self._working) and not any(task.done() for task in self._working) and not stuck and not lost
 
     def _load(self, worker: int) -> int:
         """Load the model of a worker, in its thread. Gives the number of GPUs."""
@@ -106,30 +101,39 @@ class Batcher:
         self._models.append(call(self._handlers.model_fn, str(self._model_dir)))
         return int(gpus)
 
-    async def answer(
-        self, body: bytes | IO[bytes], content_type: str | None, accept: str | None, context: Any
-    ) -> tuple[Any, str]:
+    async def answer(self, body: Body, content_type: str | None, accept: str | None, context: Any) -> tuple[Any, str]:
         """Body and content type of the response.
 
         Raises:
             Exception: what the handlers raise; it has a `status` when the client is to blame.
         """
-        loop = asyncio.get_running_loop()
-        batch = await loop.run_in_executor(self._decoders, self._decode, body, content_type, context)
-        rendered = call(self._handlers.output_fn, await self._wait(batch), accept, context)
+        batch, answers = await self._loop.run_in_executor(self._decoders, self._begin, body, content_type, context)
+        rendered = call(self._handlers.output_fn, await self._wait(batch, answers), accept, context)
         return rendered if isinstance(rendered, tuple) else (rendered, "application/json")
 
-    def _wait(self, batch: Any) -> asyncio.Future[Any]:
-        """Put a batch in front of the model."""
-        waiting = Waiting(batch, asyncio.get_running_loop().create_future())
-        self._waiting.append(waiting)
-        self._wake.set()
-        return waiting.answer
+    def _wait(self, batch: Any, answers: list[Any]) -> asyncio.Future[Any]:
+        """Put a batch in front of the model, unless it has its answer."""
+        waiting = batch, self._loop.create_future()
+        if answers:
+            hand_out([waiting], answers)
+        else:
+            self._waiting.append(waiting)
+            self._wake.set()
+        return waiting[1]
 
-    def _decode(self, body: bytes | IO[bytes], content_type: str | None, context: Any) -> Any:
+    def _begin(self, *request: Any) -> tuple[Any, list[Any]]:
+        """Decode, and where a fast network is idle compute as well: the batch, and a list of the answer if there is."""
+        batch = self._decode(*request)
+        if self._gpus or self._active > 1 or self._waiting or self._busy:
+            return batch, []
+        answers = self._compute([batch], -1)
+        if self._waiting:  # the first worker let them
+            self._loop.call_soon_threadsafe(self._wake.set)
+        return batch, answers
+
+    def _decode(self, body: Body, content_type: str | None, context: Any) -> Any:
         """Where the handlers have a function `fit`, it makes images small before they wait, however large they came."""
-        key = object()
-        self._decoding[key] = time.monotonic()
+        self._decoding[threading.get_ident()] = time.monotonic()
         try:
             if not isinstance(body, bytes) and not getattr(self._handlers, "TAKES_FILES", False):
                 body.seek(0)
@@ -138,55 +142,49 @@ class Batcher:
             fit = getattr(self._handlers, "fit", None)
             return call(fit, batch, self._models[0]) if fit else batch
         finally:
-            del self._decoding[key]
+            del self._decoding[threading.get_ident()]
 
     async def _work(self, worker: int) -> None:
         """Merge what waits, compute, hand out; for as long as the server runs."""
-        loop = asyncio.get_running_loop()
         while True:
             await self._wake.wait()
             while worker < self._active and (chosen := self._choose()):
-                self._busy[worker] = begun = time.monotonic()
-                batches, threads = [one.batch for one in chosen], max(self._threads // len(self._busy), 1)
-                answers = await loop.run_in_executor(self._computers[worker], self._compute, batches, worker, threads)
-                del self._busy[worker]
-                images = sum(len(batch) if is_batch(batch) else 1 for batch in batches)
-                if not self._gpus:
-                    self._active = self._workers if time.monotonic() - begun > FAST * images else 1
-                for one, answer in zip(chosen, answers, strict=True):
-                    if one.answer.done():  # the request was given up
-                        continue
-                    if isinstance(answer, Exception):
-                        one.answer.set_exception(answer)
-                    else:
-                        one.answer.set_result(answer)
-                answers.clear()  # an exception among them knows the thread's frames, and these know the list
+                own, batches = self._computers[worker], [batch for batch, _ in chosen]
+                hand_out(chosen, await self._loop.run_in_executor(own, self._compute, batches, worker))
             self._wake.clear()
 
     def _choose(self) -> list[Waiting]:
-        """The oldest that waits, and those right after it that can be merged with it; empty when nothing waits.
-
-        Of what waits no more than the share of a worker.
-        """
+        """The oldest that waits, and of those right after it what can be merged with it, up to a worker's share."""
         chosen: list[Waiting] = []
+        if -1 in self._busy:
+            return chosen
         images, share = 0, -(-len(self._waiting) // self._active)
         while self._waiting and len(chosen) < share:
-            one = self._waiting[0]
-            if not one.answer.done():
-                size = len(one.batch) if is_batch(one.batch) else self._merged
-                if chosen and (images + size > self._merged or not mergeable(chosen[0].batch, one.batch)):
+            batch, answer = self._waiting[0]
+            if not answer.done():
+                size = len(batch) if is_batch(batch) else self._merged
+                if chosen and (images + size > self._merged or not mergeable(chosen[0][0], batch)):
                     break
-                chosen.append(one)
+                chosen.append((batch, answer))
                 images += size
             self._waiting.popleft()
         return chosen
 
-    def _compute(self, batches: list[Any], worker: int, threads: int) -> list[Any]:
-        """Answers, or the exceptions in their place; a batch that fails together is asked one by one."""
+    def _compute(self, batches: list[Any], worker: int) -> list[Any]:
+        """Answers, or the exceptions in their place; and learn how many workers the network is worth."""
+        self._busy[worker] = begun = time.monotonic()
         self.computed += 1
-        model = self._models[worker]
-        if "torch" in sys.modules:
-            sys.modules["torch"].set_num_threads(threads)  # of this thread: OpenMP keeps a number for each
+        if "torch" in sys.modules:  # of this thread: OpenMP keeps a number for each
+            sys.modules["torch"].set_num_threads(max(self._threads // len(self._busy), 1))
+        answers = self._predict(batches, self._models[worker])
+        images = sum(len(batch) if is_batch(batch) else 1 for batch in batches)
+        if not self._gpus:
+            self._active = self._workers if time.monotonic() - begun > FAST * images else 1
+        self._busy.pop(worker, None)
+        return answers
+
+    def _predict(self, batches: list[Any], model: Any) -> list[Any]:
+        """The answers; where a batch fails together, its parts are asked one by one."""
         if len(batches) > 1:
             with contextlib.suppress(Exception):
                 prediction = call(self._handlers.predict_fn, merge(batches), model)
@@ -194,14 +192,21 @@ class Batcher:
                 if parts is not None:
                     return parts
                 self._merged = 1  # these handlers answer in a way of their own, which only they can take apart
-        return [self._predict(batch, model) for batch in batches]
+        answers: list[Any] = []
+        for batch in batches:
+            try:
+                answers.append(call(self._handlers.predict_fn, batch, model))
+            except Exception as error:
+                answers.append(error)
+        return answers
 
-    def _predict(self, batch: Any, model: Any) -> Any:
-        """An answer, or the exception in its place."""
-        try:
-            return call(self._handlers.predict_fn, batch, model)
-        except Exception as error:
-            return error
+
+def hand_out(chosen: list[Waiting], answers: list[Any]) -> None:
+    """Give to those that waited what they waited for, and keep nothing of it."""
+    for (_, future), answer in zip(chosen, answers, strict=True):
+        if not future.done():  # it would be, were the request given up
+            (future.set_exception if isinstance(answer, Exception) else future.set_result)(answer)
+    answers.clear()  # an exception among them knows the thread's frames, and these know the list
 
 
 def processors(root: Path = Path("/")) -> int:
@@ -290,9 +295,6 @@ def split(prediction: Any, sizes: list[int]) -> list[dict[str, Any]] | None:
         return None
     starts = [sum(sizes[:number]) for number in range(len(sizes))]
     return [
-        {
-            name: values if isinstance(values, tuple) else values[start : start + size]
-            for name, values in prediction.items()
-        }
+        {name: part if isinstance(part, tuple) else part[start : start + size] for name, part in prediction.items()}
         for start, size in zip(starts, sizes, strict=True)
     ]

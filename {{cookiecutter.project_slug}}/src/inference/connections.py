@@ -62,10 +62,13 @@ def let_wait(server: asyncio.Server) -> None:
 
 
 class Ending:
-    """A transport that is closed only when its client can have read the answer; a closed one makes the system reset."""
+    """A transport that is closed only when its client can have read the answer; a closed one makes the system reset.
+
+    The head of an answer is sent with the first part of its body: one packet, one call of the system.
+    """
 
     def __init__(self, transport: asyncio.Transport, connection: Connection) -> None:
-        self.real, self._connection = transport, connection
+        self.real, self._connection, self._head = transport, connection, b""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.real, name)
@@ -73,6 +76,15 @@ class Ending:
     def is_closing(self) -> bool:
         """Whether nothing more is answered."""
         return self._connection.lingering or self.real.is_closing()
+
+    def write(self, data: bytes) -> None:
+        """Send, a head later."""
+        cycle = self._connection.cycle
+        if not self._head and cycle and cycle.response_started and not cycle.response_complete:
+            self._head = data
+        else:
+            self.real.write(self._head + data)
+            self._head = b""
 
     def close(self) -> None:
         """Close, or send no more and read on for a while."""

@@ -213,7 +213,7 @@ async def serve(model_dir: Path, host: str, port: int, settings: Settings) -> in
     config = uvicorn.Config(
         application(batcher, settings), host=host, port=port, log_config=None, access_log=False, lifespan="off",
         timeout_graceful_shutdown=DRAIN_SECONDS, server_header=False, http=Connection, ws="none",
-        backlog=ACCEPTED,
+        backlog=ACCEPTED, proxy_headers=False,
     )  # fmt: skip
     server, code = Server(config), 0
     shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, host)  # noqa: S104  (what a browser can ask)
@@ -251,6 +251,8 @@ def main() -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     logging.getLogger("uvicorn").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="PIL")  # of damaged images: lines, and memory for each that is another one
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False  # no line has them; each costs
+    logging._srcfile = None  # nor where it was written; see logging's HOWTO
     logging.raiseExceptions = False  # a log that cannot be written, on a full disk, fails no request
     with contextlib.suppress(AttributeError):  # glibc would keep up to 64 MB of freed memory for each thread, for good
         ctypes.CDLL(None).mallopt(ARENA_MAX, 1)
