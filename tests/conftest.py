@@ -43,8 +43,8 @@ HOSTILE = {  # every other answer
 }
 NO_ENGINE = {"DOCKER_HOST": "unix:///nowhere", "REQUIRE_CONTAINERS": ""}
 # `make test` gives each of its workers whole files, and several tests look whether a container is left: so one file has
-# all that use the engine, and the others cannot; but the rehearsal's, which have a run of their own. The tests of ALONE
-# are long and share nothing: any worker takes one.
+# all that use the engine, and the others cannot; but the rehearsal's, which have a run of their own and know by a label
+# what is theirs. They and the tests of ALONE are long and share nothing: any worker takes one.
 ENGINE_FILE, ALONE, REHEARSAL_FILE = "test_generated.py", "test_without_engine.py", "test_rehearsal.py"
 FIRST = [ENGINE_FILE, ALONE]  # the two longest; each worker begins with one, and the others fill up
 WORKER = os.environ.get("PYTEST_XDIST_WORKER")
@@ -60,7 +60,7 @@ class Shares(LoadScopeScheduling):  # type: ignore[misc]
 
     def _split_scope(self, nodeid: str) -> str:
         file = nodeid.partition("::")[0]
-        return nodeid if Path(file).name == ALONE else file
+        return nodeid if Path(file).name in (ALONE, REHEARSAL_FILE) else file
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Shares:
@@ -126,7 +126,7 @@ def run_tests(project: Project, *words: str, **environment: str) -> str:
 
 
 def add_tests(project: Project) -> list[str]:
-    """Put the tests of `tests/in_project`, and the template's pages that they read, among the project's own tests.
+    """Put the tests of `tests/in_project`, and what they use of the template, among the project's own tests.
 
     Returns:
         The names of the tests.
@@ -134,7 +134,8 @@ def add_tests(project: Project) -> list[str]:
     names, source = [], TEMPLATE / "tests" / "in_project"
     shutil.copytree(source / "golden", project.path / "tests" / "golden")
     shutil.copytree(TEMPLATE / "docs" / "recipes", project.path / "tests" / "recipes")
-    shutil.copy(TEMPLATE / "docs" / "migrating-from-v2.md", project.path / "tests")
+    for page in ("docs/migrating-from-v2.md", "rehearsal/src/rehearsal/policies.py"):
+        shutil.copy(TEMPLATE / page, project.path / "tests")
     for path in sorted(source.glob("*.py")):
         shutil.copy(path, project.path / "tests" / path.name)
         names += [f"tests/{path.name}"] if path.name.startswith("test_") else []
@@ -190,7 +191,7 @@ def one_worker_has_the_engine(
     """The other files find none."""
     if request.path.name not in (ENGINE_FILE, REHEARSAL_FILE):
         monkeypatch.setenv("DOCKER_HOST", NO_ENGINE["DOCKER_HOST"])
-    elif WORKER:
+    elif WORKER and request.path.name == ENGINE_FILE:
         owner = tmp_path_factory.getbasetemp().parent / "engine"
         with contextlib.suppress(FileExistsError):
             owner.symlink_to(WORKER)

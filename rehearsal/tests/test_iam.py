@@ -12,8 +12,8 @@ from botocore.config import Config
 from botocore.exceptions import ClientError
 
 from rehearsal import modules, server  # noqa: F401  the first takes over operations
-from rehearsal.iam import UnknownError, allowed, holds
 from rehearsal.operations import OWNER, PERSON, Account
+from rehearsal.policies import UnknownError, allowed, holds
 
 TRUST = {"Statement": [{"Effect": "Allow", "Principal": {"Service": "sagemaker.amazonaws.com"},
                         "Action": "sts:AssumeRole"}]}  # fmt: skip

@@ -1,103 +1,13 @@
-"""What IAM would answer: the template's policies with their values in place, and the rules by which AWS evaluates them.
-
-It knows what our policies use: allow and deny, wildcards of actions and resources, NotAction and NotResource, and the
-operators below. Whatever else a policy says is refused, because a guess would make a test that proves nothing.
-"""
+"""The policies of the stack's template, with their values in place; `policies.py`, the rehearsal's, evaluates them."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from pipelines.cloud import stack
-
-Context = Mapping[str, str | list[str]]
-STATEMENT = {"Sid", "Effect", "Action", "NotAction", "Resource", "NotResource", "Condition", "Principal"}
-SEVERAL = ("sagemaker:Vpc",)  # what the keys begin with that have several values
-
-
-class UnknownError(Exception):
-    """A policy says something that this evaluator does not know."""
-
-
-def listed(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
-
-
-def like(pattern: str, text: str, ignore_case: bool = False) -> bool:
-    """Whether IAM's wildcards match: `*` is any characters, also / and :, and `?` is one."""
-    if "${" in pattern:
-        raise UnknownError(f"policy variable in {pattern}")
-    parts = ".*".join(".".join(map(re.escape, part.split("?"))) for part in pattern.split("*"))
-    return re.fullmatch(parts, text, re.DOTALL | (re.IGNORECASE if ignore_case else 0)) is not None
-
-
-def _compare(operator: str, wanted: list[Any], value: str) -> bool:
-    """One value of the request with those of the policy."""
-    wanted = [str(item).lower() if isinstance(item, bool) else item for item in wanted]
-    if operator == "StringEquals":
-        return value in wanted
-    if operator == "StringNotEquals":
-        return value not in wanted
-    if operator in ("StringLike", "ArnLike", "ArnEquals"):
-        return any(like(item, value) for item in wanted)
-    if operator == "Bool":
-        return value.lower() in [item.lower() for item in wanted]
-    raise UnknownError(f"operator {operator}")
-
-
-def holds(condition: Mapping[str, Mapping[str, Any]], context: Context) -> bool:
-    """Whether every operator and every key of a condition agrees with the request."""
-    folded = {key.lower(): value for key, value in context.items()}
-    for named, tests in condition.items():
-        quantity, _, operator = named.rpartition(":")
-        if quantity not in ("", "ForAllValues", "ForAnyValue"):
-            raise UnknownError(f"operator {named}")
-        optional = operator.endswith("IfExists")
-        operator = operator.removesuffix("IfExists")
-        for key, wanted in tests.items():
-            values = listed(folded[key.lower()]) if key.lower() in folded else []
-            if operator == "Null":
-                ok = str(listed(wanted)[0]).lower() == str(not values).lower()
-            elif len(values) > 1 and not quantity:
-                raise UnknownError(f"{key} has several values, and {named} is for one")
-            else:
-                answers = [_compare(operator, listed(wanted), value) for value in values]
-                negated = "Not" in operator
-                ok = (all(answers) if quantity == "ForAllValues" else
-                      any(answers) if quantity or values else optional or negated)  # fmt: skip
-                _compare(operator, listed(wanted), "")  # refuses an unknown one also where the key is absent
-            if not ok:
-                return False
-    return True
-
-
-def applies(statement: Mapping[str, Any], action: str, resource: str, context: Context) -> bool:
-    """Whether a statement is about a request."""
-    if strange := set(statement) - STATEMENT:
-        raise UnknownError(f"{', '.join(sorted(strange))} in a statement")
-    if "Action" in statement:
-        named = any(like(item, action, ignore_case=True) for item in listed(statement["Action"]))
-    else:
-        named = not any(like(item, action, ignore_case=True) for item in listed(statement["NotAction"]))
-    if "Resource" in statement:
-        there = any(like(item, resource) for item in listed(statement["Resource"]))
-    elif "NotResource" in statement:
-        there = not any(like(item, resource) for item in listed(statement["NotResource"]))
-    else:
-        there = True  # of a trust policy
-    # The condition is evaluated in any case, so that an unknown operator never hides behind another action.
-    return holds(statement.get("Condition", {}), context) and named and there
-
-
-def allowed(policies: Iterable[Mapping[str, Any]], action: str, resource: str, context: Context) -> bool:
-    """Whether policies together allow an action on a resource: a deny wins, and what nothing allows is denied."""
-    statements = [statement for policy in policies for statement in listed(policy["Statement"])]
-    found = [statement["Effect"] for statement in statements if applies(statement, action, resource, context)]
-    if set(found) - {"Allow", "Deny"}:
-        raise UnknownError(f"effects {found}")
-    return "Allow" in found and "Deny" not in found
+from tests.policies import Context, UnknownError, allowed
 
 
 class Template:
@@ -180,7 +90,7 @@ class Template:
                     found.append(self.resolve(resource["Properties"]["PolicyDocument"]))  # fmt: skip
         return found
 
-    def trusts(self, role: str, action: str, context: Context) -> bool:
+    def trusts(self, role: str, who: str, action: str, context: Context) -> bool:
         """Whether a role's trust policy lets somebody in."""
         document = self.resolve(self.document["Resources"][role]["Properties"]["AssumeRolePolicyDocument"])
-        return allowed([document], action, "", context)
+        return allowed([document], action, "", context, who)

@@ -10,7 +10,7 @@ from typing import Any
 
 from moto.cloudformation import models, parsing
 
-from rehearsal import iam
+from rehearsal import iam, policies
 from rehearsal.operations import CALLER, Account, Answer, Request, operation, page
 
 # USD an hour on demand in us-east-1, for each use; a second of a GB of memory without instances.
@@ -94,13 +94,13 @@ def prices(_: Account, request: Request) -> Answer:
 @operation("iam", "SimulatePrincipalPolicy")
 def simulate(account: Account, request: Request) -> Answer:
     """What the policies of a user or role say of requests that nobody makes."""
-    policies = iam.policies(account, request["PolicySourceArn"])
+    found = iam.policies(account, request["PolicySourceArn"])
     context = {entry["ContextKeyName"]: entry["ContextKeyValues"] for entry in request.get("ContextEntries", [])}
     context = {key: values[0] if len(values) == 1 else values for key, values in context.items()}
     results = []
     for action in request["ActionNames"]:
         for resource in request.get("ResourceArns") or ["*"]:
-            right = policies is None or iam.allowed(policies, action, resource, context, request["PolicySourceArn"])
+            right = found is None or policies.allowed(found, action, resource, context, request["PolicySourceArn"])
             decision = "allowed" if right else "implicitDeny"
             results.append({"EvalActionName": action, "EvalResourceName": resource, "EvalDecision": decision})
     return {"IsTruncated": False} | page(results, {}, "EvaluationResults", len(results))
