@@ -157,7 +157,10 @@ ALONE = """
 import threading
 calls, gate = [], threading.Event()
 gate.set()
-def model_fn(folder): return None
+loaded = None
+def model_fn(folder):
+    global loaded
+    loaded = threading.get_ident()
 def input_fn(body, *_):
     calls.append(("input", threading.get_ident()))
     return [body]
@@ -174,7 +177,7 @@ def test_a_request_that_is_alone_stays_in_its_thread_and_others_wait_for_it(tmp_
     (tmp_path / "code" / "inference.py").write_text(ALONE)
 
     async def told() -> list[tuple[str | int, int]]:
-        batcher = Batcher(tmp_path, 8, 1, 1, 50)
+        batcher = Batcher(tmp_path, 8, 1, 2, 50)
         await batcher.load()
         code = sys.modules["artifact_inference"]
 
@@ -193,14 +196,32 @@ def test_a_request_that_is_alone_stays_in_its_thread_and_others_wait_for_it(tmp_
             others = ask_for(b"second"), ask_for(b"third")
             await until(6)
             await asyncio.sleep(0.1)
+            assert len(code.calls) == 6
             code.gate.set()
             assert [(await each)[0] for each in (first, *others)] == [[b"first"], [b"second"], [b"third"]]
         return list(code.calls)
 
     calls = asyncio.run(told())
-    assert [name for name, _ in calls] == ["input", 1, "input", 1, "input", "input", 2]
+    assert [name for name, _ in calls] == ["input", 1, "input", 1, "input", "input", 1, 1]
     assert calls[0][1] == calls[1][1]
     assert calls[2][1] == calls[3][1]
+
+
+def test_one_worker_is_one_thread(tmp_path: Path) -> None:
+    """Handlers may keep what only the thread that made it can use, where INFERENCE_WORKERS is 1."""
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code" / "inference.py").write_text(ALONE)
+
+    async def told() -> tuple[int, set[int]]:
+        batcher = Batcher(tmp_path, 8, 1, 1, 50)
+        await batcher.load()
+        code = sys.modules["artifact_inference"]
+        for count in (1, 1, 2, 1):
+            await asyncio.gather(*(batcher.answer(b"x", None, None, None) for _ in range(count)))
+        return code.loaded, {thread for name, thread in code.calls if name != "input"}
+
+    loaded, computed = asyncio.run(told())
+    assert computed == {loaded}
 
 
 def test_batches_are_computed_side_by_side(handlers: Path, tmp_path: Path) -> None:

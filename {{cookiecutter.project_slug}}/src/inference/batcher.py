@@ -31,7 +31,6 @@ from typing import IO, Any
 
 FAST = 0.01  # seconds for an image, below which one worker is enough
 HANDLERS = ("model_fn", "input_fn", "predict_fn", "output_fn")
-
 Body = bytes | IO[bytes]
 Waiting = tuple[Any, asyncio.Future[Any]]  # a decoded request in front of the model, and its answer
 
@@ -56,8 +55,7 @@ class Batcher:
         self._decoding: dict[int, float] = {}  # since when each thread that decodes does so
         self._computers: list[ThreadPoolExecutor] = []  # each of one thread
         self._models: list[Any] = []  # of each worker; the same one, but for GPUs
-        self._waiting: deque[Waiting] = deque()
-        self._wake = asyncio.Event()
+        self._waiting, self._wake = deque[Waiting](), asyncio.Event()
         self._working: list[asyncio.Task[None]] = []
         self._busy: dict[int, float] = {}  # since when a worker computes; -1 is a decoder in the place of one
         self.computed = 0  # batches
@@ -124,7 +122,7 @@ class Batcher:
     def _begin(self, *request: Any) -> tuple[Any, list[Any]]:
         """Decode, and where a fast network is idle compute as well: the batch, and a list of the answer if there is."""
         batch = self._decode(*request)
-        if self._gpus or self._active > 1 or self._waiting or self._busy:
+        if self._workers == 1 or self._active > 1 or self._waiting or self._busy:  # one worker alone has the model
             return batch, []
         answers = self._compute([batch], -1)
         if self._waiting:  # the first worker let them
