@@ -34,7 +34,7 @@ test-faults: $(READY) ## kills, truncated checkpoints, full disks and hung peers
 	@.venv/bin/python -m pytest -m faults $(ARGS)
 
 test-rehearsal: $(READY) ## the stand-in for AWS: its own tests, all verbs of a project in it, and accidents
-	@.venv/bin/python -m pytest -n 2 -m "rehearsal and not slow" $(ARGS)
+	@.venv/bin/python -m pytest -m "rehearsal and not slow" $(ARGS)
 
 test-slow: $(READY) ## what is too long for CI: every pair of options, lowest versions, benchmarks, fuzzing, a soak (over an hour)
 	@.venv/bin/python -m pytest -m slow $(ARGS)

@@ -43,8 +43,8 @@ HOSTILE = {  # every other answer
 }
 NO_ENGINE = {"DOCKER_HOST": "unix:///nowhere", "REQUIRE_CONTAINERS": ""}
 # `make test` gives each of its workers whole files, and several tests look whether a container is left: so one file has
-# all that use the engine, and the others cannot; but the rehearsal's, which have a run of their own and know by a label
-# what is theirs. They and the tests of ALONE are long and share nothing: any worker takes one.
+# all that use the engine, and the others cannot; but the rehearsal's, which have a run of their own. The tests of ALONE
+# are long and share nothing: any worker takes one.
 ENGINE_FILE, ALONE, REHEARSAL_FILE = "test_generated.py", "test_without_engine.py", "test_rehearsal.py"
 FIRST = [ENGINE_FILE, ALONE]  # the two longest; each worker begins with one, and the others fill up
 WORKER = os.environ.get("PYTEST_XDIST_WORKER")
@@ -60,7 +60,7 @@ class Shares(LoadScopeScheduling):  # type: ignore[misc]
 
     def _split_scope(self, nodeid: str) -> str:
         file = nodeid.partition("::")[0]
-        return nodeid if Path(file).name in (ALONE, REHEARSAL_FILE) else file
+        return nodeid if Path(file).name == ALONE else file
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Shares:
@@ -191,7 +191,7 @@ def one_worker_has_the_engine(
     """The other files find none."""
     if request.path.name not in (ENGINE_FILE, REHEARSAL_FILE):
         monkeypatch.setenv("DOCKER_HOST", NO_ENGINE["DOCKER_HOST"])
-    elif WORKER and request.path.name == ENGINE_FILE:
+    elif WORKER:
         owner = tmp_path_factory.getbasetemp().parent / "engine"
         with contextlib.suppress(FileExistsError):
             owner.symlink_to(WORKER)
