@@ -224,6 +224,31 @@ def test_one_worker_is_one_thread(tmp_path: Path) -> None:
     assert computed == {loaded}
 
 
+def test_only_one_decoder_is_in_the_worker_s_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also when two find it idle at once."""
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code" / "inference.py").write_text(ALONE)
+
+    async def placed() -> list[int]:
+        batcher, inside, most = Batcher(tmp_path, 8, 1, 2, 50), list[int](), list[int]()
+        await batcher.load()
+        compute = batcher._compute
+
+        def later(batches: list[Any], worker: int) -> list[Any]:
+            inside.append(worker)
+            time.sleep(0.1)
+            most.append(inside.count(-1))
+            inside.remove(worker)
+            return compute(batches, worker)
+
+        monkeypatch.setattr(batcher, "_compute", later)
+        async with asyncio.timeout(20):
+            await asyncio.gather(*(batcher.answer(b"x", None, None, None) for _ in range(2)))
+        return most
+
+    assert max(asyncio.run(placed())) == 1
+
+
 def test_batches_are_computed_side_by_side(handlers: Path, tmp_path: Path) -> None:
     """Each with its share of the threads and of what waits: nothing waits for a batch while a worker is free."""
     settings = {"MERGED": "16", "THREADS": "2", "WORKERS": "2"}

@@ -121,8 +121,10 @@ class Batcher:
 
     def _begin(self, *request: Any) -> tuple[Any, list[Any]]:
         """Decode, and where a fast network is idle compute as well: the batch, and a list of the answer if there is."""
-        batch = self._decode(*request)
+        batch, now = self._decode(*request), time.monotonic()
         if self._workers == 1 or self._active > 1 or self._waiting or self._busy:  # one worker alone has the model
+            return batch, []
+        if self._busy.setdefault(-1, now) is not now:  # another decoder was first
             return batch, []
         answers = self._compute([batch], -1)
         if self._waiting:  # the first worker let them
@@ -178,7 +180,7 @@ class Batcher:
         images = sum(len(batch) if is_batch(batch) else 1 for batch in batches)
         if not self._gpus:
             self._active = self._workers if time.monotonic() - begun > FAST * images else 1
-        self._busy.pop(worker, None)
+        del self._busy[worker]
         return answers
 
     def _predict(self, batches: list[Any], model: Any) -> list[Any]:
