@@ -8,7 +8,7 @@ import tarfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -78,7 +78,22 @@ def objects(client: Client, prefix: str) -> list[dict[str, Any]]:
     return list(client("s3").list_objects_v2(Bucket="the-bucket", Prefix=prefix).get("Contents", []))
 
 
-def test_two_variants_by_weight_and_by_name(account: Account, client: Client, model: Callable[..., str]) -> None:
+@pytest.fixture
+def go_on(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """Until it is set, an endpoint that changes stays at its first step."""
+    event = threading.Event()
+
+    def sleep(seconds: float) -> None:
+        time.sleep(seconds) if seconds < endpoints.STEP / 2 else event.wait(60)
+
+    monkeypatch.setattr(endpoints, "time", SimpleNamespace(monotonic=time.monotonic, sleep=sleep))
+    yield event
+    event.set()
+
+
+def test_two_variants_by_weight_and_by_name(
+    account: Account, client: Client, model: Callable[..., str], go_on: threading.Event
+) -> None:
     for word in ("one", "two"):
         model(word, says(word))
     both = [variant("one", "first", 3.0), variant("two", "second", 1.0)]
@@ -96,6 +111,7 @@ def test_two_variants_by_weight_and_by_name(account: Account, client: Client, mo
     client("sagemaker").update_endpoint_weights_and_capacities(**change)
     with pytest.raises(ClientError, match="Cannot update in-progress endpoint"):
         client("sagemaker").update_endpoint_weights_and_capacities(**change)
+    go_on.set()
     settled(client)
     assert {ask(client) for _ in range(10)} == {(b"two", "second")}
     client("sagemaker").delete_endpoint(EndpointName="e")
@@ -107,14 +123,8 @@ def test_two_variants_by_weight_and_by_name(account: Account, client: Client, mo
 
 @pytest.mark.parametrize(("kind", "size"), [("CANARY", "CanarySize"), ("LINEAR", "LinearStepSize")])
 def test_an_update_in_steps(
-    account: Account, client: Client, model: Callable[..., str], kind: str, size: str, monkeypatch: pytest.MonkeyPatch
+    account: Account, client: Client, model: Callable[..., str], kind: str, size: str, go_on: threading.Event
 ) -> None:
-    go_on = threading.Event()  # until then the first step lasts
-
-    def sleep(seconds: float) -> None:
-        time.sleep(seconds) if seconds < endpoints.STEP else go_on.wait(60)
-
-    monkeypatch.setattr(endpoints, "time", SimpleNamespace(monotonic=time.monotonic, sleep=sleep))
     serve(client, model("one", says("one")))
     model("two", says("two"))
     routing = {"Type": kind, "WaitIntervalInSeconds": 300, size: {"Type": "CAPACITY_PERCENT", "Value": 50}}
