@@ -24,7 +24,8 @@ def run(folder: Path, with_: str, *words: str) -> str:
 
 
 def test_its_own_tests() -> None:
-    output = run(TEMPLATE / "rehearsal", ".[test]", "pytest", "-p", "no:cacheprovider")
+    """Two files at a time, as they mostly wait for containers; a file stays whole, its last test may look at all."""
+    output = run(TEMPLATE / "rehearsal", ".[test]", "pytest", "-p", "no:cacheprovider", "-n2", "--dist=loadfile")
     assert "skipped" not in output.splitlines()[-1] or not os.environ.get("REQUIRE_CONTAINERS")
 
 
