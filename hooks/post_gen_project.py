@@ -30,7 +30,7 @@ NEXT = """
   cd {{ cookiecutter.project_slug }}
   make train-local                        # sample images, in a local container where Docker runs
   make report                             # tests the model and writes a page about it
-  make train-local DATA=folder/of/images  # your own: one sub-folder a class
+  make train-local DATA=folder/of/images  # your own: one sub-folder per class
   make                                    # the other verbs
 """
 

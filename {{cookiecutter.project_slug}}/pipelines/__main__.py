@@ -31,7 +31,7 @@ VERBS: Table = {
     "On this machine, without an AWS account": {
         "help": ((), "this list"),
         "setup": (["pipelines/environment.py"], "the environment in .venv, with uv (ARGS go to `uv pip install`)"),
-        "data": ("local.data", "pack DATA=<folder of images, a sub-folder a class>; without it the sample digits"),
+        "data": ("local.data", "pack DATA=<folder of images, a sub-folder per class>; without it the sample digits"),
         "train-local": (
             "local.train",
             "train on this machine, in a container where Docker runs (DATA= RUN= LOCAL_MODE= INSTANCE_COUNT=)",
@@ -74,7 +74,7 @@ VERBS: Table = {
         "doctor": ("cloud.doctor", "what is missing, here and in AWS, with its fix"),
         "image-push": ("cloud.images", "put the images into ECR, when they are not there"),
         "rehearse": (
-            "cloud.rehearse", "these verbs on this machine, in containers, without an account (DATA= ARGS=--keep)"
+            "cloud.rehearse", "the verbs of SageMaker here, in containers, without an account (DATA= ARGS=--keep)"
         ),
     },
     "On SageMaker: training": {
@@ -144,12 +144,12 @@ VERBS: Table = {
         ),
         "clean": (
             ["pipelines/environment.py --clean"],
-            "remove caches, and what interrupted runs left; data and artifacts stay",
+            "remove caches and checkpoints of interrupted runs; data and artifacts stay",
         ),
     },
 }  # fmt: skip
 AWS = "On SageMaker"
-UNPROVEN = f"{AWS}: request validated, not run on AWS;\n`make rehearse` executes each in containers on this machine."
+UNPROVEN = f"{AWS}: request validated, not run on AWS;\n`make rehearse` executes each verb here, in containers."
 USUAL = "train-local report predict serve-local bootstrap train deploy destroy data evaluate compare test"
 SHOWN = 8  # of them, the first that the project has
 # Not of verbs, but of make, and of programs that a verb starts; any other variable of the environment goes before make.

@@ -1,6 +1,6 @@
 """Make the project's environment in `.venv` with uv, which is installed there when the machine has none.
 
-    python3 pipelines/environment.py                    # what `make setup` runs: all groups of pyproject.toml
+    python3 pipelines/environment.py                    # what `make setup` runs: all groups of pyproject.toml but timm
     python3 pipelines/environment.py --group laptop     # only that one; other options are handed to `uv pip install`
     python3 pipelines/environment.py --audit            # what `make audit` runs: known vulnerabilities of what it holds
     python3 pipelines/environment.py --clean            # what `make clean` runs: caches and leftovers go

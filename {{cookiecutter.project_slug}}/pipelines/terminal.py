@@ -90,7 +90,7 @@ class Parser(argparse.ArgumentParser):
         """The option of verbs that run in a container or as a process, with what the help shows of it."""
         self.add_argument("--mode", variable="LOCAL_MODE", choices=["auto", "container", "process"], help=shown)
 
-    def add_data(self, shown: str = "folder with one sub-folder of images a class") -> None:
+    def add_data(self, shown: str = "folder with one sub-folder of images per class") -> None:
         """The option that names images, of verbs for which `data.source` does when it is not given."""
         self.add_argument("--data", variable="DATA", help=f"{shown} (default: data.source)")
 

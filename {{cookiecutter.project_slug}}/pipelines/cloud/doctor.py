@@ -71,7 +71,8 @@ def builds() -> Iterator[Line]:
         version = metadata.version("torch")
         if platform.system() == "Linux" and "+" not in version and not engine.gpus():
             yield Line("warn", f"torch {version} in .venv is PyPI's build: 5 GB of CUDA on a machine without a GPU",
-                       f"{again}`make setup ARGS='--reinstall-package torch'`")  # fmt: skip
+                       f"{again}`make setup ARGS='--reinstall-package torch "
+                       "--reinstall-package torchvision'`")  # fmt: skip
     if local_images.BUILD_LOG.is_file():
         log = local_images.BUILD_LOG.read_text(encoding="utf-8", errors="replace")
         if found := local_images.OTHER_BUILD.search(log):

@@ -60,7 +60,7 @@ def rehearse(source: str | None, options: Sequence[str]) -> int:
 def main() -> int:
     """Command line; see the module's docstring."""
     parser = terminal.parser("Rehearse the way to SageMaker on this machine, in containers.")
-    parser.add_argument("--data", variable="DATA", help="folder of images, a sub-folder a class (default: the sample)")
+    parser.add_argument("--data", variable="DATA", help="folder of images, a sub-folder per class (default: sample)")
     parser.add_argument("--keep", action="store_true", help="leave the account running afterwards, until Ctrl-C")
     parser.add_argument("--fault", action="append", default=[], help="an accident to play, such as spot-after=20s")
     given = parser.parse_args()

@@ -115,7 +115,7 @@ def _folder(source: str, table: bool) -> Path:
             raise UserError(f"{folder} holds this project's own packed data; DATA must name a folder of images only")
         if source and (folder.is_dir() or (table and is_table(folder))):
             return folder
-    raise UserError(f"there is no folder {shown(source)}; DATA must name one with a sub-folder of images a class")
+    raise UserError(f"there is no folder {shown(source)}; DATA must name one with a sub-folder of images per class")
 
 
 def _pack(settings: Settings, folder: Path) -> Path:
@@ -218,7 +218,7 @@ def write_digits(folder: Path) -> None:
 def main() -> int:
     """Command line; see the module's docstring."""
     parser = terminal.parser("Pack images into the data set that training reads.", settings=True)
-    parser.add_data("folder with one sub-folder of images a class, or a CSV")
+    parser.add_data("folder with one sub-folder of images per class, or a CSV")
     options = parser.parse_args()
     from pipelines.report import dataset
 

@@ -2,7 +2,7 @@
 
     python src/processing/preprocess.py --input photos --output data/photos
 
-The input has one sub-folder a class, or such ones in ready-made splits, or is a CSV file with the columns `path` and
+The input has one sub-folder per class, or such ones in ready-made splits, or is a CSV file with the columns `path` and
 `label`. The output has one folder a split, written whole or not at all. The same input, size and seed give equal bytes.
 """
 
@@ -258,7 +258,7 @@ def _replace(temporary: Path, output: Path) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; see the module's docstring."""
     parser = argparse.ArgumentParser(description="Pack a folder of images into the data set that training reads.")
-    parser.add_argument("--input", type=Path, required=True, help="folder with one sub-folder a class, or a CSV file")
+    parser.add_argument("--input", type=Path, required=True, help="folder with one sub-folder per class, or a CSV file")
     parser.add_argument("--output", type=Path, required=True, help="folder of the packed data set")
     parser.add_argument("--size", default="auto", help="pixels a side (default: by the images)")
     parser.add_argument("--seed", type=int, default=0, help="of the split")

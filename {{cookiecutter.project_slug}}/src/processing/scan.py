@@ -51,7 +51,7 @@ def scan(folder: Path) -> tuple[list[Item], list[str]]:
         PackingError: when there is no folder, no image, a class without one, or fewer than two classes.
     """
     if not folder.is_dir():
-        raise PackingError(f"{folder} is no folder; DATA must name one with a sub-folder of images a class")
+        raise PackingError(f"{folder} is no folder; DATA must name one with a sub-folder of images per class")
     home = folder.resolve()
     base, ready_made = _find_splits(folder, home)
     items, empty = list[Item](), list[str]()
