@@ -124,6 +124,9 @@ def test_asynchronous_requests_are_files(client: Any, files: Path) -> None:
     )
     assert (answer["InferenceId"], answer["ResponseMetadata"]["HTTPStatusCode"]) == ("its-7", 202)
     assert later(files, answer["OutputLocation"])["labels"] == ["down"]
+    (files / "mine" / "Stra\u00dfe \u4e2d.png").write_bytes(photo("up"))
+    answer = client.invoke_endpoint_async(EndpointName="x", InputLocation="s3://mine/Stra\u00dfe \u4e2d.png")
+    assert later(files, answer["OutputLocation"])["labels"] == ["up"]
     (files / "mine" / "bad").write_bytes(b"GIF89a")
     answer = client.invoke_endpoint_async(EndpointName="x", InputLocation="s3://mine/bad", ContentType="image/png")
     assert "GIF89a" in later(files, answer["FailureLocation"])["error"]

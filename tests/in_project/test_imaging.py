@@ -103,7 +103,7 @@ def test_other_modes_become_rgb(mode: str, colour: int | tuple[int, ...]) -> Non
         (b"plain text", "10 bytes that are not a readable image"),
         (encoded(Image.new("L", (8, 8)), "GIF"), "not a readable image"),
         (encoded(picture(), "JPEG")[:400], "damaged"),
-        (encoded(Image.new("F", (8, 8), 0.5), "TIFF"), "pixel mode 'F' has values outside 0 to 65535"),
+        (encoded(Image.new("F", (8, 8), 0.5), "TIFF"), "pixel mode 'F' has values outside 0 to 65535 or fractions"),
         (encoded(Image.new("I", (8, 8), 70_000), "TIFF"), "pixel mode 'I' has values outside 0 to 65535"),
         (encoded(Image.new("I", (8, 8), -1), "TIFF"), "pixel mode 'I' has values outside 0 to 65535"),
         (encoded(Image.new("1", (10001, 10001)), "PNG"), "10001x10001 pixels, more than the limit"),

@@ -121,6 +121,8 @@ def test_a_picture_is_dropped_or_pasted(page: Browser, kind: str, name: str, fie
     content = base64.b64encode(photo("down")).decode()
     page.run(GIVE % (content, f"{name}.png", kind, name, field))
     assert titles(page, 1)[0].startswith(f"{name}.png: down, ")
+    page.run(f"document.body.dispatchEvent(new {kind}('{name}', {{{field}: new DataTransfer(), bubbles: true}}))")
+    assert page.until("document.querySelector('[role=status]').textContent === 'There is no picture in that'")
 
 
 def test_the_camera(page: Browser) -> None:
@@ -262,6 +264,7 @@ def test_only_pages_from_here_ask(server: Running, origin: str) -> None:
     for path in ("/invocations", "/endpoints/x/invocations", "/endpoints/x/async-invocations"):
         answer = ask(server.url, photo(), path=path, Origin=origin)
         assert "may not ask" in answer.refused(403)
+        assert ("make serve-local CORS=" in answer.refused(403)) == (origin != "null")  # which it would not take
         assert not [name for name in answer.headers if name.startswith("access-control")]
     own = ask(server.url, photo("up"), "image/png", Origin=server.url)
     assert own.labels() == ["up"]
@@ -271,7 +274,8 @@ def test_only_pages_from_here_ask(server: Running, origin: str) -> None:
 def test_sagemaker_has_none_of_it(artifact: Path, tmp_path: Path) -> None:
     with serving(artifact, tmp_path / "log") as running:
         for method, path in (("GET", "/"), ("POST", "/endpoints/x/invocations"), ("GET", "/page.html")):
-            ask(running.url, method=method, path=path).refused(404)
+            message = ask(running.url, method=method, path=path).refused(404)
+            assert message == f"Not Found: {method} {path}; ask POST /invocations"
         assert ask(running.url, method="GET", path="/ping", Host="any.host").status == 200
         assert ask(running.url, photo("up"), "image/png", Origin="http://any.host").labels() == ["up"]
     from pipelines.local.images import SERVER
@@ -279,7 +283,7 @@ def test_sagemaker_has_none_of_it(artifact: Path, tmp_path: Path) -> None:
     assert {path.name for path in SERVER} == {"serve.py", "batcher.py", "connections.py"}
 
 
-@pytest.mark.parametrize("cors", ["*", "localhost:3000", "http://a/b", "file:///", "http://"])
+@pytest.mark.parametrize("cors", ["null", "*", "localhost:3000", "http://a/b", "file:///", "http://"])
 def test_an_origin_that_is_none_is_one_sentence(verb: Any, cors: str) -> None:
     done = verb("serve-local", "--cors", cors)
     assert (done.returncode, "Traceback" in done.stderr) == (1, False)

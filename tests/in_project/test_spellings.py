@@ -80,7 +80,7 @@ SPELLINGS: list[tuple[str, bytes | str, str | None]] = [
     ("gzip", gzip.compress(JSON), JSON_TYPE),
     ("gzip image", gzip.compress(PHOTO), "image/png"),
     ("gzip of an unknown type", gzip.compress(PHOTO), "application/gzip"),
-    *[(f"deflate {level}", zlib.compress(JSON, level), JSON_TYPE) for level in (0, 1, 6, 9)],
+    *[(f"deflate {level}", zlib.compress(JSON, level), JSON_TYPE) for level in (0, 1, 3, 6, 9)],
     ("form", form(FILE), FORM),
     ("quoted edge", form(FILE), 'Multipart/Form-Data; charset=utf-8; Boundary="edge"'),
     ("unnamed edge", form(FILE), "multipart/form-data"),
@@ -89,6 +89,17 @@ SPELLINGS: list[tuple[str, bytes | str, str | None]] = [
     ("form without an end", form(FILE, end=b""), FORM),
     ("form of base64", form((f"{FILE[0]}\r\nContent-Transfer-Encoding: base64", B64.encode())), FORM),
     ("form of JSON", form(('name="image"; filename="a.json"', JSON)), FORM),
+    ("form without a file's name", form(('name="a"', b"1"), ('name="image"', PHOTO)), FORM),
+    ("form with a data: URL", form(('name="image"', DATA_URL.encode())), FORM),
+    ("form with a second file that is left empty", form(FILE, ('name="b"; filename=""', b"")), FORM),
+    ("form with a field for the name", form(('name="filename"', b"a.png"), FILE), FORM),
+    ("form that gzip packed", gzip.compress(form(FILE)), FORM),
+    ("form of what gzip packed", form((FILE[0], gzip.compress(PHOTO))), FORM),
+    *[(f"field {name}", f"{name}={urllib.parse.quote(text, safe='')}".encode(), "application/x-www-form-urlencoded")
+      for name, text in {"image": B64, "file[0]": DATA_URL, "data": JSON.decode()}.items()],
+    ("field as it is", f"image={DATA_URL}".encode(), "application/x-www-form-urlencoded; charset=UTF-8"),
+    *[(f"string of {name}", json.dumps({"instances": [text]}).encode(), JSON_TYPE)
+      for name, text in {"base64": B64, "a data: URL": DATA_URL, "wrapped base64": WRAPPED}.items()],
 ]  # fmt: skip
 
 
@@ -101,6 +112,14 @@ def test_what_is_clear_is_taken(
         assert inference.predict_fn(inference.input_fn(each, kind), classifier)["labels"] == ["left"], name
 
 
+def test_pixels_from_0_to_255_are_not_taken_for_normalised_ones(classifier: inference.Classifier) -> None:
+    pixels = np.asarray(Image.open(io.BytesIO(PHOTO)).convert("RGB").resize((12, 12))).transpose(2, 0, 1)[None]
+    for body, kind in ((npy(pixels), NPY), (json.dumps({"instances": pixels.tolist()}).encode(), JSON_TYPE)):
+        with pytest.raises(RequestError, match=r"up to 2\d\d where white is .*; send the picture itself") as error:
+            inference.predict_fn(inference.input_fn(body, kind), classifier)
+        assert error.value.status == 400
+
+
 def test_numbers_are_known_by_their_first_bytes_too(classifier: inference.Classifier) -> None:
     numbers = np.random.default_rng(0).normal(size=(2, 3, 12, 12)).astype(np.float32)
     for kind in (*UNKNOWN, None, JSON_TYPE, "image/png", "application/npy"):
@@ -108,6 +127,7 @@ def test_numbers_are_known_by_their_first_bytes_too(classifier: inference.Classi
             assert len(inference.predict_fn(inference.input_fn(body, kind), classifier)["labels"]) == 2
 
 
+CUT = saved("JPEG").translate(None, b"\0\r\n")
 HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"
 REFUSED: list[tuple[bytes, str | None, int, str]] = [
     (b"GIF89a\1\0", "image/gif", 415, "'image/gif' is not supported, and what was sent begins with b'GIF89a"),
@@ -133,7 +153,15 @@ REFUSED: list[tuple[bytes, str | None, int, str]] = [
     (gzip.compress(PHOTO) + b"x", "image/png", 400, "not one whole stream"),
     (gzip.compress(PHOTO)[:12] + b"damage" * 9, "image/png", 400, "not one whole stream"),
     (form(FILE, FILE), FORM, 400, "the form holds 2 files; send one"),
-    (form(('name="image"', PHOTO)), FORM, 400, "the form holds 0 files"),
+    (form(('name="a"', b"1"), ('name="b"', b"2")), FORM, 400, "the form holds 2 files"),
+    (form(('name="a"', b"hello")), FORM, 415, "begins with b'hello'"),
+    (f"a={B64}&b=1".encode(), "application/x-www-form-urlencoded", 415, "begins with b'a=iVBOR"),
+    (CUT, "image/jpeg", 400, "as a picture does that `curl -d` has cut; use --data-binary"),
+    (CUT, "application/x-www-form-urlencoded", 400, "as a picture does that `curl -d` has cut"),
+    (PHOTO.translate(None, b"\0\r\n"), "application/x-www-form-urlencoded", 415, "that `curl -d` has cut"),
+    (json.dumps({"instances": [B64, "x"]}).encode(), JSON_TYPE, 400, 'instances must all be {"b64"'),
+    (json.dumps({"instances": [B64, "\ud800"]}).encode(), JSON_TYPE, 400, 'instances must all be {"b64"'),
+    (json.dumps({"instances": [B64[:-4] + "%%"]}).encode(), JSON_TYPE, 400, "b64 is not base64"),
     (b"--edge--" * 9999, FORM, 400, "the form holds 0 files"),
     (b"\xff\xfeb", JSON_TYPE, 400, "begins with"),
 ]  # fmt: skip

@@ -142,7 +142,7 @@ def _to_rgb(image: Image.Image) -> NDArray[Any]:
     if _is_deep(image):
         values = np.asarray(image)
         if image.mode == "F" or values.min() < 0 or values.max() > 65535:
-            raise ImageError(f"pixel mode {image.mode!r} has values outside 0 to 65535; save it as 8 or 16 bits")
+            raise ImageError(f"pixel mode {image.mode!r} has values outside 0 to 65535 or fractions; save 8 or 16 bits")
         return values  # convert("RGB") would clip all of it to white
     if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
         canvas = Image.new("RGBA", image.size, (*BACKGROUND, 255))

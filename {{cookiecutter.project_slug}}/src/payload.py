@@ -14,6 +14,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import IO, Any, Self
+from urllib.parse import unquote_to_bytes
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +30,7 @@ IMAGE_TYPES = ("application/x-image", "image/jpeg", "image/png", "image/webp", "
 NPY_TYPE = "application/x-npy"
 FORM = '{"instances": [...]}'
 NO_INSTANCES = 'instances must all be {"b64": "..."}, or lists of numbers of one shape'
+FIELD = re.compile(rb"[\w.\[\]-]{1,40}=(?=[^&=]+=*$)")  # of a form with this one alone, not the padding of base64
 STRINGS = 64  # of JSON for each instance; so many lists beside the model's rows; and so many values beside instances
 Batch = list[NDArray[Any]] | NDArray[np.float32]
 _PARSING = threading.Lock()  # more than one at a time would gain nothing, and keep others from what lies between
@@ -92,14 +94,16 @@ def read(body: bytes | bytearray | str | IO[bytes], content_type: str | None) ->
     kind = (content_type or JSON_TYPE).split(";")[0].strip().lower()
     if len(data) > LIMITS.max_bytes:
         raise RequestError(413, f"the body has {len(data)} bytes, more than the limit of {LIMITS.max_bytes}")
-    if kind == "multipart/form-data" or FORM_START.match(data):
-        data = spelling.one_file(data)
     data = spelling.unpacked(data, LIMITS.max_bytes)
+    if kind == "multipart/form-data" or FORM_START.match(data):
+        data = spelling.unpacked(spelling.one_file(data), LIMITS.max_bytes)
     if IMAGE_START.match(data):
         return [_decode(data, LIMITS.max_pixels)]
     if data.startswith(NPY_START):
         return _from_npy(data)
     text = spelling.utf8(data)
+    if kind == "application/x-www-form-urlencoded" and (field := FIELD.match(text)):
+        text = unquote_to_bytes(text[field.end() :])
     if text[:PIECE].lstrip().startswith((b"{", b"[")):
         return _from_json(text)
     if (image := spelling.encoded_image(text)) is not None or kind in IMAGE_TYPES:
@@ -119,7 +123,7 @@ def _decode(body: Data, max_pixels: int) -> NDArray[Any]:
     except NoRoom as error:
         raise RequestError(503, str(error)) from error
     except ImageError as error:
-        seen = "" if not body or IMAGE_START.match(body) else f"; {spelling.seen(body)}"
+        seen = "" if not body or (IMAGE_START.match(body) and not spelling.cut(body)) else f"; {spelling.seen(body)}"
         raise RequestError(400, f"{error}{seen}") from error
 
 
@@ -138,6 +142,9 @@ def _from_json(data: Data) -> Batch:
         seen = f"it has the keys {str(list(document))[:80]}" if isinstance(document, dict) else "it is no object"
         raise RequestError(400, f"the JSON body must be {FORM} with at least one instance; {seen}")
     _check_count(len(instances))
+    strings = [text.encode(errors="replace") if isinstance(text, str) else b"" for text in instances]
+    if all(spelling.encoded_image(text) is not None for text in strings):
+        return _images({"b64": text} for text in instances)
     chosen = [instance[""] for instance in instances if isinstance(instance, dict)]
     for number in {*range(len(spans))} - {*chosen}:  # what is no instance must be JSON all the same
         _parse(data[spans[number]])

@@ -153,7 +153,7 @@ def main() -> int:
     parser.add_argument("--cors", variable="CORS", help="origin of another page that may ask: http://localhost:3000")
     options = parser.parse_args()
     cors = (options.cors or "").rstrip("/")
-    if cors and not re.fullmatch(r"https?://[A-Za-z0-9.:\[\]-]+", cors):
+    if cors and not re.fullmatch(r"(https?|[a-z]+-extension|capacitor|ionic|tauri)://[A-Za-z0-9.:\[\]-]+", cors):
         raise UserError(f"CORS is {plain(options.cors)}, which is no origin; give one like http://localhost:3000")
     settings = load(options.set, options={"compute.local_mode": options.mode})
     folder = runs.find(options.run)

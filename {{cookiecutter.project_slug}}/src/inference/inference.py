@@ -211,6 +211,10 @@ def logits(batch: Batch, classifier: Classifier) -> torch.Tensor:
     else:
         if batch.shape[1:] != (3, size, size):
             raise RequestError(400, f"instances have shape {batch.shape}; the model takes (N, 3, {size}, {size})")
+        white = max((1 - mean) / std for mean, std in zip(classifier.mean, classifier.std, strict=True))
+        if batch.min() >= 0 and batch.max() > 10 * white:  # as of pixels from 0 to 255, whose answer would be wrong
+            seen = f"instances have numbers up to {batch.max():g} where white is {white:.2f}"
+            raise RequestError(400, f"{seen}; send the picture itself, or (pixel / 255 - mean) / std")
         inputs = torch.from_numpy(batch).to(classifier.device, memory_format=torch.channels_last)
     with torch.inference_mode(), torch.autocast(classifier.device.type, torch.bfloat16, enabled=classifier.bf16):
         answers: torch.Tensor = classifier.model(inputs).float()

@@ -68,11 +68,12 @@ def extend(served: Starlette, answer: Answer, files: Path | None, host: str, cor
         return response
 
     async def invoke_later(request: Request) -> Response:
-        location, number = request.headers.get(f"{AMAZON}inputlocation"), uuid.uuid4().hex
+        location, number = request.headers.get(f"{AMAZON}inputlocation", ""), uuid.uuid4().hex
         places = {name: f"s3://local/{name}/{number}.out" for name in ("output", "failure")}
         try:
             if files is None:
                 raise ValueError("an artifact that is not trusted gets no files, which asynchronous requests need")
+            location = location.encode("latin-1").decode()  # in UTF-8, as clients write it
             body = _located(files, location).open("rb") if location else io.BytesIO(await request.body())
             if not location and len(body.read()) > INLINE_BYTES:
                 raise ValueError(f"the body has more than {INLINE_BYTES} bytes; put it into a file, and name that")
@@ -126,7 +127,8 @@ class Guard:
         if not self._here(host):
             message = f"Host is {host[:80]!r}, which is not this machine; ask http://127.0.0.1 or http://localhost"
         elif origin not in (None, f"http://{host}", self._cors):
-            message = f"pages of {origin[:80]!r} may not ask; make serve-local CORS={origin[:80]} lets them"
+            way = "open it from a server" if origin == "null" else f"make serve-local CORS={origin[:80]} lets them"
+            message = f"pages of {origin[:80]!r} may not ask; {way}"
         await (JSONResponse({"error": message}, 403) if message else self._app)(scope, receive, send)
 
     def _here(self, host: str) -> bool:

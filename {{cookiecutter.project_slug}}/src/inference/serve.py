@@ -154,9 +154,10 @@ def application(batcher: Batcher, settings: Settings) -> Starlette:
         log("info", request_id=context.request_id, status=status, bytes=size, milliseconds=milliseconds)
         return response or Response(sentence(message), status, context.response_headers, "application/json")
 
-    async def refused(_: Request, error: Exception) -> Response:
+    async def refused(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        return Response(sentence(error.detail), error.status_code, error.headers, "application/json")
+        message = f"{error.detail}: {request.method} {request.url.path[:80]}; ask POST /invocations"
+        return Response(sentence(message), error.status_code, error.headers, "application/json")
 
     routes = [
         Route("/ping", ping),
