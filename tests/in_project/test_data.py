@@ -98,6 +98,8 @@ def test_splits_are_recognised_through_their_neighbours(files: str, splits: obje
         ("tr/cat/1 tr/dog/1 te/cat/2 notes/a.txt", "holds 'te', 'tr', named like a split"),
         ("train_a/cat/1 train_a/dog/1 test_own/cat/1", "holds 'test_own', 'train_a', named like a split"),
         ("EuroSAT/27/Forest/1 EuroSAT/27/River/1", "if the folders in .*/photos/EuroSAT/27 are the classes, name"),
+        ("cat/1 dog/1 test/1", "holds 'test', named like a split"),
+        ("cat/1 Validation/1", "holds 'Validation', named like a split"),
         ("images/1 masks/1", "holds 'images', 'masks': pictures and what belongs to them, not classes; expected"),
         ("train/img/1 train/mask/1 val/img/2 val/mask/2", "holds 'img', 'mask': pictures and what"),
         ("JPEGImages/1 SegmentationClass/1 SegmentationObject/1", "holds 'JPEGImages', 'SegmentationClass', 'Segm"),
@@ -393,12 +395,24 @@ def table(folder: Path, text: str | bytes) -> Path:
         "number,fname,category\n7,images/0.png,cat\n8,images/1.png,dog\n",
         "cat,images/0.png\ndog,images/1.png\n",
         "images/0.png cat\nimages/1.png dog\n",
+        'path, label\nimages/0.png, "cat"\nimages/1.png, "dog"\n',
     ],
 )
 def test_tables_of_the_usual_spellings_are_read(text: str | bytes, tmp_path: Path) -> None:
     items, wrong = read_table(table(tmp_path, text))
     assert wrong == []
     assert [(item.path, item.label) for item in items] == [("images/0.png", "cat"), ("images/1.png", "dog")]
+
+
+def test_a_column_that_names_nothing_but_splits_is_one(tmp_path: Path) -> None:
+    rows = ["images/0.png,cat,train", "images/1.png,dog,val", "images/2.png,dog,Test"]
+    for head in ("path,label,tvt", "path,label,type", "file,class,data set"):
+        items, wrong = read_table(table(tmp_path, "\n".join([head, *rows])))
+        assert ([item.split for item in items], wrong) == ([A, B, C], [])
+    items, _ = read_table(table(tmp_path, "\n".join(["path,label,seen from", *rows[:2], "images/2.png,dog,bus"])))
+    assert {item.split for item in items} == {None}
+    items, _ = read_table(table(tmp_path, "path,label\nimages/0.png,train\nimages/1.png,test\n"))
+    assert [(item.label, item.split) for item in items] == [("train", None), ("test", None)]
 
 
 def test_wrong_rows_are_named(tmp_path: Path) -> None:

@@ -81,6 +81,13 @@ def test_what_cannot_be_trained_is_said_before_training(name: str, size: int, al
         rehearsed(name, size, alone)
 
 
+def test_a_model_that_trains_with_another_answer_than_it_serves_is_said_before_training() -> None:
+    model = build_model("cnn", 3, 8)
+    model.register_forward_hook(lambda module, _, answer: (answer, answer) if module.training else answer)
+    with pytest.raises(ModelError, match=r"cannot be trained and served with 8x8 images: .*tuple"):
+        rehearse(model, resolve(Hyperparameters(model="cnn"), 8, 8), split(8), False)
+
+
 def test_a_model_without_a_finite_answer_is_said_before_training() -> None:
     model = build_model("cnn", 3, 8)
     next(model.parameters()).data.fill_(math.nan)

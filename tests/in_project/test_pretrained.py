@@ -48,6 +48,27 @@ def test_weights_come_from_files_of_every_usual_kind(tmp_path: Path, kind: str) 
     assert same(read, state, list(state))
 
 
+@pytest.mark.parametrize(("name", "keys"), [
+    ("checkpoint.pth.tar", ["state_dict"]), ("weights", []), ("a.pkl", ["encoder"]), ("dino.pth", ["student"]),
+    ("a.pt", ["checkpoint", "params"]), ("a.ckpt", ["ema", "module"]),
+])  # fmt: skip
+def test_weights_are_found_under_other_names_too(tmp_path: Path, name: str, keys: list[str]) -> None:
+    state = build_model("cnn", 3, 12).state_dict()
+    inside: Any = state
+    for key in reversed(keys):
+        inside = {key: inside, "epoch": 3, "best": torch.tensor(0.9), "optimizer": {0: {"step": torch.ones(1)}}}
+    torch.save(inside, tmp_path / name)
+    assert same(read_weights(find_weights(tmp_path)), state, list(state))
+
+
+def test_a_file_that_holds_itself_holds_no_weights(tmp_path: Path) -> None:
+    endless: dict[str, Any] = {"epoch": 3}
+    endless |= {"model": endless, "net": endless}
+    torch.save(endless, tmp_path / "a.pt")
+    with pytest.raises(ModelError, match="holds no tensors by name"):
+        read_weights(tmp_path / "a.pt")
+
+
 class Evil:
     """What a pickle may do."""
 

@@ -104,7 +104,7 @@ def _pixels(image: ImageFile.ImageFile, rgb: Callable[[Image.Image], NDArray[Any
     image.load()
     depth: tuple[type[Any], list[int]] = (np.uint16, []) if _is_deep(image) else (np.uint8, [3])
     width, height = image.im.size  # `image.size` of a TIFF is that of the upright picture already
-    pixels = np.empty([*((width, height) if orientation > 4 else (height, width)), *depth[1]], depth[0])
+    pixels = np.empty([*((width, height) if 4 < orientation < 9 else (height, width)), *depth[1]], depth[0])
     lines = _UNTURNED[orientation](pixels) if orientation in _UNTURNED else pixels
     for top in range(0, height, rows := max(1, STRIP // width)):
         lines[top : top + rows] = (rgb or _to_rgb)(image.crop((0, top, width, min(top + rows, height))))

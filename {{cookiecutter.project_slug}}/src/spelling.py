@@ -52,7 +52,7 @@ def accepts(accept: str | None) -> bool:
 
 
 def cut(data: Data) -> bool:
-    """Whether this was a picture until `curl -d` took its zeros and line ends out: each has a zero near its beginning."""
+    """Whether this was a picture until `curl -d` took out its zeros and line ends: each has a zero at its beginning."""
     return data.startswith((b"\x89PNG\x1a", b"\xff\xd8\xff")) and b"\0" not in data[:PIECE]
 
 

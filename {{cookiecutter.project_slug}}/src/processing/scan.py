@@ -108,17 +108,22 @@ def read_table(table: Path) -> tuple[list[Item], list[str]]:
         text = data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
         head = text.partition("\n")[0]
         mark = max(",;\t|", key=head.count) if re.search("[,;\t|]", head) else " "
-        rows = [[cell.strip() for cell in row] for row in csv.reader(io.StringIO(text, newline=None), delimiter=mark)]
+        cells = csv.reader(io.StringIO(text, newline=None), delimiter=mark, skipinitialspace=True)
+        rows = [[cell.strip() for cell in row] for row in cells]
     except (UnicodeError, csv.Error) as error:
         raise PackingError(f"{table} is no table in UTF-8 ({error}); save it as CSV") from error
     heads = [re.sub("[^a-z]", "", cell.lower()) for cell in rows[0]] if rows else []
     places = {name: next((heads.index(word) for word in words if word in heads), -1) for name, words in COLUMNS.items()}
     if places["path"] < 0:  # or the first column that names a file, whatever its head
         places["path"] = next((place for row in rows[:SEEN] for place, cell in enumerate(row) if _file(home, cell)), -1)
+    for place in range(len(heads) * (places["split"] < 0)):  # or one that names nothing but splits, whatever its head
+        said = {WORDS[word[2]] if (word := word_in(row[place])) else "" for row in rows[1:] if row[place:]}
+        if place not in places.values() and "train" in said and len(said) > 1 and "" not in said:
+            places["split"] = place
     headless = bool(rows and places["path"] >= 0 and _file(home, rows[0][places["path"]]))
     others = [place for place in range(len(heads)) if place not in (places["path"], places["split"])]
     if headless and 0 < len(others) < 3:
-        places |= {"label": others[0], "split": others[-1] if others[1:] else -1}
+        places |= {"label": others[0], "split": others[-1] if others[1:] else places["split"]}
     elif places["label"] < 0 and len(others) == 1:
         places["label"] = others[0]
     if min(places["path"], places["label"]) < 0:
@@ -183,7 +188,8 @@ def _find_splits(folder: Path, home: Path) -> tuple[str, dict[str, str]]:
         odd = [name for name, own in inside.items() if own[0] and not any(map(_is_image, own[1]))]
         if not {*said}.intersection(odd) and len({named.get(name) for name in odd}) < 2:
             odd = []
-        if not found[1] and (odd or len({LONG.get(name.lower()) for name in said}) > 1):
+        flat = len(names) > 1 and any(LONG.get(name.lower(), "train") != "train" for name in said)
+        if not found[1] and (odd or flat or len({LONG.get(name.lower()) for name in said}) > 1):
             raise PackingError(f"{folder / place} holds {', '.join(map(repr, odd or said))}, named like a split, but "
                                "no train folder with validation or test beside it; name them so, or put the images of "
                                "a class directly into its folder")  # fmt: skip

@@ -125,7 +125,8 @@ def find_weights(place: Path) -> Path:
     Raises:
         ModelError: when there is none, or more than one.
     """
-    files = [place] if place.is_file() else sorted(path for path in place.rglob("*") if path.suffix.lower() in SUFFIXES)
+    held = [place] if place.is_file() else sorted(path for path in place.rglob("*") if path.is_file())
+    files = held if len(held) == 1 else [path for path in held if path.suffix.lower() in SUFFIXES]
     if len(files) != 1:
         found = ", ".join(path.name for path in files[:3]) or "none"
         raise ModelError(f"{place} must hold one file of weights ({' '.join(SUFFIXES)}); found: {found}")
@@ -159,15 +160,18 @@ def read_weights(file: Path) -> Weights:
     return found[1]
 
 
-def _tensors(content: Any) -> tuple[list[str], Weights] | None:
-    """The tensors by name in what a file holds, and the keys that lead to them."""
+def _tensors(content: Any, depth: int = 3) -> tuple[list[str], Weights] | None:
+    """The most tensors by name in one place of what a file holds, and the keys that lead there."""
     if not isinstance(content, Mapping) or not content:
         return None
-    for key in INSIDE:
-        if isinstance(content.get(key), Mapping) and (found := _tensors(content[key])):
-            return [key, *found[0]], found[1]
     tensors = {str(name): value for name, value in content.items() if isinstance(value, torch.Tensor)}
-    return ([], tensors) if tensors and len(tensors) == sum(value is not None for value in content.values()) else None
+    found: list[tuple[list[str], Weights]] = [([], tensors)]
+    keys = [*INSIDE, *content] if depth else []
+    for key in {id(content.get(key)): key for key in keys}.values():
+        if inner := _tensors(content.get(key), depth - 1):
+            found.append(([str(key), *inner[0]], inner[1]))
+    best = max(found, key=lambda each: len(each[1]))  # of equals the first
+    return best if best[1] else None
 
 
 def load_weights(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
