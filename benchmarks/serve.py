@@ -201,7 +201,7 @@ def measure(options: argparse.Namespace, book: Book) -> int:
         if options.soak:
             found = soak(make_artifact(folder, *CASES["serve"]), options.soak)
             soaked = {f"serve.soak.{key}": [value] for key, value in found.items()}
-            book.publish("What a soak shows: `make bench-serve`", facts, soaked, "serve.soak.")
+            book.publish('What a soak shows: `make bench-serve ARGS="--soak 10"`', facts, soaked, "serve.soak.")
             return 0
         measured: Measured = {}
         for name in CASES if options.small else ["serve"]:
