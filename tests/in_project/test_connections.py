@@ -200,10 +200,16 @@ def test_what_is_half_received_is_bounded(beside: Any, monkeypatch: pytest.Monke
     beside(test)
 
 
-def test_the_oldest_idle_connection_makes_room(beside: Any) -> None:
+def test_the_oldest_idle_connection_makes_room(beside: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HEAD_SECONDS", "BODY_SECONDS"):
+        monkeypatch.setattr(connections, name, 60)  # no deadline ends a connection here
+
     def test(client: Client) -> None:
         with contextlib.ExitStack() as stack:
-            kept = stack.enter_context(client.connect(HEAD + b"Content-Length: 4\r\n\r\nab"))  # not idle
+            head = HEAD + b"Content-Length: 4\r\nExpect: 100-continue\r\n\r\n"
+            kept = stack.enter_context(client.connect(head))
+            assert kept.recv(100).startswith(b"HTTP/1.1 100 ")  # so the server has read it, and it is not idle
+            kept.sendall(b"ab")
             idle = [stack.enter_context(client.connect(b"GE" * (number % 2))) for number in range(30)]
             client.answers()
             assert [received(connection) for connection in idle[:11]] == [b""] * 11  # at once
