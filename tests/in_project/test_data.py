@@ -395,6 +395,7 @@ def table(folder: Path, text: str | bytes) -> Path:
         "number,fname,category\n7,images/0.png,cat\n8,images/1.png,dog\n",
         "cat,images/0.png\ndog,images/1.png\n",
         "images/0.png cat\nimages/1.png dog\n",
+        "sep=;\r\npath;label\r\nimages/0.png;cat\r\nimages/1.png;dog\r\n",
         'path, label\nimages/0.png, "cat"\nimages/1.png, "dog"\n',
     ],
 )

@@ -10,6 +10,7 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -56,7 +57,8 @@ def test_weights_are_found_under_other_names_too(tmp_path: Path, name: str, keys
     state = build_model("cnn", 3, 12).state_dict()
     inside: Any = state
     for key in reversed(keys):
-        inside = {key: inside, "epoch": 3, "best": torch.tensor(0.9), "optimizer": {0: {"step": torch.ones(1)}}}
+        inside = {key: inside, "best": torch.tensor(0.9), "optimizer": {0: {"step": torch.ones(1)}}}
+        inside |= {"mean": np.mean([0.5, 0.9]), "epoch": np.int64(3), "lr": np.float32(0.1), "ok": np.bool_(True)}
     torch.save(inside, tmp_path / name)
     assert same(read_weights(find_weights(tmp_path)), state, list(state))
 

@@ -97,7 +97,8 @@ def _beside(name: str) -> Callable[..., nn.Module]:
     file, class_name = own_file(name), name.partition(".")[2]
     spec = importlib.util.spec_from_file_location(f"own_{name.partition('.')[0]}", file) if file else None
     if file is None or not file.is_file() or spec is None or spec.loader is None:
-        raise ModelError(f"unknown model {name!r}: there is no file {file}; or add a line to MODELS in model.py")
+        raise ModelError(f"unknown model {name!r}: there is no file {file}; or add a line to MODELS in model.py; "
+                         "timm's are called timm/<name>")  # fmt: skip
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look there
     sys.path.insert(0, str(file.parent))  # for files beside it
@@ -130,7 +131,7 @@ def _torchvision(name: str, num_classes: int, image_size: int, options: dict[str
 
     known = models.list_models(module=models)
     if name not in known:
-        raise ModelError(unknown(name, [*known, *MODELS], "torchvision.models.list_models()"))
+        raise ModelError(unknown(name, [*known, *MODELS], "torchvision.models.list_models(), or timm/<name>"))
     if name in ("googlenet", "inception_v3"):
         options = {"aux_logits": False, "init_weights": True} | options  # one output, as every other model has
     elif name.startswith("vit_"):

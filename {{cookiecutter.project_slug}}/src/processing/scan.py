@@ -106,12 +106,13 @@ def read_table(table: Path) -> tuple[list[Item], list[str]]:
     data, home = table.read_bytes(), table.parent.resolve()
     try:
         text = data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+        text = re.sub(r"\Asep=.\r?\n", "", text)  # which Excel reads, and hides
         head = text.partition("\n")[0]
         mark = max(",;\t|", key=head.count) if re.search("[,;\t|]", head) else " "
         cells = csv.reader(io.StringIO(text, newline=None), delimiter=mark, skipinitialspace=True)
         rows = [[cell.strip() for cell in row] for row in cells]
     except (UnicodeError, csv.Error) as error:
-        raise PackingError(f"{table} is no table in UTF-8 ({error}); save it as CSV") from error
+        raise PackingError(f"{table} is no table in UTF-8 ({error}); save it as CSV UTF-8") from error
     heads = [re.sub("[^a-z]", "", cell.lower()) for cell in rows[0]] if rows else []
     places = {name: next((heads.index(word) for word in words if word in heads), -1) for name, words in COLUMNS.items()}
     if places["path"] < 0:  # or the first column that names a file, whatever its head
@@ -166,7 +167,8 @@ def _file(home: Path, path: str) -> Path | None:
     """The file that a table names, with or without the end of its name."""
     name = path.replace("\\", "/")
     with contextlib.suppress(OSError, ValueError):  # a name that is too long, or with a NUL
-        return next((home / each for each in (name, *map(name.__add__, SUFFIXES)) if (home / each).is_file()), None)
+        ends = ("", *SUFFIXES, *map(str.upper, SUFFIXES))
+        return next((home / (name + end) for end in ends if (home / (name + end)).is_file()), None)
     return None
 
 

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import nn
@@ -25,6 +26,10 @@ SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt", ".bin")
 # Where the files that people have keep their weights, among other things.
 INSIDE = ("state_dict", "model_state_dict", "model", "module", "net", "network", "weights", "model_ema", "ema",
           "state_dict_ema", "ema_state_dict")  # fmt: skip
+_SCALAR = np.float64().__reduce__()[0]  # what numpy's pickles call, by its two names
+# What usual scripts save beside weights, without a line of code: their options, and what numpy computed.
+PLAIN: list[Any] = [argparse.Namespace, np.dtype, *{type(np.dtype(kind)) for kind in "?bBhHiIlLqQefd"},
+                    _SCALAR, (_SCALAR, "numpy.core.multiarray.scalar")]  # fmt: skip
 SECONDS, BYTES_A_SECOND = 10.0, 2**20  # a download ends after so long, unless it comes faster than this
 Weights = dict[str, torch.Tensor]
 
@@ -140,7 +145,7 @@ def read_weights(file: Path) -> Weights:
         ModelError: when the file holds something else.
     """
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # as torchvision's scripts save their options
+        with torch.serialization.safe_globals(PLAIN):
             content: Any = (
                 load_file(file)
                 if file.suffix.lower() == ".safetensors"
