@@ -31,7 +31,7 @@ SCOPES = hook()["SCOPES"]  # the smallest first
 # A line a file with the smallest scope that has it, and `mlflow` where it belongs to that answer too.
 MANIFEST = [line.split() for line in (TEMPLATE / "tests" / "manifest.txt").read_text(encoding="utf-8").splitlines()]
 # Files and lines of code, with tests, by scope, of which at most 5 % more are allowed.
-SIZES = {"local": (93, 7495), "cloud": (135, 11385), "full": (152, 12575)}
+SIZES = {"local": (93, 7500), "cloud": (135, 11390), "full": (152, 12580)}
 TOP = {"__init__", "__main__", "config", "environment", "project", "runs", "schema", "sections", "terminal",
        "training_pipeline", "update_template"}  # modules that lie in pipelines/ itself  # fmt: skip
 WRITTEN = {".cruft.json"}  # by a hook: the template's version and all answers

@@ -410,6 +410,10 @@ def test_a_column_that_names_nothing_but_splits_is_one(tmp_path: Path) -> None:
     for head in ("path,label,tvt", "path,label,type", "file,class,data set"):
         items, wrong = read_table(table(tmp_path, "\n".join([head, *rows])))
         assert ([item.split for item in items], wrong) == ([A, B, C], [])
+    for head, flags, splits in (("is_valid", "False True FALSE", [A, B, A]), ("isTrain", "1 0 0", [A, C, C])):
+        text = [f"{row.rpartition(',')[0]},{flag}" for row, flag in zip(rows, flags.split(), strict=True)]
+        items, wrong = read_table(table(tmp_path, "\n".join([f"name,label,{head}", *text])))
+        assert ([item.split for item in items], wrong) == (splits, [])
     items, _ = read_table(table(tmp_path, "\n".join(["path,label,seen from", *rows[:2], "images/2.png,dog,bus"])))
     assert {item.split for item in items} == {None}
     items, _ = read_table(table(tmp_path, "path,label\nimages/0.png,train\nimages/1.png,test\n"))

@@ -117,6 +117,12 @@ def read_table(table: Path) -> tuple[list[Item], list[str]]:
     places = {name: next((heads.index(word) for word in words if word in heads), -1) for name, words in COLUMNS.items()}
     if places["path"] < 0:  # or the first column that names a file, whatever its head
         places["path"] = next((place for row in rows[:SEEN] for place, cell in enumerate(row) if _file(home, cell)), -1)
+    for place, head in enumerate(heads):
+        if flag := re.fullmatch("is(train|valid|val|validation|test)", head):  # true or false, as fastai's is_valid
+            rest = "test" if flag[1] == "train" else "train"
+            for row in rows[1:]:
+                part = row[place : place + 1]
+                row[place : place + 1] = [flag[1] if cell.lower() in ("true", "1", "yes") else rest for cell in part]
     for place in range(len(heads) * (places["split"] < 0)):  # or one that names nothing but splits, whatever its head
         said = {WORDS[word[2]] if (word := word_in(row[place])) else "" for row in rows[1:] if row[place:]}
         if place not in places.values() and "train" in said and len(said) > 1 and "" not in said:
