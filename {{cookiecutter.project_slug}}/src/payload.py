@@ -142,8 +142,7 @@ def _from_json(data: Data) -> Batch:
         seen = f"it has the keys {str(list(document))[:80]}" if isinstance(document, dict) else "it is no object"
         raise RequestError(400, f"the JSON body must be {FORM} with at least one instance; {seen}")
     _check_count(len(instances))
-    strings = [text.encode(errors="replace") if isinstance(text, str) else b"" for text in instances]
-    if all(spelling.encoded_image(text) is not None for text in strings):
+    if all(isinstance(text, str) and spelling.is_image(text[:80].encode(errors="replace")) for text in instances):
         return _images({"b64": text} for text in instances)
     chosen = [instance[""] for instance in instances if isinstance(instance, dict)]
     for number in {*range(len(spans))} - {*chosen}:  # what is no instance must be JSON all the same

@@ -67,8 +67,7 @@ def one_file(form: Data) -> Data:
     """The file in a browser's form, where it is the only one."""
     edge = b"\r\n" + form[: max(form.find(b"\r\n", 0, 200), 0)]
     ends = [found.start() for found in islice(re.compile(re.escape(edge)).finditer(form), 64)]
-    files: list[tuple[int, int]] = []
-    fields: list[tuple[int, int]] = []
+    files, fields = list[tuple[int, int]](), list[tuple[int, int]]()
     for start, end in zip([len(edge) - 2, *(end + len(edge) for end in ends)], [*ends, len(form)], strict=True):
         head = form.find(b"\r\n\r\n", start, end)
         if 0 <= head < end - 4:  # one that nobody filled is empty
@@ -112,13 +111,18 @@ def utf8(data: Data) -> Data:
     return data.strip() if isinstance(data, bytes) else data
 
 
-def encoded_image(text: Data) -> bytes | None:
-    """The image that a text is, as base64, or a data: URL, or either in quotes; None where it is neither."""
+def is_image(text: Data) -> bool:
+    """Whether a text begins as an image does that is base64, or a data: URL, or either in quotes."""
     head = "".join(text[:80].decode("latin-1").strip('" \t\r\n').split())[:24]
     found = head[:5].lower() == "data:"
     with suppress(RequestError):
         found = found or bool(IMAGE_START.match(from_base64(head)))
-    return from_base64(bytes(text).decode("latin-1").strip('" \t\r\n')) if found else None
+    return found
+
+
+def encoded_image(text: Data) -> bytes | None:
+    """The image that such a text is; None where it is none."""
+    return from_base64(bytes(text).decode("latin-1").strip('" \t\r\n')) if is_image(text) else None
 
 
 def from_base64(text: str) -> bytes:
