@@ -18,13 +18,12 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from torch import nn
-from torch.multiprocessing.spawn import spawn
 from torch.nn import functional
 
 import imaging
 from model import build_model
 from pipelines.local import engine
-from tests.test_loop import ALONE, same, train
+from tests.test_loop import ALONE, run_ranks, same, train
 from training import augment, distributed, interruption, launch, loop, speed, watch
 from training import feed as feed_module
 from training import train as script
@@ -415,7 +414,7 @@ def _train(world: World, packed: str, results: Path, mode: str, stop: int) -> No
 def test_ranks_that_stream_read_their_own_rows_only_and_stop_together(packed: Path, tmp_path: Path, size: int) -> None:
     (tmp_path / "checkpoints").mkdir()
     cases = [("direct", 0), ("stream", 0), ("stream", 7)] if size == 2 else [("direct", 0), ("stream", 0)]
-    spawn(_rank, args=(size, str(packed), str(tmp_path), cases), nprocs=size)
+    run_ranks(_rank, size, str(packed), str(tmp_path), cases)
     weights = [torch.load(tmp_path / f"{mode}{stop}-{rank}.pt", weights_only=True)
                for mode, stop in cases for rank in range(size)]  # fmt: skip
     assert all(same(weights[0], each) for each in weights)

@@ -23,7 +23,7 @@ import scores
 from model import build_model
 from pipelines import runs
 from tests.test_faults import KILL, STEP, Job, make
-from tests.test_loop import ranks, same, train
+from tests.test_loop import ranks, run_ranks, same, train
 from training import pretrained, speed
 from training.checkpoint import WRITER, Progress
 from training.config import ConfigurationError, Hyperparameters
@@ -238,9 +238,7 @@ def test_what_is_frozen_stays_so_in_every_combination(
     if size == 1:
         _frozen_rank(0, 1, str(tmp_path), str(packed), options)
         return
-    from torch.multiprocessing.spawn import spawn
-
-    spawn(_frozen_rank, args=(size, str(tmp_path), str(packed), options), nprocs=size)
+    run_ranks(_frozen_rank, size, str(tmp_path), str(packed), options)
 
 
 @pytest.mark.parametrize(("name", "stages"), FROZEN.items())

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import math
+import os
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
-from torch.multiprocessing.spawn import spawn
+from torch.multiprocessing.spawn import ProcessExitedException, spawn
 
 from model import build_model
 from processing.preprocess import pack
@@ -238,9 +241,34 @@ def _rank(rank: int, size: int, packed: str, results: str, options: dict[str, An
     distributed.stop()
 
 
+def run_ranks(rank: Callable[..., None], size: int, *args: Any) -> None:
+    """Call `rank(number, size, *args)` in `size` processes, each of which ends as train.py does, at once.
+
+    What gloo leaves of itself can abort when the interpreter ends, after a success.
+    """
+    spawn(_run_rank, args=(rank, size, args), nprocs=size)
+
+
+def _run_rank(number: int, rank: Callable[..., None], size: int, args: tuple[Any, ...]) -> None:
+    rank(number, size, *args)
+    os._exit(0)
+
+
+def _abort_late(number: int, _: int, folder: str) -> None:
+    Path(folder, str(number)).touch()
+    atexit.register(os.abort)
+
+
+def test_what_a_rank_leaves_behind_does_not_end_it_badly(tmp_path: Path) -> None:
+    run_ranks(_abort_late, 2, str(tmp_path))
+    assert {path.name for path in tmp_path.iterdir()} == {"0", "1"}
+    with pytest.raises(ProcessExitedException):
+        spawn(_abort_late, args=(2, str(tmp_path)), nprocs=2)
+
+
 def ranks(size: int, packed: Path, results: Path, **options: Any) -> tuple[list[dict[str, Any]], list[Weights]]:
     results.mkdir()
-    spawn(_rank, args=(size, str(packed), str(results), options), nprocs=size)
+    run_ranks(_rank, size, str(packed), str(results), options)
     facts = [json.loads((results / f"{rank}.json").read_text()) for rank in range(size)]
     return facts, [torch.load(results / f"{rank}.pt", weights_only=True) for rank in range(size)]
 
