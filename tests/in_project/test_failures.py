@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from pipelines.local import engine
 from tests.helpers import Verb, verb_environment
+from tests.programs import put_first
 from tests.test_training_local import SHORT, owners, read
 
 
@@ -67,6 +69,26 @@ def test_a_crash_before_the_script_starts_is_named(verb: Verb, project: Path, no
     failed = verb("train-local", "--mode", "container", *SHORT)
     assert failed.returncode == 1
     assert "No module named 'nonexistent'" in failed.stdout + failed.stderr
+    assert nothing_left
+
+
+@pytest.mark.container
+@pytest.mark.parametrize("early", [False, True])
+def test_a_failure_counts_though_compose_ends_with_0(
+    verb: Verb, project: Path, early: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nothing_left: str
+) -> None:
+    """As docker-compose 1.29 does when it hears of a container's end before it has waited for it."""
+    name = (engine.compose() or [""])[0]
+    script = f'{shutil.which(name)} "$@"\ncode=$?\ncase " $* " in *" up "*) exit 0;; esac\nexit $code\n'
+    put_first(name, script, tmp_path, monkeypatch)
+    if early:
+        (project / "src" / "training" / "train.py").write_text("import nonexistent\n")
+    failed = verb("train-local", "--mode", "container", "--set", "training.model=resnet19", *SHORT)
+    assert failed.returncode == 1
+    reason = "No module named 'nonexistent'" if early else "resnet19"
+    assert failed.stderr.startswith("error: training failed: ")
+    assert reason in failed.stderr.splitlines()[0]
+    assert not (project / "artifacts").exists()
     assert nothing_left
 
 

@@ -103,6 +103,11 @@ def run(job: Job, image: str, view: TrainingView) -> Outputs:
     try:
         with contextlib.redirect_stdout(view), least_rights():
             trainer.train(input_data_config=inputs, wait=True)
+        if not (job.root / "artifacts" / "output" / "data" / "run.json").exists():  # which training writes last
+            # docker-compose 1.29 may miss the exit code of a container that ends at once, and then ends with 0 itself.
+            exited = ["--filter", f"label=com.docker.compose.project={job.root.name}", "--filter", "exited=0"]
+            if len(engine.docker("ps", "--all", "--quiet", *exited).stdout.split()) < job.instances:
+                raise RuntimeError("Failed to run")
     except Interrupted:
         raise
     except Exception as error:  # the SDK raises RuntimeError for a failed container, and others for its own troubles
@@ -112,6 +117,5 @@ def run(job: Job, image: str, view: TrainingView) -> Outputs:
         view.close()  # or its bar would write over what follows
         engine.remove_run(job.root)
         engine.give_back(image, job.root, job.channels["checkpoints"], cache())
-        if python_path is not None:
-            os.environ["PYTHONPATH"] = python_path
+        os.environ |= {"PYTHONPATH": python_path} if python_path is not None else {}
     return Outputs(model=job.root / "artifacts" / "model", data=job.root / "artifacts" / "output" / "data")

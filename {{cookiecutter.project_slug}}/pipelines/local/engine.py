@@ -109,8 +109,7 @@ def owner() -> str:
 
 def compose() -> list[str] | None:
     """The compose command, chosen as the SDK chooses: the plugin from version 2 on, else `docker-compose`."""
-    plugin = docker("compose", "version")
-    if plugin.returncode == 0:
+    if docker("compose", "version").returncode == 0:
         return ["docker", "compose"]
     return ["docker-compose"] if shutil.which("docker-compose") else None
 
@@ -144,9 +143,8 @@ def remove_run(folder: Path) -> None:
     file = folder / "docker-compose.yaml"
     command = compose()
     if file.exists() and command is not None:
-        down = [*command, "-f", str(file), "down", "--timeout", str(GRACE)]
         with waiting("the containers to stop"):
-            subprocess.run(down, capture_output=True, check=False)
+            subprocess.run([*command, "-f", str(file), "down", "--timeout", str(GRACE)], capture_output=True)
         docker("network", "rm", NETWORK)  # stays as long as another run uses it, whose end removes it
 
 

@@ -82,9 +82,10 @@ def interruptible() -> Iterator[None]:
 def failure_reason(root: Path, fallback: str) -> str:
     """Why training failed: the last line that the script wrote to SM_OUTPUT_FAILURE, else the fallback.
 
-    Of several hosts the one that failed first counts; the others only lost their connection to it.
+    Of several hosts the one that failed first counts; the others only lost their connection to it. Where the SDK has
+    removed their folders, `artifacts/` holds what they left.
     """
-    for file in sorted(root.glob("algo-*/output/failure"), key=lambda path: path.stat().st_mtime_ns):
+    for file in sorted(root.glob("a*/output/failure"), key=lambda path: path.stat().st_mtime_ns):
         lines = [line for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
         if lines and "CalledProcessError" not in lines[-1] and "CloudWatch" not in lines[0]:  # the driver's own words
             return f"training failed: {plain(lines[-1].strip().removeprefix('error: '))}"

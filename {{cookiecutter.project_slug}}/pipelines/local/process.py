@@ -44,14 +44,13 @@ def run(job: Job, view: TrainingView) -> Outputs:
             processes.append(started)
             readers.append(threading.Thread(target=_copy, args=(started, host, job.instances, view), daemon=True))
             readers[-1].start()
-        codes = _wait(processes)
+        code = _wait(processes)
     finally:
         _stop(processes)
         for reader in readers:
             reader.join(timeout=10)
-    failed = [code for code in codes if code]
-    if failed:
-        raise JobFailed(failure_reason(job.root, f"the script ended with exit code {failed[0]}"))
+    if code:
+        raise JobFailed(failure_reason(job.root, f"the script ended with exit code {code}"))
     return Outputs(model=job.root / "model", data=job.root / "algo-1" / "output" / "data")
 
 
@@ -129,8 +128,8 @@ def _copy(source: subprocess.Popen[str], host: str, instances: int, view: Traini
         view.write(line if instances == 1 or host == "algo-1" else f"{host}: {line}")
 
 
-def _wait(processes: list[subprocess.Popen[str]]) -> list[int]:
-    """Wait for all; as soon as one fails, stop waiting for the rest."""
+def _wait(processes: list[subprocess.Popen[str]]) -> int:
+    """Wait for all, or until one fails: its exit code."""
     running = list(processes)
     while running:
         for candidate in list(running):
@@ -140,8 +139,8 @@ def _wait(processes: list[subprocess.Popen[str]]) -> list[int]:
                 continue
             running.remove(candidate)
             if code:
-                return [code]
-    return [0]
+                return code
+    return 0
 
 
 def _stop(processes: list[subprocess.Popen[str]]) -> None:
