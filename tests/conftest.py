@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import fcntl
 import os
 import shlex
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -219,6 +220,16 @@ def engine() -> str:
     if reason:
         pytest.skip(f"no Docker engine answers: {reason}")
     return "running"
+
+
+@contextlib.contextmanager
+def engine_alone() -> Iterator[None]:
+    """Nobody else who asks for it uses the engine: CI's `make test-hosts` and `make test-faults` run side by side."""
+    file = TEMPLATE / ".cache" / "engine.lock"
+    file.parent.mkdir(exist_ok=True)
+    with file.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def host_environment(name: str) -> Path:

@@ -116,7 +116,7 @@ os.makedirs("/opt/ml/output/data/deep"); open("/opt/ml/output/data/deep/x", "w")
     assert client("sagemaker").list_tags(ResourceArn=made["TrainingJobArn"])["Tags"] == [
         {"Key": "project", "Value": "p"}
     ]
-    assert not [*account.folder.glob("training-job/*")]
+    until(lambda: not [*account.folder.glob("training-job/*")])
     with pytest.raises(ClientError, match="ResourceInUse"):
         client("sagemaker").create_training_job(**request)
 
@@ -127,13 +127,13 @@ import json, socket, time
 hosts = json.load(open("/opt/ml/input/config/resourceconfig.json"))
 me, other = hosts["current_host"], [h for h in hosts["hosts"] if h != hosts["current_host"]][0]
 server = socket.create_server(("", 5000))
-for _ in range(100):
+while True:
     try: socket.create_connection((other, 5000)).close(); break
     except OSError: time.sleep(0.1)
-else: raise SystemExit("alone")
+server.accept()  # the other has connected too
 try: socket.create_connection(("1.1.1.1", 53), 2); out = "open"
 except OSError: out = "isolated"
-time.sleep(1); open(f"/opt/ml/model/{me}", "w").write(out)
+open(f"/opt/ml/model/{me}", "w").write(out)
 """
     client("sagemaker").create_training_job(**training(code=code, hosts=2, EnableNetworkIsolation=True))
     facts = ended(client)
@@ -163,7 +163,8 @@ def stop(*_): open("/opt/ml/output/data/signal", "w").write("x"); sys.exit(0)
 signal.signal(signal.SIGTERM, stop)
 print("from", start)
 for epoch in range(start, 3 if start else 1000):
-    open(place, "w").write(str(epoch + 1)); time.sleep(0.2)
+    with open("/opt/ml/checkpoints/new", "w") as new: new.write(str(epoch + 1))
+    os.replace(new.name, place); time.sleep(0.2)
 open("/opt/ml/model/epochs", "w").write(f"{start}")
 """
 
@@ -173,7 +174,7 @@ def test_a_stopped_job_gets_a_signal_and_resumes_from_its_checkpoint(account: Ac
     sagemaker = client("sagemaker")
     sagemaker.create_training_job(**training(code=RESUMES, **kept))
     running(client)
-    until(lambda: client("s3").list_objects_v2(Bucket="the-bucket", Prefix="checkpoints/run/").get("Contents"))
+    until(lambda: client("s3").list_objects_v2(Bucket="the-bucket", Prefix="checkpoints/run/epoch").get("Contents"))
     assert sagemaker.describe_training_job(TrainingJobName="a-job")["TrainingJobStatus"] == "InProgress"
     sagemaker.stop_training_job(TrainingJobName="a-job")
     facts = ended(client)
@@ -190,7 +191,7 @@ def test_reclaimed_spot_capacity_restarts_a_job_from_what_was_in_s3(account: Acc
     request = training(code=RESUMES, CheckpointConfig={"S3Uri": "s3://the-bucket/c"}, EnableManagedSpotTraining=True)
     request["StoppingCondition"]["MaxWaitTimeInSeconds"] = 3600
     client("sagemaker").create_training_job(**request)
-    until(lambda: client("s3").list_objects_v2(Bucket="the-bucket", Prefix="c/").get("Contents"))
+    until(lambda: client("s3").list_objects_v2(Bucket="the-bucket", Prefix="c/epoch").get("Contents"))
     jobs.JOBS[account.name, "TrainingJob", "a-job"].accident = "reclaim"
     facts = ended(client)
     assert facts["TrainingJobStatus"] == "Completed", facts.get("FailureReason")
@@ -201,7 +202,9 @@ def test_reclaimed_spot_capacity_restarts_a_job_from_what_was_in_s3(account: Acc
     assert int(archive(client, "jobs/a-job/output/model.tar.gz")["epochs"]) > 0
 
 
-def test_the_time_of_a_job_is_limited(account: Account, client: Clients) -> None:
+def test_the_time_of_a_job_is_limited(account: Account, client: Clients, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where it is over before the container is there, or before what runs in it heeds the signal."""
+    monkeypatch.setattr(jobs, "GRACE", 1)
     client("sagemaker").create_training_job(**training(code=RESUMES, StoppingCondition={"MaxRuntimeInSeconds": 3},
                                                        CheckpointConfig={"S3Uri": "s3://the-bucket/c"}))  # fmt: skip
     facts = ended(client)
@@ -242,7 +245,7 @@ print(config["ProcessingJobName"], *sorted(os.listdir("processing/in")), file=op
 
 def test_nothing_is_left(account: Account, client: Clients) -> None:
     client("sagemaker").create_training_job(**training(code="import time; time.sleep(600)"))
-    running(client)
+    until(lambda: docker.run("ps", "--quiet", "--filter", f"label=rehearsal={account.name}").stdout)
     account.close()
     for kind in (["ps", "--all"], ["network", "ls"]):
         assert not docker.run(*kind, "--quiet", "--filter", f"label=rehearsal={account.name}").stdout

@@ -123,8 +123,8 @@ def beside(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Callable[[Clie
 @pytest.mark.parametrize("data", [b"", b"P", HEAD, b"GET /ping HTTP/1.1\r\nHost: x\r\n\r\nGET /ping HTTP/1.1\r\nHo"])
 def test_a_head_that_does_not_come_ends_the_connection(beside: Any, data: bytes) -> None:
     def test(client: Client) -> None:
+        begun = time.monotonic()
         with client.connect(data) as connection:
-            begun = time.monotonic()
             assert received(connection).count(b"HTTP/1.1") == data.count(b"\r\n\r\n")
             assert 0.3 < time.monotonic() - begun < 2
         client.answers()
@@ -161,14 +161,15 @@ def test_a_body_that_stops_or_trickles_is_refused(beside: Any, length: bytes, tr
     beside(test)
 
 
-def test_a_long_body_may_take_longer(beside: Any) -> None:
+def test_a_long_body_may_take_longer(beside: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A deadline is for each part, and for the whole only by its length."""
+    monkeypatch.setattr(connections, "BODY_SECONDS", 2)
 
     def test(client: Client) -> None:
         with client.connect(HEAD + b"Content-Length: 200000\r\n\r\n") as connection:
             for _ in range(10):
                 connection.sendall(b"x" * 20_000)
-                time.sleep(0.1)
+                time.sleep(0.25)
             assert b"200000" in connection.recv(2**16)
 
     beside(test)
@@ -288,11 +289,12 @@ def test_what_is_no_http_after_an_early_answer_ends_the_connection(beside: Any) 
     beside(test)
 
 
-def test_a_client_that_does_not_read_its_answer_is_let_go(beside: Any) -> None:
+def test_a_client_that_does_not_read_its_answer_is_let_go(beside: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def test(client: Client) -> None:
         with client.connect(HEAD + b"Content-Length: 4\r\n\r\nlong") as connection:
-            time.sleep(1.5)
+            time.sleep(3)
             assert len(received(connection)) < LONG
+        monkeypatch.setattr(connections, "READ_SECONDS", 60)
         assert len(ask(client.url, b"long").body) == LONG
         client.answers()
 
@@ -316,15 +318,18 @@ CLOSE = b"Connection: close\r\n"
 
 @pytest.mark.parametrize("target", [b"/invocations", b"/nowhere", b"/ping"])
 @pytest.mark.parametrize("keep", [b"", CLOSE])
-def test_an_early_answer_arrives_although_all_is_sent_first(beside: Any, target: bytes, keep: bytes) -> None:
+def test_an_early_answer_arrives_although_all_is_sent_first(
+    beside: Any, target: bytes, keep: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As urllib does it: 413, 404 and 405 are said before the body, which is more than the system's buffers hold."""
+    monkeypatch.setattr(connections, "REST_SECONDS", 60)
 
     def test(client: Client) -> None:
         head = b"POST %s HTTP/1.1\r\nHost: x\r\n%sContent-Length: 20000000\r\n\r\n" % (target, keep)
         status = {b"/invocations": b"413", b"/nowhere": b"404", b"/ping": b"405"}[target]
         for _ in range(5):
             with client.connect(head) as connection:
-                time.sleep(0.1)  # the answer is there
+                assert select.select([connection], [], [], 10)[0]  # the answer is there
                 connection.sendall(b"x" * 20_000_000)
                 assert connection.recv(2**16).startswith(b"HTTP/1.1 %s " % status)
                 if not keep:  # and it can go on
@@ -340,6 +345,7 @@ def test_a_full_server_s_answer_arrives_too(beside: Any, monkeypatch: pytest.Mon
         raise connections.Refused(503, "full")
 
     monkeypatch.setattr(connections.Intake, "_check", full)
+    monkeypatch.setattr(connections, "REST_SECONDS", 60)
 
     def test(client: Client) -> None:
         for _ in range(20):
@@ -351,7 +357,9 @@ def test_a_full_server_s_answer_arrives_too(beside: Any, monkeypatch: pytest.Mon
     beside(test)
 
 
-def test_what_is_no_http_gets_its_answer_too(beside: Any) -> None:
+def test_what_is_no_http_gets_its_answer_too(beside: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "REST_SECONDS", 5)
+
     def test(client: Client) -> None:
         with client.connect(b"\x16\x03\x01\r\n\r\n" + b"x" * 5_000_000) as connection:
             assert received(connection).startswith(b"HTTP/1.1 400 ")
@@ -426,7 +434,12 @@ def test_who_asks_first_is_told_to_go_on_and_an_answer_is_sent_at_once(
         (b"", []),
     ],
 )
-def test_a_half_closed_client_gets_its_answer(beside: Any, data: bytes, statuses: list[int]) -> None:
+def test_a_half_closed_client_gets_its_answer(
+    beside: Any, data: bytes, statuses: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("HEAD_SECONDS", "BODY_SECONDS"):
+        monkeypatch.setattr(connections, name, 60)
+
     def test(client: Client) -> None:
         for pause in (0, 0.2):
             with client.connect(data) as connection:
@@ -463,8 +476,8 @@ def test_a_connection_is_kept_for_longer_than_clients_keep_it(beside: Any, monke
     monkeypatch.setattr(connections, "KEPT_SECONDS", 1)
 
     def test(client: Client) -> None:
+        begun = time.monotonic()
         with client.connect(REQUEST) as connection:
-            begun = time.monotonic()
             assert received(connection).count(b"HTTP/1.1 200 ") == 1
             assert 0.8 < time.monotonic() - begun < 3
 
@@ -473,21 +486,36 @@ def test_a_connection_is_kept_for_longer_than_clients_keep_it(beside: Any, monke
 
 def test_what_was_sent_when_the_server_ends_is_answered(monkeypatch: pytest.MonkeyPatch, beside: Any) -> None:
     """One request is being answered, of one the half is there, and one arrives on a kept connection."""
-    slow(monkeypatch, 0.5)
+    inside, go_on = threading.Semaphore(0), threading.Event()
+
+    async def answer(_: Model, body: bytes, *__: Any) -> tuple[bytes, str]:
+        inside.release()
+        while not go_on.is_set():
+            await asyncio.sleep(0.01)
+        return b"%d" % len(body), "text/plain"
+
+    monkeypatch.setattr(Model, "answer", answer)
     for name in ("HEAD_SECONDS", "BODY_SECONDS"):
-        monkeypatch.setattr(connections, name, 10)
+        monkeypatch.setattr(connections, name, 60)
 
     def test(client: Client) -> None:
         with contextlib.ExitStack() as stack:
+            go_on.set()
             kept, quiet = (stack.enter_context(client.connect(REQUEST)) for _ in range(2))
-            time.sleep(0.7)
             assert b"close" not in kept.recv(1000) + quiet.recv(1000)
+            go_on.clear()
             answered = stack.enter_context(client.connect(REQUEST))
             half = stack.enter_context(client.connect(REQUEST[:-1]))
             head = stack.enter_context(client.connect(REQUEST[:40]))
-            time.sleep(0.2)
+            for _ in range(3):
+                assert inside.acquire(timeout=10)
+            time.sleep(0.2)  # so much for the two halves
             client.stop()
-            time.sleep(0.2)
+            with pytest.raises(OSError, match="refused"):
+                while True:
+                    client.connect().close()
+                    time.sleep(0.05)  # too many at a time would push the kept ones out
+            go_on.set()
             kept.sendall(REQUEST)
             half.sendall(REQUEST[-1:])
             for connection in (answered, half, kept, head):  # of 3 places

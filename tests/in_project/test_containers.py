@@ -203,7 +203,7 @@ for _ in range(600):
 @pytest.mark.parametrize("user", ["0:0", "1000:1000"])
 def test_the_container_needs_no_network_and_no_root(artifact: Path, serving_image: str, user: str) -> None:
     """As SageMaker starts it (`docker run <image> serve`, as root), and as user 1000; cut off from everything."""
-    command = ["docker", "run", "--detach", "--rm", "--network", "none", "--read-only", "--user", user]
+    command = ["docker", "run", "--detach", "--network", "none", "--read-only", "--user", user]
     command += ["--volume", f"{artifact}:/opt/ml/model:ro", serving_image, "serve"]
     container = subprocess.check_output(command, text=True).strip()
     try:

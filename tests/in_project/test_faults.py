@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 
 from pipelines import SOURCE
 from tests.helpers import verb_environment
+from training.checkpoint import WRITER
 
 SHORT = {"epochs": 4, "batch_size": 8, "precision": "fp32", "checkpoint_minutes": 0.0, "model": "cnn"}
 SHORT |= {"deterministic": True}  # or the memory order of tensors is chosen by timing
@@ -117,6 +118,8 @@ def job(tmp_path: Path, packed: Path, ranks: int) -> Job:
 KILL = """import os
 if progress.step == 12 and world.rank == world.size - 1 and once():
     os.kill(os.getpid(), 9)"""
+# Checkpoints are written beside training; on a busy machine the newest one may not be whole yet when a kill comes.
+WHOLE = f"[each.join() for each in __import__('threading').enumerate() if each.name == {WRITER!r}]"
 
 
 def test_1_a_killed_rank_is_restarted_and_the_run_ends_with_the_same_bytes(
@@ -218,7 +221,7 @@ def test_5_a_damaged_checkpoint_is_passed_over(
     tmp_path: Path, packed: Path, undisturbed: dict[int, Job], damage: Any
 ) -> None:
     job = make(tmp_path, packed, 2 if damage is flip else 1)
-    job.inject("loop.py", STEP, KILL)
+    job.inject("loop.py", STEP, f"{WHOLE}\n{KILL}")
     assert job.run()[0] != 0
     folders = [job.root / "checkpoints" / name for name in job.checkpoints() if name.startswith("step-")]
     for older in folders[:-2]:  # the kill may have come before it was dropped
@@ -334,6 +337,8 @@ def test_a_failure_is_no_stop_though_torchrun_ends_the_other_rank_by_a_signal(tm
     job.inject(
         "train.py",
         "    settled = config.resolve(",
+        f"Path({str(job.root)!r}, f'there-{{world.rank}}').touch()\n"
+        f"while len([*Path({str(job.root)!r}).glob('there-*')]) < 2: pass\n"
         "if world.rank: raise data.DataError('explained')\nimport time\ntime.sleep(100)",
     )
     code, text = job.run()

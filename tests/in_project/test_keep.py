@@ -22,10 +22,10 @@ from torch import nn
 import scores
 from model import build_model
 from pipelines import runs
-from tests.test_faults import KILL, STEP, Job, make
+from tests.test_faults import KILL, STEP, WHOLE, Job, make
 from tests.test_loop import ranks, run_ranks, same, train
 from training import pretrained, speed
-from training.checkpoint import WRITER, Progress
+from training.checkpoint import Progress
 from training.config import ConfigurationError, Hyperparameters
 from training.data import balanced_order, class_weights
 from training.distributed import SyncedBatchNorm, World, synchronise_batch_norm
@@ -33,9 +33,6 @@ from training.watch import Guard, exported, over
 
 EVERYTHING: dict[str, Any] = {"keep": "best", "keep_by": "f1", "patience": 3, "sampling": "balanced",
                               "augment": "trivial", "rotate": 20.0, "epochs": 6}  # fmt: skip
-
-# Checkpoints are written beside training; on a busy machine the newest one may not be whole yet when a kill comes.
-WHOLE = f"[each.join() for each in __import__('threading').enumerate() if each.name == {WRITER!r}]"
 
 
 def epoch(number: int, accuracy: float, loss: float, f1: float = 0.5) -> dict[str, Any]:

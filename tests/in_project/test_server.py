@@ -440,9 +440,12 @@ def test_a_model_that_is_stuck(small: Probe) -> None:
     """Its requests end by timeout, and after two of these the server counts as broken, until it is not."""
     (small.folder / "gate").touch()
     before, begun = len(small.notes("sizes")), time.monotonic()
-    with ThreadPoolExecutor(2) as pool:  # one inside the model, one waiting
-        for answer in pool.map(lambda label: ask(small.url, photo(label), ANY_IMAGE), ("up", "left")):
-            assert answer.refused(504) == "no answer within 2 s"
+    with ThreadPoolExecutor(2) as pool:
+        inside = pool.submit(ask, small.url, photo("up"), ANY_IMAGE)
+        small.until("sizes", before + 1)
+        waits = pool.submit(ask, small.url, photo("left"), ANY_IMAGE)
+        for call in (inside, waits):
+            assert call.result().refused(504) == "no answer within 2 s"
     assert small.running.ping() == 200
     small.running.wait_until(503)
     assert 3.9 < time.monotonic() - begun < 30

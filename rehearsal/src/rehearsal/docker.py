@@ -77,8 +77,9 @@ class Container:
         return code
 
     def stop(self, seconds: int) -> None:
-        """SIGTERM, and SIGKILL after some seconds."""
-        run("stop", "--time", str(seconds), self.name)
+        """SIGTERM, and SIGKILL after some seconds; also where Docker has yet to make it."""
+        while self.code is None and run("stop", "--time", str(seconds), self.name).returncode:
+            time.sleep(0.1)
 
     def kill(self) -> None:
         """SIGKILL."""
@@ -209,9 +210,9 @@ def give_back(folder: Path, local: str) -> None:
 def clean(account: Account) -> None:
     """Remove all containers and networks of the account."""
     mine = ("--quiet", "--filter", f"label=rehearsal={account.name}")
-    if found := run("ps", "--all", *mine).stdout.split():
-        run("rm", "--force", *found)
     for _ in range(20):
+        if found := run("ps", "--all", *mine).stdout.split():  # one may have been in the making
+            run("rm", "--force", *found)
         found = run("network", "ls", *mine).stdout.split()
         if not found or not run("network", "rm", *found).returncode:
             return
