@@ -48,6 +48,12 @@ class Client:
         connection.sendall(data)
         return connection
 
+    def connect_for_ever(self) -> None:
+        """Until it is refused; seldom enough to push no other connection out."""
+        while True:
+            self.connect().close()
+            time.sleep(0.05)
+
     def answers(self) -> None:
         """Others are not hindered."""
         begun = time.monotonic()
@@ -512,9 +518,7 @@ def test_what_was_sent_when_the_server_ends_is_answered(monkeypatch: pytest.Monk
             time.sleep(0.2)  # so much for the two halves
             client.stop()
             with pytest.raises(OSError, match="refused"):
-                while True:
-                    client.connect().close()
-                    time.sleep(0.05)  # too many at a time would push the kept ones out
+                client.connect_for_ever()
             go_on.set()
             kept.sendall(REQUEST)
             half.sendall(REQUEST[-1:])
