@@ -314,6 +314,12 @@ def test_19_a_missing_channel_is_a_usage_error(job: Job) -> None:
     assert "is no packed data set" in job.failure()
 
 
+def both_there(job: Job) -> str:
+    """Lines to inject at which two ranks meet: a peer may be gone before the other one is there."""
+    return (f"Path({str(job.root)!r}, f'there-{{world.rank}}').touch()\n"
+            f"while len([*Path({str(job.root)!r}).glob('there-*')]) < 2: pass\n")  # fmt: skip
+
+
 @pytest.mark.parametrize("first", [0, 1])
 def test_the_rank_that_explains_is_heard_whichever_fails_first(tmp_path: Path, packed: Path, first: int) -> None:
     """A rank whose peer is gone sees a broken connection; that is not why the job failed."""
@@ -322,8 +328,7 @@ def test_the_rank_that_explains_is_heard_whichever_fails_first(tmp_path: Path, p
     job.inject(
         "train.py",
         "    settled = config.resolve(",
-        f"Path({str(job.root)!r}, f'there-{{world.rank}}').touch()\n"  # a peer may be gone before the other one is
-        f"while len([*Path({str(job.root)!r}).glob('there-*')]) < 2: pass\n"
+        f"{both_there(job)}"
         f"while world.rank != {first} and not Path({str(failed)!r}).exists(): pass\n"
         "raise data.DataError('explained') if world.rank else RuntimeError('connection reset')",
     )
@@ -337,9 +342,7 @@ def test_a_failure_is_no_stop_though_torchrun_ends_the_other_rank_by_a_signal(tm
     job.inject(
         "train.py",
         "    settled = config.resolve(",
-        f"Path({str(job.root)!r}, f'there-{{world.rank}}').touch()\n"
-        f"while len([*Path({str(job.root)!r}).glob('there-*')]) < 2: pass\n"
-        "if world.rank: raise data.DataError('explained')\nimport time\ntime.sleep(100)",
+        f"{both_there(job)}if world.rank: raise data.DataError('explained')\nimport time\ntime.sleep(100)",
     )
     code, text = job.run()
     assert code == 1
